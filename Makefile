@@ -1,0 +1,54 @@
+# VLFoundry. `make` alone prints what there is.
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help setup run test lint format accept bench lock clean
+
+# The lock file that .venv is made from: dev, core, gpu or bench.
+LOCK ?= dev
+# `make run PROFILE=base`, `make run START=warm`, `make run SET="seed=1 contrastive.train.lr=1e-3"`
+PROFILE ?=
+START ?= scratch
+SET ?=
+# `make test TESTS=tests/flows`, `make accept ISSUE=2`
+TESTS ?= tests
+ISSUE ?= 2
+
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+export DO_NOT_TRACK := 1
+export DVC_NO_ANALYTICS := 1
+
+help: ## print this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: ## make .venv from requirements/$(LOCK).lock (every other target does it when needed)
+	@scripts/bootstrap.sh $(LOCK)
+
+run: setup ## run the whole pipeline (PROFILE=base, START=warm, SET="key=value ...")
+	@exec vlfoundry run --start $(START) $(if $(PROFILE),--profile $(PROFILE)) $(foreach s,$(SET),--set $(s))
+
+test: setup ## run all tests (TESTS=path for some)
+	@python -m pytest $(TESTS)
+
+lint: setup ## ruff, types, layers
+	@ruff check .
+	@ruff format --check .
+	@pyrefly check
+	@lint-imports
+
+format: setup ## let ruff rewrite what it can
+	@ruff check --fix .
+	@ruff format .
+
+accept: setup ## run the long acceptance checks of ISSUE and store their results
+	@python -m accept.run --issue $(ISSUE)
+
+bench: setup ## run the benchmarks, one JSON line a measurement
+	@python -m benchmarks.harness
+
+lock: setup ## resolve requirements/*.lock again from pyproject.toml, keeping versions that still fit
+	@scripts/lock.sh
+
+clean: ## remove what runs made here (outputs, state, caches); the environment stays
+	rm -rf artifacts work build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

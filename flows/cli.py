@@ -1,0 +1,171 @@
+"""The command `vlfoundry`. Every command imports what it needs itself: `--help` stays quick."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from infra.errors import ConfigError, UserError
+
+EXIT_FAILED = 1
+EXIT_USER_ERROR = 2
+EXIT_CANCELLED = 130
+
+app = typer.Typer(
+    name="vlfoundry",
+    help="Retrain InternVL-class vision-language models, stage by stage, as one pipeline.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+ModelRef = Annotated[
+    str,
+    typer.Argument(
+        help="a registered name (internvl_c, internvl_c@v0.1.0, internvl_c#champion, champion) "
+        "or the path of a model folder"
+    ),
+]
+
+
+def find_root(start: Path | None = None) -> Path:
+    """The checkout that `start` (default: the working directory) lies in: it has a dvc.yaml.
+
+    Raises ConfigError outside of a checkout.
+    """
+    here = (start or Path.cwd()).resolve()
+    for folder in (here, *here.parents):
+        if (folder / "dvc.yaml").is_file() and (folder / ".dvc").is_dir():
+            return folder
+    raise ConfigError(
+        f"{here} is not inside a VLFoundry checkout: no folder above it has a dvc.yaml; "
+        "change to the repository and try again"
+    )
+
+
+@app.command()
+def run(
+    stage: Annotated[
+        list[str] | None, typer.Option(help="run this stage and what it needs, not all")
+    ] = None,
+    profile: Annotated[
+        str | None, typer.Option(help="a file of profiles/, merged over params.yaml")
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="KEY=VALUE: change a parameter for this run")
+    ] = None,
+    start: Annotated[
+        str, typer.Option(help="scratch, or warm: go on from the shipped checkpoint")
+    ] = "scratch",
+    workspace: Annotated[
+        Path | None,
+        typer.Option(help="where a run with its own parameters lives; named after them by default"),
+    ] = None,
+) -> None:
+    """Run what changed, from the raw pairs to the report.
+
+    With --profile, --set, --start warm or --workspace the run gets a copy of the sources of its
+    own with its own params.yaml, and shares DVC's cache; params.yaml here stays as it is.
+    """
+    from flows.launch import run_pipeline
+
+    raise typer.Exit(
+        run_pipeline(
+            find_root(),
+            stages=tuple(stage or ()),
+            profile=profile,
+            overrides=tuple(set_ or ()),
+            start=start,
+            workspace=workspace,
+        )
+    )
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Option(help="a registered name or a model folder")],
+    data: Annotated[Path, typer.Option(help="folder with a concept set or a pair set")],
+    suite: Annotated[str, typer.Option(help="zero_shot, retrieval, linear_probe, ...")],
+    json: Annotated[Path, typer.Option(help="where the scores go")],
+    source: Annotated[
+        list[str] | None, typer.Option(help="only these Parquet files of DATA (their stems)")
+    ] = None,
+    lang: Annotated[list[str] | None, typer.Option(help="only these languages")] = None,
+) -> None:
+    """Score a model on a folder of pictures, and write the scores as JSON."""
+    from eval.run import evaluate_folder
+    from infra.registry import resolve_model
+
+    scores = evaluate_folder(
+        resolve_model(model), data, suite, json, languages=lang or None, sources=source or None
+    )
+    for score in scores:
+        where = f" [{score.lang}]" if score.lang else ""
+        error = "" if score.stderr is None else f" ± {score.stderr:.3f}"
+        typer.echo(f"{score.suite}/{score.name}{where}: {score.value:.3f}{error} (n={score.n})")
+    typer.echo(f"written to {json}")
+
+
+@app.command()
+def models() -> None:
+    """List the registered models and what stands where."""
+    from infra.registry import list_models
+
+    rows = list_models(find_root())
+    if not rows:
+        typer.echo("no model is registered yet; `make run` registers the one that the gate passes")
+    for row in rows:
+        stages = ", ".join(f"#{name}" for name in row.stages)
+        typer.echo(f"{row.name}@{row.version}  {row.commit[:10]}  {row.created}  {stages}")
+
+
+@app.command()
+def register(
+    folder: Annotated[Path, typer.Argument(help="a model folder inside DVC's outputs")],
+    promote: Annotated[
+        str | None, typer.Option(help="also assign this stage, e.g. champion")
+    ] = None,
+) -> None:
+    """Give a trained model a version."""
+    from infra.registry import register_model
+
+    version = register_model(find_root(), folder, promote=promote)
+    typer.echo(f"{version.name}@{version.version} is {version.path} at {version.commit[:10]}")
+
+
+@app.command()
+def lineage(model: ModelRef) -> None:
+    """Walk back from a model to the rows that it was trained on."""
+    from flows.lineage import lineage_lines
+
+    for line in lineage_lines(find_root(), model):
+        typer.echo(line)
+
+
+@app.command()
+def status() -> None:
+    """Say which stages would run, and why."""
+    from flows.graph import load_graph
+
+    graph = load_graph(find_root())
+    for node in graph.nodes:
+        reason = graph.changed.get(node.name)
+        upstream = sorted(set(node.upstream) & graph.stale)
+        if reason is None and upstream:
+            reason = f"after {', '.join(upstream)}"
+        typer.echo(f"{node.name:28s} {'up to date' if reason is None else reason}")
+
+
+def main() -> None:
+    """Entry point: a user's mistake is a message and exit code 2, anything else a traceback."""
+    try:
+        app()
+    except UserError as error:
+        print(f"vlfoundry: {error}", file=sys.stderr)
+        raise SystemExit(EXIT_USER_ERROR) from None
+
+
+if __name__ == "__main__":
+    main()

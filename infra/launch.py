@@ -1,0 +1,98 @@
+"""Where and how wide a stage runs: the launcher profile.
+
+A profile is about a place, not about a model: it is never a parameter, never in a run key and
+never in dvc.lock, so that another machine or another number of ranks does not mean another run.
+`VLFOUNDRY_LAUNCHER` names it: a file of `infra/launchers/` without its ending, or a path.
+"""
+
+import dataclasses
+import os
+import signal
+from pathlib import Path
+
+from infra.errors import ConfigError
+
+ENVIRONMENT_VARIABLE = "VLFOUNDRY_LAUNCHER"
+PROFILES = Path(__file__).parent / "launchers"
+PR_SET_PDEATHSIG = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LauncherProfile:
+    """How many processes a training stage starts here, and how they share the model."""
+
+    name: str = "local"
+    """What the run record calls this place."""
+    ranks: int = 2
+    """Processes; those left over by `tensor` times `pipeline` are data parallel."""
+    threads: int = 1
+    """Computing threads of each process."""
+    tensor: int = 1
+    """Ranks that share each layer (TP)."""
+    pipeline: int = 1
+    """Ranks that share the depth (PP)."""
+
+    def __post_init__(self) -> None:
+        for field in ("ranks", "threads", "tensor", "pipeline"):
+            if getattr(self, field) < 1:
+                raise ConfigError(
+                    f"launcher {self.name}: {field} is {getattr(self, field)}, expected 1 or more"
+                )
+        model_parallel = self.tensor * self.pipeline
+        if self.ranks % model_parallel:
+            raise ConfigError(
+                f"launcher {self.name}: {self.ranks} ranks cannot be shared by tensor "
+                f"{self.tensor} x pipeline {self.pipeline}; expected a multiple of {model_parallel}"
+            )
+
+    @property
+    def data(self) -> int:
+        """Replicas of the model (DP)."""
+        return self.ranks // (self.tensor * self.pipeline)
+
+
+def local_profile() -> LauncherProfile:
+    """The profile that `VLFOUNDRY_LAUNCHER` names; `local` where it names none.
+
+    Raises ConfigError if there is no such profile or its content is wrong.
+    """
+    return load_profile(os.environ.get(ENVIRONMENT_VARIABLE) or "local")
+
+
+def load_profile(name: str) -> LauncherProfile:
+    """Read a launcher profile by its name in `infra/launchers/` or by the path of a YAML file."""
+    import yaml
+
+    from infra.config import build
+
+    path = PROFILES / f"{name}.yaml"
+    if not path.is_file():
+        path = Path(name)
+    if not path.is_file():
+        known = sorted(file.stem for file in PROFILES.glob("*.yaml"))
+        raise ConfigError(
+            f"{ENVIRONMENT_VARIABLE}: no launcher profile {name!r}; "
+            f"expected one of {known} or the path of a YAML file"
+        )
+    content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    return build(LauncherProfile, {"name": path.stem, **content}, where=f"launcher {path.name}")
+
+
+def die_with_parent(signum: int = signal.SIGTERM) -> None:
+    """Ask the kernel to send us `signum` when the process that started us is gone (Linux).
+
+    DVC does not end its stage when DVC itself is killed; without this a retry would start a
+    second copy that writes the same files. The default lets a stage save before it leaves.
+    On other systems this does nothing.
+    """
+    import ctypes
+    import sys
+
+    if sys.platform != "linux":
+        return
+    parent = os.getppid()
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(PR_SET_PDEATHSIG, int(signum), 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
+    if os.getppid() != parent:  # it was gone before we asked
+        os.kill(os.getpid(), signum)
