@@ -1,0 +1,273 @@
+"""Small pictures in bulk: decode, composite, fixed features, and training augmentation.
+
+Letters: N pictures, H x W pixels, C channels, S side in pixels, F features. Pictures are uint8
+arrays [N, H, W, C] with C = 3 (RGB) or 4 (RGBA, straight alpha).
+"""
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from infra.errors import DataError
+
+if TYPE_CHECKING:
+    import torch
+
+WHITE = (255, 255, 255)
+HOG_SIDE = 64
+HOG_CELL = 8
+HOG_BINS = 8
+COLOUR_GRID = 8
+COLOUR_WEIGHT = 1.0
+GREY = np.array([0.299, 0.587, 0.114], np.float32)
+
+
+def decode_rgba(data: bytes, size_px: int | None = None) -> np.ndarray:
+    """Decode any picture that Pillow reads to uint8 [H, W, 4]; resize to a square if asked.
+
+    Raises DataError if the bytes are no picture.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            image = image.convert("RGBA")
+    except (UnidentifiedImageError, OSError) as error:
+        raise DataError(f"{len(data)} bytes are no readable picture: {error}") from error
+    if size_px is not None and image.size != (size_px, size_px):
+        image = image.resize((size_px, size_px), Image.Resampling.BICUBIC)
+    return np.asarray(image)
+
+
+def encode_webp(rgba: np.ndarray, quality: int | None = None) -> bytes:
+    """Encode uint8 [H, W, 3 or 4] as WebP: lossless, or lossy at `quality` (0-100)."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    image = Image.fromarray(rgba)
+    if quality is None:  # exact keeps the colour under transparent pixels: decode gives it back
+        image.save(buffer, "WEBP", lossless=True, quality=50, method=2, exact=True)
+    else:
+        image.save(buffer, "WEBP", quality=quality, method=2)
+    return buffer.getvalue()
+
+
+def composite(images: np.ndarray, background: Sequence[int] = WHITE) -> np.ndarray:
+    """Lay RGBA pictures on one colour: uint8 [..., H, W, 4] -> uint8 [..., H, W, 3].
+
+    RGB pictures are returned as they are.
+    """
+    if images.shape[-1] == 3:
+        return images
+    alpha = images[..., 3:].astype(np.uint16)
+    ground = np.asarray(background, np.uint16) * (255 - alpha)
+    return ((images[..., :3] * alpha + ground + 127) // 255).astype(np.uint8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureTable:
+    """The distinct pictures of a sample set, decoded once and kept in memory."""
+
+    pictures: np.ndarray
+    """uint8 [U, S, S, 4], one row for each distinct encoded picture."""
+    index: np.ndarray
+    """int64 [n]: the row of `pictures` that belongs to each sample."""
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def take(self, samples: Sequence[int] | np.ndarray) -> np.ndarray:
+        """The pictures of these samples, uint8 [N, S, S, 4]."""
+        return self.pictures[self.index[np.asarray(samples, np.int64)]]
+
+
+def decode_table(encoded: Sequence[bytes], size_px: int) -> PictureTable:
+    """Decode many encoded pictures, equal bytes only once. Memory: 4 * S * S bytes a picture."""
+    rows: dict[bytes, int] = {}
+    index = np.fromiter((rows.setdefault(data, len(rows)) for data in encoded), np.int64)
+    pictures = np.empty((len(rows), size_px, size_px, 4), np.uint8)
+    for data, row in rows.items():
+        pictures[row] = decode_rgba(data, size_px)
+    return PictureTable(pictures=pictures, index=index)
+
+
+def content_box(rgb: np.ndarray) -> tuple[int, int, int, int]:
+    """Bounding box (x1, y1, x2, y2) of what differs from the corner colour in [H, W, 3]."""
+    height, width = rgb.shape[:2]
+    ground = rgb[0, 0].astype(np.int16)
+    differs = np.abs(rgb.astype(np.int16) - ground).max(axis=-1) > 12
+    columns, rows = np.flatnonzero(differs.any(axis=0)), np.flatnonzero(differs.any(axis=1))
+    if not len(columns):
+        return 0, 0, width, height
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+
+
+def hog_features(images: np.ndarray) -> np.ndarray:
+    """Histograms of oriented gradients and a colour grid, box-normalised, unit length.
+
+    uint8 [N, H, W, 3 or 4] -> float32 [N, F], F = 8*8*8 + 8*8*3 = 704; both halves have the same
+    norm, so that their inner product weighs shape and colour alike. Source of the cells:
+    Dalal and Triggs 2005, with signed orientations and one block norm over 3x3 cells.
+    """
+    rgb = np.stack([_normalise_box(image) for image in composite(images)])
+    rgb = rgb.astype(np.float32) / 255.0
+    shape = _gradient_cells(rgb @ GREY)
+    side = rgb.shape[1] // COLOUR_GRID
+    colour = rgb.reshape(len(rgb), COLOUR_GRID, side, COLOUR_GRID, side, 3).mean(axis=(2, 4))
+    colour = (1.0 - colour).reshape(len(rgb), -1)
+    return _unit(np.concatenate([_unit(shape), COLOUR_WEIGHT * _unit(colour)], axis=1))
+
+
+def _normalise_box(rgb: np.ndarray) -> np.ndarray:
+    from PIL import Image
+
+    left, top, right, bottom = content_box(rgb)
+    side = max(right - left, bottom - top)
+    x, y = (left + right - side) / 2, (top + bottom - side) / 2
+    canvas = Image.new("RGB", (side, side), tuple(int(c) for c in rgb[0, 0]))
+    canvas.paste(Image.fromarray(rgb[top:bottom, left:right]), (round(left - x), round(top - y)))
+    return np.asarray(canvas.resize((HOG_SIDE, HOG_SIDE), Image.Resampling.BILINEAR))
+
+
+def _gradient_cells(grey: np.ndarray) -> np.ndarray:
+    """Oriented energy by cell: float32 [N, S, S] -> [N, cells * cells * bins]."""
+    down = np.zeros_like(grey)
+    right = np.zeros_like(grey)
+    down[:, 1:-1] = grey[:, 2:] - grey[:, :-2]
+    right[:, :, 1:-1] = grey[:, :, 2:] - grey[:, :, :-2]
+    energy = np.hypot(down, right)
+    angle = np.arctan2(down, right) * (HOG_BINS / (2 * np.pi)) % HOG_BINS
+    cells = grey.shape[1] // HOG_CELL
+    result = np.empty((len(grey), cells, cells, HOG_BINS), np.float32)
+    for b in range(HOG_BINS):
+        distance = np.abs(angle - b)
+        weight = np.maximum(0.0, 1.0 - np.minimum(distance, HOG_BINS - distance))
+        tiles = (weight * energy).reshape(len(grey), cells, HOG_CELL, cells, HOG_CELL)
+        result[..., b] = tiles.mean(axis=(2, 4))
+    return (result / _block_norm(result)).reshape(len(grey), -1)
+
+
+def _block_norm(cells: np.ndarray) -> np.ndarray:
+    power = np.pad((cells**2).sum(axis=-1), ((0, 0), (1, 1), (1, 1)))
+    n = cells.shape[1]
+    total = sum(power[:, i : i + n, j : j + n] for i in range(3) for j in range(3))
+    return np.sqrt(total + 1e-3)[..., None]
+
+
+def _unit(rows: np.ndarray) -> np.ndarray:
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-6)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """How training pictures vary. Never mirrored: arrows, letters and clocks have a direction."""
+
+    size_px: int = 64
+    """Side of the pictures that come out."""
+    scale_min: float = 0.75
+    """Smallest size of the drawing relative to its canvas."""
+    scale_max: float = 1.15
+    """Largest size of the drawing relative to its canvas."""
+    shift: float = 0.1
+    """Largest shift, as a share of the canvas, each way."""
+    stretch: float = 0.08
+    """Largest change of the aspect ratio, as a share."""
+    rotate_degrees: float = 12.0
+    """Largest rotation, each way."""
+    brightness: float = 0.15
+    """Largest relative change of all channels."""
+    contrast: float = 0.2
+    """Largest relative change of the distance from mid-grey."""
+    saturation: float = 0.25
+    """Largest relative change of the distance from the pixel's own grey."""
+    white_share: float = 0.5
+    """Share of pictures on white; the rest get a random plain colour."""
+
+
+UNIFORMS = 12
+
+
+def augment(
+    rgba: np.ndarray,
+    seed: int,
+    positions: Sequence[tuple[int, int]],
+    config: AugmentConfig | None = None,
+) -> "torch.Tensor":
+    """Vary RGBA pictures for training: uint8 [N, H, W, 4] -> float32 [N, 3, S, S] in 0..1.
+
+    `positions` are the (epoch, index) of `SampleStream.indices`: what happens to a picture depends
+    on (seed, epoch, index) alone, not on the batch or rank in which it comes.
+    """
+    import torch
+
+    config = config or AugmentConfig()
+    draws = uniforms(seed, positions, UNIFORMS)
+    picture = torch.from_numpy(np.ascontiguousarray(rgba)).permute(0, 3, 1, 2).float() / 255.0
+    alpha = picture[:, 3:]
+    picture = torch.cat([picture[:, :3] * alpha, alpha], dim=1)  # premultiplied: no dark fringes
+    grid = torch.from_numpy(_sampling_grid(draws, config))
+    moved = torch.nn.functional.grid_sample(picture, grid, "bilinear", "zeros", False)
+    colour = _jitter(moved[:, :3], moved[:, 3:], draws, config)
+    white = draws[:, 8:9] < config.white_share
+    ground = np.where(white, 1.0, draws[:, 9:12]).astype(np.float32)
+    return colour + torch.from_numpy(ground)[:, :, None, None] * (1.0 - moved[:, 3:])
+
+
+def uniforms(seed: int, positions: Sequence[tuple[int, int]], count: int) -> np.ndarray:
+    """Random numbers in [0, 1) that depend on (seed, epoch, index, k) alone. float64 [N, count].
+
+    A counter hashed by SplitMix64's finaliser (Steele et al. 2014), one round for each key part.
+    """
+    keys = np.asarray(positions, np.uint64).reshape(-1, 2)
+    with np.errstate(over="ignore"):
+        state = _mix(np.full(len(keys), seed & 0xFFFFFFFFFFFFFFFF, np.uint64))
+        state = _mix(state ^ _mix(keys[:, 0] + np.uint64(0x51ED270B)))
+        state = _mix(state ^ _mix(keys[:, 1] + np.uint64(0xA3C59AC3)))
+        steps = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        bits = _mix(state[:, None] + steps)
+    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def _mix(z: np.ndarray) -> np.ndarray:
+    z = z + np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def _sampling_grid(draws: np.ndarray, config: AugmentConfig) -> np.ndarray:
+    """Where each output pixel reads its input, in -1..1. float32 [N, S, S, 2]."""
+    signed = 2.0 * draws - 1.0
+    scale = config.scale_min + draws[:, 0] * (config.scale_max - config.scale_min)
+    stretch = 1.0 + config.stretch * signed[:, 1]
+    angle = np.deg2rad(config.rotate_degrees) * signed[:, 2]
+    shift_x, shift_y = 2 * config.shift * signed[:, 3], 2 * config.shift * signed[:, 4]
+    axis = (np.arange(config.size_px) + 0.5) * (2.0 / config.size_px) - 1.0
+    x = axis[None, None, :] - shift_x[:, None, None]
+    y = axis[None, :, None] - shift_y[:, None, None]
+    cos, sin = np.cos(angle)[:, None, None], np.sin(angle)[:, None, None]
+    grid = np.empty((len(draws), config.size_px, config.size_px, 2), np.float32)
+    grid[..., 0] = (cos * x + sin * y) / (scale * stretch)[:, None, None]
+    grid[..., 1] = (cos * y - sin * x) / (scale / stretch)[:, None, None]
+    return grid
+
+
+def _jitter(
+    colour: "torch.Tensor", alpha: "torch.Tensor", draws: np.ndarray, config: AugmentConfig
+) -> "torch.Tensor":
+    """Change brightness, contrast and saturation of premultiplied colour [N, 3, S, S]."""
+    import torch
+
+    def factor(column: int, width: float) -> "torch.Tensor":
+        values = 1.0 + width * (2.0 * draws[:, column] - 1.0)
+        return torch.from_numpy(values.astype(np.float32))[:, None, None, None]
+
+    grey = (colour * torch.from_numpy(GREY)[None, :, None, None]).sum(dim=1, keepdim=True)
+    colour = grey + (colour - grey) * factor(5, config.saturation)
+    middle = 0.5 * alpha
+    colour = middle + (colour - middle) * factor(6, config.contrast)
+    colour = colour * factor(7, config.brightness)
+    return torch.minimum(colour.clamp_min(0.0), alpha)
