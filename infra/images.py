@@ -205,9 +205,9 @@ def augment(
 
     config = config or AugmentConfig()
     draws = uniforms(seed, positions, UNIFORMS)
-    picture = torch.from_numpy(np.ascontiguousarray(rgba)).permute(0, 3, 1, 2).float() / 255.0
-    alpha = picture[:, 3:]
-    picture = torch.cat([picture[:, :3] * alpha, alpha], dim=1)  # premultiplied: no dark fringes
+    planes = np.ascontiguousarray(rgba.transpose(0, 3, 1, 2))  # as bytes: 4x less to move
+    picture = torch.from_numpy(planes).float().mul_(1.0 / 255.0)
+    picture[:, :3] *= picture[:, 3:]  # premultiplied: no dark fringes
     grid = torch.from_numpy(_sampling_grid(draws, config))
     moved = torch.nn.functional.grid_sample(picture, grid, "bilinear", "zeros", False)
     colour = _jitter(moved[:, :3], moved[:, 3:], draws, config)
