@@ -1,0 +1,1 @@
+"""Layer 1: what everything stands on. Imports nothing of ours."""

@@ -1,0 +1,37 @@
+"""Content fingerprints: sha256, so that equal fingerprints mean equal bytes."""
+
+import hashlib
+from pathlib import Path
+
+from infra.errors import DataError
+
+CHUNK_BYTES = 1 << 20
+
+
+def sha256_bytes(data: bytes) -> str:
+    """Hexadecimal sha256 of `data`."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def fingerprint(path: str | Path) -> str:
+    """Hexadecimal sha256 of a file, or of a folder's sorted (relative name, sha256) pairs.
+
+    Raises DataError if there is nothing at `path`.
+    """
+    path = Path(path)
+    if path.is_file():
+        return _sha256_file(path)
+    if not path.is_dir():
+        raise DataError(f"{path} does not exist; run the stage that makes it first")
+    digest = hashlib.sha256()
+    for file in sorted(p for p in path.rglob("*") if p.is_file()):
+        digest.update(f"{file.relative_to(path).as_posix()}\0{_sha256_file(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def _sha256_file(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()

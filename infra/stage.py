@@ -1,0 +1,262 @@
+"""What one step of the pipeline is, and the small command line that all steps share.
+
+    python -m stages.NAME [--dry-run] [variant=V] [key=value ...]
+
+A stage declares its parameters, inputs and outputs once; `dvc.yaml` says the same and a test ties
+the two. Everything that must outlive a kill lies in `work/NAME/`, which belongs to one run key:
+when parameters, inputs or sources change, the old folder is moved aside and the stage starts clean.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from infra.config import apply_overrides, build, canonical_json, load_params, to_dict
+from infra.errors import ConfigError, DataError, UserError
+from infra.fingerprint import fingerprint
+from infra.runkey import import_closure, run_key
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+LINEAGE_FORMAT = "vlfoundry.lineage.v1"
+RECORDED_PACKAGES = ("torch", "megatron-core", "numpy", "pillow", "dvc", "prefect")
+
+
+class Interrupted(Exception):
+    """The run was asked to stop and has saved what it needs to go on."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One arrow of the pipeline."""
+
+    name: str
+    """Name of the stage in dvc.yaml and of its module `stages.<name>`."""
+    config: type
+    """Frozen dataclass whose fields are the top-level keys of params.yaml that the stage reads."""
+    inputs: tuple[str, ...]
+    """Data files and folders read, relative to the root; may contain `{variant}`."""
+    outputs: tuple[str, ...]
+    """Files and folders made, byte-stable; may contain `{variant}`."""
+    run: Callable[[Any, "Context"], None]
+    """Does the work: `run(config, context)`."""
+    variants: tuple[str, ...] = ()
+    """Names of a matrix stage, e.g. ("simple", "full")."""
+    variant_inputs: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    """Further inputs that only some variants read."""
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Top-level keys of params.yaml that the stage depends on."""
+        return tuple(field.name for field in dataclasses.fields(self.config))
+
+    def bind(self, variant: str | None) -> "Bound":
+        """This stage for one variant. Raises ConfigError if there is no such variant."""
+        if (variant is None) == bool(self.variants) or (variant and variant not in self.variants):
+            expected = f"variant=one of {list(self.variants)}" if self.variants else "no variant"
+            raise ConfigError(f"stage {self.name}: got variant {variant!r}, expected {expected}")
+        inputs = self.inputs + self.variant_inputs.get(variant or "", ())
+        folder = f"artifacts/{self.name}/{variant}" if variant else f"artifacts/{self.name}"
+        return Bound(
+            stage=self,
+            variant=variant,
+            address=f"{self.name}@{variant}" if variant else self.name,
+            inputs=tuple(path.format(variant=variant) for path in inputs),
+            outputs=tuple(path.format(variant=variant) for path in self.outputs),
+            lineage=f"{folder}/lineage.json",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bound:
+    """A stage with its variant chosen: all paths are final."""
+
+    stage: Stage
+    variant: str | None
+    address: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    lineage: str
+
+
+class Context:
+    """What a running stage knows about its place: paths, run key, where to log and record."""
+
+    def __init__(self, bound: Bound, root: Path, key: str) -> None:
+        self.bound, self.root, self.run_key = bound, root, key
+        self.variant = bound.variant
+        self.work = root / "work" / bound.address.replace("@", "-")
+
+    def path(self, relative: str | Path) -> Path:
+        """An absolute path for `relative` to the root."""
+        return self.root / relative
+
+    def output(self, relative: str | Path) -> Path:
+        """The path of an output, its parent folder made."""
+        inside = any(Path(relative).is_relative_to(out) for out in self.bound.outputs)
+        assert inside, f"{relative} is not an output of {self.bound.address}"
+        path = self.root / relative
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def write_json(self, relative: str | Path, value: Any) -> None:
+        """Write a byte-stable JSON output: sorted keys, two spaces, a newline at the end."""
+        text = json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False) + "\n"
+        self.output(relative).write_text(text, encoding="utf-8")
+
+    def record(self, **facts: Any) -> None:
+        """Add facts that must not be hashed (times, devices, rates) to `work/.../record.json`."""
+        path = self.work / "record.json"
+        known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        _write_atomic(path, json.dumps({**known, **facts}, indent=2, sort_keys=True) + "\n")
+
+    def log(self, message: str) -> None:
+        """Print one line at once."""
+        print(message, flush=True)
+
+
+def main(stage: Stage, arguments: Sequence[str] | None = None) -> int:
+    """The command line of a stage module; returns the exit status."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    _leave_with_parent()
+    signal.signal(signal.SIGTERM, _raise_interrupt)
+    try:
+        return _main(stage, arguments)
+    except UserError as error:
+        print(f"{stage.name}: {error}", file=sys.stderr, flush=True)
+        return EXIT_USER_ERROR
+    except (Interrupted, KeyboardInterrupt) as stop:
+        print(f"{stage.name}: stopped; {str(stop) or 'run it again to go on'}", flush=True)
+        return EXIT_INTERRUPTED
+
+
+def parameters_of(stage: Stage, params: dict[str, Any]) -> Any:
+    """The stage's config, built from those top-level keys of `params` that it reads."""
+    missing = [key for key in stage.parameters if key not in params]
+    if missing:
+        raise ConfigError(f"stage {stage.name}: params.yaml lacks {missing}")
+    return build(stage.config, {key: params[key] for key in stage.parameters})
+
+
+def _main(stage: Stage, arguments: list[str]) -> int:
+    dry_run = "--dry-run" in arguments
+    assignments = [argument for argument in arguments if argument != "--dry-run"]
+    variants = [a.partition("=")[2] for a in assignments if a.startswith("variant=")]
+    bound = stage.bind(variants[-1] if variants else None)
+    others = [a for a in assignments if not a.startswith("variant=")]
+    config = parameters_of(stage, apply_overrides(load_params(), others))
+    if dry_run:
+        print(_plan(bound, config))
+        return 0
+    root = Path.cwd()
+    facts = _key_facts(bound, config, root)
+    key = run_key(stage.name, facts["parameters"], facts["inputs"], map(Path, facts["sources"]))
+    context = Context(bound, root, key)
+    _claim_work_folder(context)
+    _run(bound, config, context, facts)
+    return 0
+
+
+def _key_facts(bound: Bound, config: Any, root: Path) -> dict[str, Any]:
+    for path in bound.inputs:
+        if not (root / path).exists():
+            raise DataError(f"input {path} does not exist; `dvc repro {bound.address}` makes it")
+    sources = import_closure(f"stages.{bound.stage.name}", root)
+    return {
+        "parameters": {
+            **to_dict(config),
+            **({"variant": bound.variant} if bound.variant else {}),
+        },
+        "inputs": {path: fingerprint(root / path) for path in bound.inputs},
+        "sources": [path.as_posix() for path in sources],
+    }
+
+
+def _run(bound: Bound, config: Any, context: Context, facts: dict[str, Any]) -> None:
+    wall, cpu = time.perf_counter(), os.times()
+    context.log(f"{bound.address}: run key {context.run_key[:12]}")
+    bound.stage.run(config, context)
+    for path in bound.outputs:
+        assert context.path(path).exists(), f"{bound.address} did not make its output {path}"
+    _write_lineage(bound, context, facts)
+    now = os.times()
+    cpu_s = sum(now[:4]) - sum(cpu[:4])
+    wall_s = time.perf_counter() - wall
+    context.record(
+        stage=bound.address, run_key=context.run_key, wall_s=round(wall_s, 2), cpu_s=round(cpu_s, 2),
+        versions=_versions(), machine=platform.machine(),
+    )  # fmt: skip
+    context.log(f"{bound.address}: done in {wall_s:.0f} s ({cpu_s:.0f} CPU-s)")
+
+
+def _write_lineage(bound: Bound, context: Context, facts: dict[str, Any]) -> None:
+    lineage = {
+        "format": LINEAGE_FORMAT,
+        "stage": bound.address,
+        "run_key": context.run_key,
+        **facts,
+        "outputs": {path: fingerprint(context.path(path)) for path in bound.outputs},
+    }
+    path = context.path(bound.lineage)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write_atomic(path, json.dumps(lineage, sort_keys=True, indent=2, ensure_ascii=False) + "\n")
+
+
+def _claim_work_folder(context: Context) -> None:
+    marker = context.work / "run_key"
+    if context.work.exists() and (
+        not marker.is_file() or marker.read_text(encoding="utf-8") != context.run_key
+    ):
+        aside = _free_name(context.work.with_name(context.work.name + ".old"))
+        context.work.rename(aside)
+        context.log(f"parameters, inputs or sources changed: the old run lies in {aside.name}")
+    context.work.mkdir(parents=True, exist_ok=True)
+    _write_atomic(marker, context.run_key)
+
+
+def _free_name(path: Path) -> Path:
+    """`path`, whose former content is removed: one old run is kept."""
+    import shutil
+
+    if path.exists():
+        shutil.rmtree(path)
+    return path
+
+
+def _plan(bound: Bound, config: Any) -> str:
+    lines = [
+        f"stage {bound.address}",
+        f"  parameters {canonical_json(to_dict(config))}",
+    ]
+    for path in bound.inputs:
+        lines.append(f"  reads  {path}{'' if Path(path).exists() else '  (does not exist yet)'}")
+    lines += [f"  writes {path}" for path in (*bound.outputs, bound.lineage)]
+    return "\n".join(lines)
+
+
+def _versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in RECORDED_PACKAGES}
+
+
+def _write_atomic(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def _raise_interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _leave_with_parent() -> None:
+    from infra.launch import die_with_parent
+
+    die_with_parent()

@@ -1,0 +1,1 @@
+"""Layer 4: what happens in one step. One module a DVC stage."""

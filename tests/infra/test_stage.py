@@ -1,0 +1,129 @@
+"""The command line that all stages share, and the folder that belongs to one run key."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from infra.config import to_dict
+from infra.errors import ConfigError, DataError
+from infra.stage import EXIT_INTERRUPTED, EXIT_USER_ERROR, Context, Stage, main
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ToyOptions:
+    factor: int = 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ToyConfig:
+    seed: int
+    toy: ToyOptions
+
+
+def double(config: ToyConfig, context: Context) -> None:
+    number = int(context.path("in.txt").read_text())
+    if number < 0:
+        raise DataError("in.txt: got a negative number, expected 0 or more")
+    if number == 99:
+        raise KeyboardInterrupt
+    context.write_json("artifacts/toy/out.json", {"value": number * config.toy.factor})
+    (context.work / "state").write_text("kept")
+
+
+TOY = Stage(
+    name="toy",
+    config=ToyConfig,
+    inputs=("in.txt",),
+    outputs=("artifacts/toy/out.json",),
+    run=double,
+)
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("infra.stage._leave_with_parent", lambda: None)
+    (tmp_path / "stages").mkdir()
+    (tmp_path / "stages/toy.py").write_text("")
+    (tmp_path / "params.yaml").write_text("seed: 1\ntoy: {factor: 3}\nother: 5\n")
+    (tmp_path / "in.txt").write_text("7")
+    return tmp_path
+
+
+def test_a_stage_makes_its_output_its_lineage_and_its_record(project: Path) -> None:
+    assert main(TOY, []) == 0
+    assert json.loads((project / "artifacts/toy/out.json").read_text()) == {"value": 21}
+    lineage = json.loads((project / "artifacts/toy/lineage.json").read_text())
+    assert lineage["parameters"] == to_dict(ToyConfig(seed=1, toy=ToyOptions(factor=3)))
+    assert list(lineage["inputs"]) == ["in.txt"]
+    assert list(lineage["outputs"]) == ["artifacts/toy/out.json"]
+    record = json.loads((project / "work/toy/record.json").read_text())
+    assert record["run_key"] == lineage["run_key"]
+
+
+def test_the_same_run_makes_the_same_bytes(project: Path) -> None:
+    main(TOY, [])
+    first = (project / "artifacts/toy/lineage.json").read_bytes()
+    main(TOY, [])
+    assert (project / "artifacts/toy/lineage.json").read_bytes() == first
+
+
+def test_state_survives_the_same_key_and_is_moved_aside_by_another(project: Path) -> None:
+    main(TOY, [])
+    main(TOY, [])
+    assert (project / "work/toy/state").is_file()
+    assert not (project / "work/toy.old").exists()
+    (project / "work/toy/state").write_text("of the first run")
+    main(TOY, ["toy.factor=4"])
+    assert (project / "work/toy.old/state").read_text() == "of the first run"
+    assert (project / "work/toy/state").read_text() == "kept"
+
+
+def test_a_dry_run_writes_nothing(project: Path, capsys: pytest.CaptureFixture) -> None:
+    (project / "in.txt").unlink()
+    assert main(TOY, ["--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "in.txt  (does not exist yet)" in printed
+    assert "writes artifacts/toy/out.json" in printed
+    assert not (project / "artifacts").exists()
+    assert not (project / "work").exists()
+
+
+def test_a_user_s_mistake_is_one_line(project: Path, capsys: pytest.CaptureFixture) -> None:
+    (project / "in.txt").write_text("-1")
+    assert main(TOY, []) == EXIT_USER_ERROR
+    assert capsys.readouterr().err == ("toy: in.txt: got a negative number, expected 0 or more\n")
+    assert main(TOY, ["toy.facto=1"]) == EXIT_USER_ERROR
+    assert "did you mean 'factor'" in capsys.readouterr().err
+    (project / "in.txt").unlink()
+    assert main(TOY, []) == EXIT_USER_ERROR
+    assert "`dvc repro toy` makes it" in capsys.readouterr().err
+
+
+def test_an_interrupt_says_how_to_go_on(project: Path, capsys: pytest.CaptureFixture) -> None:
+    (project / "in.txt").write_text("99")
+    assert main(TOY, []) == EXIT_INTERRUPTED
+    assert "run it again to go on" in capsys.readouterr().out
+
+
+def test_variants_fill_in_paths() -> None:
+    stage = dataclasses.replace(
+        TOY,
+        inputs=("a/{variant}",),
+        outputs=("b/{variant}/m",),
+        variants=("x", "y"),
+        variant_inputs={"y": ("extra",)},
+    )
+    bound = stage.bind("y")
+    assert (bound.address, bound.inputs, bound.outputs, bound.lineage) == (
+        "toy@y",
+        ("a/y", "extra"),
+        ("b/y/m",),
+        "artifacts/toy/y/lineage.json",
+    )
+    with pytest.raises(ConfigError, match="expected variant=one of"):
+        stage.bind("z")
+    with pytest.raises(ConfigError, match="expected no variant"):
+        TOY.bind("x")
