@@ -119,6 +119,11 @@ def answer_words(kind: str, lang: str) -> tuple[str, ...]:
     raise DataError(f"{kind!r} questions have no closed list of answers")
 
 
+def caption_question(lang: str) -> str:
+    """How a description of a whole picture is asked for in `lang`; it depends on no scene."""
+    return _language(lang)["caption"][0]
+
+
 def corner(box: Sequence[int]) -> str:
     """The quarter of the picture in which the middle of the box lies."""
     x1, y1, x2, y2 = box

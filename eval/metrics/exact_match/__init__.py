@@ -1,0 +1,1 @@
+"""A metric that evaluate.load reads by its path."""

@@ -1,0 +1,165 @@
+"""Questions on composed scenes, whose answers are known because we made the scenes.
+
+The scenes show drawings of the set under test, so a model cannot have seen them.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from eval.datasets import ConceptSet, DataFolder
+from eval.embedding import Model, Setting
+from eval.reference import squared_distances
+from infra.errors import DataError
+
+SCENE_PX = 64
+BATCH = 50
+TRAINING_SCENES = 500
+KINDS = ("colour", "box", "caption")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Question:
+    """One question with its scene and its true answer."""
+
+    id: str
+    """Unique inside the suite, e.g. colour-017."""
+    image: np.ndarray
+    """uint8 [S, S, 3]."""
+    lang: str
+    """Language of question and answer."""
+    prompt: str
+    """The question."""
+    answer: str
+    """The true answer."""
+    answers: dict[str, str]
+    """The true answer of the same scene in every language."""
+    picture: str
+    """Id of the drawing that the scene shows."""
+    box: tuple[int, int, int, int]
+    """Where the drawing is: x1, y1, x2, y2 in 0..1000."""
+
+
+def ask(
+    data: DataFolder, kind: str, *, languages: Sequence[str], count: int, seed: int
+) -> list[Question]:
+    """`count` questions of one kind, the languages in turn, one drawing in each scene.
+
+    Question i depends on (seed, kind, i) and the set alone, so that all models get the same ones.
+    Raises DataError if the set has no drawing with a name in each language.
+    """
+    from infra.scenes import Drawing, compose, conversation
+
+    usable = _usable(data, languages)
+    questions = []
+    for index in range(count):
+        rng = np.random.default_rng([seed, KINDS.index(kind), index])
+        picture, rgba = usable[int(rng.integers(len(usable)))]
+        names = data.concepts[picture.concept].names
+        drawing = Drawing(concept=picture.concept, rgba=rgba, names=names)
+        scene = compose(rng, [drawing], SCENE_PX)
+        turns = {
+            lang: conversation(scene, kind, lang, {picture.concept: names[lang]})
+            for lang in languages
+        }
+        lang = languages[index % len(languages)]
+        questions.append(
+            Question(
+                id=f"{kind}-{index:03d}",
+                image=scene.image,
+                lang=lang,
+                prompt=turns[lang][0],
+                answer=turns[lang][1],
+                answers={tag: turn[1] for tag, turn in turns.items()},
+                picture=picture.id,
+                box=scene.objects[0][1],
+            )
+        )
+    return questions
+
+
+def replies(
+    model: Model, images: np.ndarray, prompts: Sequence[str], max_new_tokens: int
+) -> list[str]:
+    """The model's answers, a batch at a time."""
+    answers: list[str] = []
+    for start in range(0, len(prompts), BATCH):
+        part = slice(start, start + BATCH)
+        answers += model.generate(images[part], prompts[part], max_new_tokens)
+    assert len(answers) == len(prompts), "a model answers every prompt"
+    return answers
+
+
+def nearest_answers(questions: Sequence[Question], kind: str, setting: Setting) -> list[Question]:
+    """For each question, the most similar scene made of training drawings; [] without training.
+
+    Its answer (in the question's language) is what a reference without learning would say.
+    """
+    if setting.train is None:
+        return []
+    from infra.images import hog_features
+
+    known = ask(
+        setting.train,
+        kind,
+        languages=setting.languages,
+        count=TRAINING_SCENES,
+        seed=setting.seed + 1,
+    )
+    distances = squared_distances(
+        hog_features(np.stack([q.image for q in questions])),
+        hog_features(np.stack([q.image for q in known])),
+    )
+    return [known[index] for index in distances.argmin(axis=1)]
+
+
+def by_language(questions: Sequence[Question]) -> dict[str, np.ndarray]:
+    """Indices of the questions: of all under "", and of each language, if there are several."""
+    langs = np.array([question.lang for question in questions])
+    parts = {"": np.arange(len(questions))}
+    distinct = list(dict.fromkeys(langs.tolist()))
+    if len(distinct) > 1:
+        parts |= {lang: np.flatnonzero(langs == lang) for lang in distinct}
+    return parts
+
+
+def best_constant(
+    questions: Sequence[Question], value: Callable[[Sequence[str], Sequence[str]], list[float]]
+) -> np.ndarray:
+    """Per question, what the best constant answer of its language is worth: float [Q].
+
+    `value(answers, truths)` gives the worth of each answer. Of each language's true answers the
+    one with the highest mean is chosen: an upper bound of what answering without looking reaches.
+    """
+    worth = np.zeros(len(questions))
+    langs = {question.lang for question in questions}
+    for lang in sorted(langs):
+        rows = [i for i, question in enumerate(questions) if question.lang == lang]
+        truths = [questions[i].answer for i in rows]
+        candidates = sorted(set(truths))
+        flat = value(
+            [candidate for candidate in candidates for _ in truths], truths * len(candidates)
+        )
+        table = np.array(flat).reshape(len(candidates), len(truths))
+        worth[rows] = table[table.mean(axis=1).argmax()]
+    return worth
+
+
+def _usable(data: DataFolder, languages: Sequence[str]) -> list:
+    if not isinstance(data, ConceptSet):
+        raise DataError(
+            f"{data.folder} is a {data.kind}; questions on scenes need drawings with names, "
+            "that is a concept set"
+        )
+    named = [
+        picture
+        for picture in data.pictures
+        if all(lang in data.concepts[picture.concept].names for lang in languages)
+    ]
+    if not named:
+        raise DataError(f"{data.folder}: no drawing has a name in each of {list(languages)}")
+    pixels = ConceptSet(data.folder, named, data.concepts).squares(SCENE_PX, keep_alpha=True)
+    # a drawing without solid pixels at the smallest size in a scene has no box to ask for
+    solid = (pixels[..., 3] >= 250).sum(axis=(1, 2)) >= 64
+    return [(p, pixels[i]) for i, p in enumerate(named) if solid[i]]

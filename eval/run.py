@@ -1,0 +1,142 @@
+"""Runs suites on a model and a folder: for the command line and for the pipeline's stage."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from eval.datasets import ConceptSet, DataFolder, PairSet, read_folder
+from eval.embedding import Model, Setting
+from eval.reference import NearestPicture
+from eval.scores import Score, write_scores
+from eval.suites import NEEDS, suite_run, why_not
+from infra.errors import DataError, ModelError
+
+LANGUAGES = ("en", "zh", "ja", "ar", "it")
+SCENES = 250
+
+
+def evaluate_folder(
+    model_ref: str | Path,
+    data_dir: str | Path,
+    suite: str,
+    json_out: str | Path,
+    *,
+    languages: Sequence[str] | None = None,
+    sources: Sequence[str] | None = None,
+    train_sources: Sequence[str] | None = None,
+    seed: int = 0,
+    scenes: int = SCENES,
+    log: Callable[[str], None] = print,
+) -> list[Score]:
+    """Score one model on any folder in one of the two formats, and write the score file.
+
+    model_ref: a registered name, a checkpoint folder or an exported folder.
+    languages: default are the five of the embedded data as far as the folder has them, else all
+    that it has. sources: stems of the Parquet files under test, default all; train_sources: stems
+    of those that references and probes may learn from.
+    The items lie beside the score file, in `<its stem>.items/`.
+    Raises DataError or ModelError for what cannot be read or done.
+    """
+    from infra.registry import resolve_model
+    from models.internvl.load import load_model
+
+    if suite not in NEEDS:
+        raise ModelError(f"there is no suite {suite!r}; there are {list(NEEDS)}")
+    out = Path(json_out)
+    data = read_folder(data_dir, sources=sources)
+    train = _train_set(data_dir, train_sources)
+    folder = resolve_model(str(model_ref))
+    model = load_model(folder)
+    reason = why_not(model, suite)
+    if reason:
+        raise ModelError(reason)
+    setting = Setting(
+        languages=choose_languages(data, languages, suite, log),
+        seed=seed,
+        items_dir=out.parent / f"{out.stem}.items",
+        train=train,
+        nearest=_nearest(train, data),
+        scenes=scenes,
+    )
+    scores = suite_run(suite)(model, data, setting)
+    write_scores(out, scores, model=model_facts(model, folder), data=data.facts())
+    log(f"{suite}: {len(scores)} scores on {len(data)} pictures of {data.folder} -> {out}")
+    return scores
+
+
+def score_model(
+    model: Model,
+    data: DataFolder,
+    setting: Setting,
+    *,
+    suites: Sequence[str] = tuple(NEEDS),
+    log: Callable[[str], None] = print,
+) -> tuple[list[Score], dict[str, str]]:
+    """All scores of the suites that the model can do, and the reason for each that it cannot."""
+    scores: list[Score] = []
+    not_applicable: dict[str, str] = {}
+    for suite in suites:
+        reason = why_not(model, suite)
+        if reason:
+            not_applicable[suite] = reason
+            continue
+        found = suite_run(suite)(model, data, setting)
+        log(f"{suite}: {found[0].name} {found[0].lang} {found[0].value:.3f} (n {found[0].n})")
+        scores += found
+    return scores, not_applicable
+
+
+def choose_languages(
+    data: DataFolder,
+    asked: Sequence[str] | None,
+    suite: str = "",
+    log: Callable[[str], None] = print,
+) -> tuple[str, ...]:
+    """The languages to score. Raises DataError for one that was asked for and is not there."""
+    if suite == "zero_shot" and isinstance(data, PairSet):
+        return ()  # classes are labels, which have no language
+    assert isinstance(data, ConceptSet | PairSet)
+    available = data.languages
+    if asked:
+        missing = [lang for lang in asked if lang not in available]
+        if missing:
+            raise DataError(
+                f"{data.folder} has nothing in {missing}; it has {sorted(available)}: choose among "
+                "these"
+            )
+        return tuple(dict.fromkeys(asked))
+    chosen = tuple(lang for lang in LANGUAGES if lang in available) or tuple(sorted(available))
+    if not chosen:
+        raise DataError(f"{data.folder} has no text in any language, so there is nothing to score")
+    left_out = [lang for lang in LANGUAGES if lang not in chosen]
+    if left_out:
+        log(f"{data.folder} has nothing in {left_out}; scoring {list(chosen)}")
+    return chosen
+
+
+def model_facts(model: Model, folder: Path) -> dict[str, Any]:
+    """What a score file says of its model."""
+    from infra.fingerprint import fingerprint
+
+    return {"kind": model.kind, "fingerprint": fingerprint(folder), "folder": folder.as_posix()}
+
+
+def _train_set(data_dir: str | Path, sources: Sequence[str] | None) -> ConceptSet | None:
+    if not sources:
+        return None
+    train = read_folder(data_dir, sources=sources)
+    if not isinstance(train, ConceptSet):
+        raise DataError(f"{data_dir} is a {PairSet.kind}; training sources need a concept set")
+    return train
+
+
+def _nearest(train: ConceptSet | None, data: DataFolder) -> NearestPicture | None:
+    if train is None or not isinstance(data, ConceptSet):
+        return None
+    shared = sorted(set(train.sources) & set(data.sources))
+    if shared:
+        raise DataError(
+            f"the sources {shared} are both under test and training sources: a picture would be "
+            "its own reference; choose the sources under test, e.g. --source twemoji"
+        )
+    return NearestPicture(train, data)

@@ -1,0 +1,171 @@
+"""A score and its file: value, n, standard error, interval, chance, references, per-item file.
+
+Values are fractions from 0 to 1. `scores.json` and the items (JSON lines) are byte-stable.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from eval.stats import bootstrap_interval, standard_error, wilson_interval
+from infra.errors import DataError
+
+FORMAT = "vlfoundry.scores.v1"
+DECIMALS = 6
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Score:
+    """One number that says how good a model is at one thing."""
+
+    suite: str
+    """Name of the suite, e.g. zero_shot."""
+    name: str
+    """Name inside the suite, e.g. top1."""
+    value: float
+    """The measured fraction."""
+    n: int
+    """Number of items that it is the mean of."""
+    stderr: float
+    """Standard error of the mean over the items."""
+    interval: tuple[float, float]
+    """95 % interval: Wilson's for shares, bootstrap over items for other means."""
+    lang: str = ""
+    """Language, "ensemble" over several, or empty where there is none."""
+    chance: float | None = None
+    """What guessing reaches on the same items, or None where guessing means nothing."""
+    reference: float | None = None
+    """What the nearest training picture reaches on the same items, if there is one."""
+    untrained: float | None = None
+    """What the same model with fresh random weights reaches, once it is measured."""
+    untrained_stderr: float | None = None
+    """Standard error of `untrained`."""
+    items: str = ""
+    """Path of the per-item file, relative to the folder of the score file."""
+
+    @property
+    def key(self) -> str:
+        """suite/name or suite/name/lang: how gate rules and tables name the score."""
+        return "/".join(part for part in (self.suite, self.name, self.lang) if part)
+
+
+def mean_score(
+    suite: str,
+    name: str,
+    values: Sequence[float],
+    *,
+    lang: str = "",
+    chance: float | None = None,
+    reference: float | None = None,
+    items: str = "",
+    seed: int = 0,
+) -> Score:
+    """The score that is the mean of per-item values; shares (0 or 1 each) get Wilson's interval.
+
+    Raises DataError if there are no items.
+    """
+    if not len(values):
+        raise DataError(f"{suite}/{name}/{lang or '-'}: no items to score")
+    numbers = [float(value) for value in values]
+    mean = sum(numbers) / len(numbers)
+    shares = all(value in (0.0, 1.0) for value in numbers)
+    interval = (
+        wilson_interval(mean, len(numbers)) if shares else bootstrap_interval(numbers, seed=seed)
+    )
+    return Score(
+        suite=suite,
+        name=name,
+        value=_rounded(mean),
+        n=len(numbers),
+        stderr=_rounded(standard_error(numbers)),
+        interval=(_rounded(interval[0]), _rounded(interval[1])),
+        lang=lang,
+        chance=_rounded(chance),
+        reference=_rounded(reference),
+        items=items,
+    )
+
+
+def with_untrained(scores: Iterable[Score], control: Iterable[Score]) -> list[Score]:
+    """The scores, each beside the same score of the untrained control."""
+    found = {score.key: score for score in control}
+    return [
+        dataclasses.replace(
+            score, untrained=found[score.key].value, untrained_stderr=found[score.key].stderr
+        )
+        if score.key in found
+        else score
+        for score in scores
+    ]
+
+
+def write_scores(
+    file: Path,
+    scores: Iterable[Score],
+    *,
+    model: dict[str, Any],
+    data: dict[str, Any],
+    not_applicable: dict[str, str] | None = None,
+) -> None:
+    """Write `scores.json`; `not_applicable` gives the reason for each suite that was not run."""
+    document = {
+        "format": FORMAT,
+        "model": model,
+        "data": data,
+        "not_applicable": not_applicable or {},
+        "scores": [dataclasses.asdict(score) for score in scores],
+    }
+    file.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(document, sort_keys=True, indent=2, ensure_ascii=False) + "\n"
+    file.write_text(text, encoding="utf-8")
+
+
+def read_document(file: Path) -> dict[str, Any]:
+    """The whole score file. Raises DataError if it is missing or of another format."""
+    if not file.is_file():
+        raise DataError(f"{file} does not exist; run the evaluation that writes it")
+    document = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        got = document.get("format") if isinstance(document, dict) else type(document).__name__
+        raise DataError(f"{file} has the format {got!r}, expected {FORMAT!r}")
+    return document
+
+
+def read_scores(file: Path) -> list[Score]:
+    """The scores of a score file."""
+    return [
+        Score(**{**entry, "interval": tuple(entry["interval"])})
+        for entry in read_document(file)["scores"]
+    ]
+
+
+def write_items(folder: Path, name: str, items: Iterable[dict[str, Any]]) -> str:
+    """Write one JSON line an item; returns the path relative to the folder's parent."""
+    file = folder / f"{name}.jsonl"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lines = (json.dumps(_plain(item), sort_keys=True, ensure_ascii=False) for item in items)
+    file.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    return file.relative_to(folder.parent).as_posix()
+
+
+def read_items(file: Path) -> list[dict[str, Any]]:
+    """The items of one per-item file."""
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def _rounded(value: float | None) -> Any:
+    # the last bits of a mean depend on the order of a sum; what is hashed must not
+    return None if value is None else round(float(value), DECIMALS)
+
+
+def _plain(value: Any) -> Any:
+    """Rounded, plain JSON: NumPy's scalars and arrays become numbers and lists."""
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    return round(value, DECIMALS) if isinstance(value, float) else value

@@ -1,0 +1,179 @@
+"""Captions: words and character n-grams shared with the true ones.
+
+A chat model describes composed scenes, whose caption follows from how they were made. A model that
+only captions is shown single drawings, whose name and keywords are two references in each
+language. In a pair set, both describe the pictures, and the captions are the references.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from eval.datasets import ConceptSet, DataFolder, Picture
+from eval.embedding import Model, Setting
+from eval.metrics import compute
+from eval.pictures import decode_squares
+from eval.questions import ask, best_constant, by_language, nearest_answers, replies
+from eval.scores import Score, mean_score, write_items
+from infra.errors import DataError
+
+NAME = "caption"
+MEASURES = ("token_f1", "chrf")
+MAX_NEW_TOKENS = 40
+PROMPTS = {
+    "en": "English caption:",
+    "zh": "Chinese caption:",
+    "ja": "Japanese caption:",
+    "ar": "Arabic caption:",
+    "it": "Italian caption:",
+}
+DESCRIBE = "{language} caption:"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Task:
+    """One picture to describe."""
+
+    id: str
+    """Unique inside the suite."""
+    image: np.ndarray
+    """uint8 [S, S, 3]."""
+    lang: str
+    """Language of the caption."""
+    prompt: str
+    """What the model is asked."""
+    answer: str
+    """The first reference: what a constant answer is chosen from."""
+    references: tuple[str, ...]
+    """All true captions."""
+    near: str | None
+    """Caption of the nearest training picture, if there is one."""
+    picture: str
+    """Id of the picture."""
+
+
+def run(model: Model, data: DataFolder, setting: Setting) -> list[Score]:
+    """Token F1 and chrF over all languages and for each; chance is the best constant caption."""
+    is_chat = model.kind.startswith("chat")
+    if is_chat and isinstance(data, ConceptSet):
+        tasks = _scene_tasks(data, setting)
+    else:
+        tasks = _picture_tasks(data, setting, is_chat, model.image_size)
+    said = replies(
+        model, np.stack([t.image for t in tasks]), [t.prompt for t in tasks], MAX_NEW_TOKENS
+    )
+    references = [list(task.references) for task in tasks]
+    values = {m: _values(m, said, references) for m in MEASURES}
+    items = write_items(
+        setting.items_dir,
+        NAME,
+        (
+            {"id": t.id, "lang": t.lang, "prompt": t.prompt, "answer": list(t.references),
+             "said": text, "picture": t.picture, **{m: values[m][i] for m in MEASURES}}
+            for i, (t, text) in enumerate(zip(tasks, said, strict=True))
+        ),
+    )  # fmt: skip
+    return [score for m in MEASURES for score in _scores(m, values[m], tasks, items, setting)]
+
+
+def _scores(measure, values, tasks, items, setting) -> list[Score]:
+    constant = best_constant(
+        tasks, lambda answers, truths: _values(measure, answers, [[t] for t in truths]).tolist()
+    )
+    has_near = all(task.near is not None for task in tasks)
+    references = [list(task.references) for task in tasks]
+    near = _values(measure, [task.near for task in tasks], references) if has_near else None
+    return [
+        mean_score(
+            NAME,
+            measure,
+            values[rows],
+            lang=lang,
+            chance=float(constant[rows].mean()),
+            reference=None if near is None else float(near[rows].mean()),
+            items=items,
+            seed=setting.seed,
+        )
+        for lang, rows in by_language(tasks).items()
+    ]
+
+
+def _values(measure: str, answers, references) -> np.ndarray:
+    result = compute(measure, predictions=list(answers), references=list(references))
+    return np.array(result["per_item"])
+
+
+def _scene_tasks(data: ConceptSet, setting: Setting) -> list[Task]:
+    questions = ask(
+        data, NAME, languages=setting.languages, count=setting.scenes, seed=setting.seed
+    )
+    near = nearest_answers(questions, NAME, setting)
+    return [
+        Task(
+            id=q.id,
+            image=q.image,
+            lang=q.lang,
+            prompt=q.prompt,
+            answer=q.answer,
+            references=(q.answer,),
+            near=near[i].answers[q.lang] if near else None,
+            picture=q.picture,
+        )
+        for i, q in enumerate(questions)
+    ]
+
+
+def _picture_tasks(data: DataFolder, setting: Setting, is_chat: bool, side_px: int) -> list[Task]:
+    rng = np.random.default_rng([setting.seed, len(data)])
+    pool = [
+        (index, lang, texts)
+        for index in rng.permutation(len(data)).tolist()
+        for lang in setting.languages
+        if (texts := _true_captions(data, data.pictures[index], lang))
+    ]
+    if not pool:
+        raise DataError(f"{data.folder}: no picture has a caption in {list(setting.languages)}")
+    chosen = pool[: setting.scenes]
+    pictures = [data.pictures[index] for index, _, _ in chosen]
+    images = decode_squares([p.data for p in pictures], side_px, names=[p.id for p in pictures])
+    near = _nearest_concepts(data, setting)
+    return [
+        Task(
+            id=f"{NAME}-{row:03d}",
+            image=images[row],
+            lang=lang,
+            prompt=_prompt(lang, is_chat),
+            answer=texts[0],
+            references=texts,
+            near=data.concepts[near[index]].names.get(lang) if near else None,
+            picture=pictures[row].id,
+        )
+        for row, (index, lang, texts) in enumerate(chosen)
+    ]
+
+
+def _true_captions(data: DataFolder, picture: Picture, lang: str) -> tuple[str, ...]:
+    if not isinstance(data, ConceptSet):
+        return tuple(text for tag, text in picture.captions if tag == lang)
+    concept = data.concepts[picture.concept]
+    if lang not in concept.names:
+        return ()
+    keywords = ", ".join(concept.keywords.get(lang, ()))
+    return (concept.names[lang], keywords) if keywords else (concept.names[lang],)
+
+
+def _nearest_concepts(data: DataFolder, setting: Setting) -> list[str]:
+    """Concept of the nearest training picture of each picture; [] without training pictures."""
+    if setting.nearest is None or not isinstance(data, ConceptSet):
+        return []
+    concepts = setting.nearest.concepts
+    return [concepts[index] for index in setting.nearest.scores(concepts).argmax(axis=1)]
+
+
+def _prompt(lang: str, is_chat: bool) -> str:
+    """How a model is asked for a caption of a single picture."""
+    if not is_chat:
+        return PROMPTS.get(lang, DESCRIBE.format(language=lang))
+    from infra.scenes import caption_question
+
+    return caption_question(lang)

@@ -1,0 +1,69 @@
+"""What colour is the background of a composed scene? Asked and answered in several languages."""
+
+import numpy as np
+
+from eval.datasets import DataFolder
+from eval.embedding import Model, Setting
+from eval.metrics import compute
+from eval.questions import ask, best_constant, by_language, nearest_answers, replies
+from eval.scores import Score, mean_score, write_items
+from infra.scenes import answer_words
+
+NAME = "colour"
+MAX_NEW_TOKENS = 12
+
+
+def run(model: Model, data: DataFolder, setting: Setting) -> list[Score]:
+    """Exact match over all languages and for each; chance is the best constant answer.
+
+    `in_words` is the share of replies that are a colour word of the language at all: one that is
+    not counts as wrong and is reported, never dropped.
+    """
+    questions = ask(
+        data, NAME, languages=setting.languages, count=setting.scenes, seed=setting.seed
+    )
+    said = replies(
+        model, np.stack([q.image for q in questions]), [q.prompt for q in questions], MAX_NEW_TOKENS
+    )
+    hits = np.array(_match(said, [q.answer for q in questions]))
+    known = compute(
+        "exact_match",
+        predictions=said,
+        references=[list(answer_words(NAME, q.lang)) for q in questions],
+    )["per_item"]
+    constant = best_constant(questions, _match)
+    near = nearest_answers(questions, NAME, setting)
+    reference = _match(
+        [n.answers[q.lang] for n, q in zip(near, questions, strict=False)],
+        [q.answer for q in questions[: len(near)]],
+    )
+    items = write_items(
+        setting.items_dir,
+        NAME,
+        (
+            {"id": q.id, "lang": q.lang, "prompt": q.prompt, "answer": q.answer, "said": text,
+             "right": hits[i], "in_words": known[i], "picture": q.picture}
+            for i, (q, text) in enumerate(zip(questions, said, strict=True))
+        ),
+    )  # fmt: skip
+    scores = [
+        mean_score(
+            NAME,
+            "accuracy",
+            hits[rows],
+            lang=lang,
+            chance=float(constant[rows].mean()),
+            reference=float(np.array(reference)[rows].mean()) if near else None,
+            items=items,
+            seed=setting.seed,
+        )
+        for lang, rows in by_language(questions).items()
+    ]
+    return [*scores, mean_score(NAME, "in_words", known, items=items, seed=setting.seed)]
+
+
+def _match(answers, truths) -> list[float]:
+    if not answers:
+        return []
+    references = [[truth] for truth in truths]
+    return compute("exact_match", predictions=list(answers), references=references)["per_item"]
