@@ -1,0 +1,260 @@
+"""Every suite on a model that knows, one that guesses, and one that gives constants."""
+
+import numpy as np
+import pytest
+from eval_fakes import (
+    LANGUAGES,
+    Constant,
+    Guesser,
+    Oracle,
+    drawing,
+    encoded,
+    write_concept_set,
+    write_pair_set,
+)
+
+from eval.datasets import read_folder
+from eval.embedding import Setting
+from eval.questions import KINDS, ask
+from eval.reference import NearestPicture
+from eval.run import choose_languages, score_model
+from eval.scores import read_items
+from eval.suites import NEEDS, suite_run, why_not
+from infra.errors import DataError, ModelError
+
+SCENES = 40
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_concept_set(tmp_path_factory.mktemp("set"), 30, ("test", "train"), twins=True)
+
+
+@pytest.fixture
+def data(folder):
+    return read_folder(folder, sources=["test"])
+
+
+@pytest.fixture
+def setting(folder, data, tmp_path):
+    train = read_folder(folder, sources=["train"])
+    return Setting(
+        languages=LANGUAGES,
+        seed=0,
+        items_dir=tmp_path / "items",
+        train=train,
+        nearest=NearestPicture(train, data),
+        held_out=frozenset({"c02", "c03", "c04"}),
+        scenes=SCENES,
+    )
+
+
+def by_key(scores):
+    assert len({score.key for score in scores}) == len(scores), "keys are unique"
+    return {score.key: score for score in scores}
+
+
+def oracle(data, kind="internvl_g"):
+    questions = [q for k in KINDS for q in ask(data, k, languages=LANGUAGES, count=SCENES, seed=0)]
+    return Oracle(data, questions, kind)
+
+
+@pytest.mark.parametrize("suite", ["zero_shot", "retrieval"])
+def test_who_knows_gets_everything_and_who_guesses_gets_chance(suite, data, setting):
+    for score in suite_run(suite)(oracle(data), data, setting):
+        assert score.value == 1.0, score
+        assert score.chance < 0.6
+    for score in suite_run(suite)(Guesser(), data, setting):
+        low, high = score.interval
+        assert low - 0.02 <= score.chance <= high + 0.02, score
+
+
+@pytest.mark.parametrize("suite", ["zero_shot", "retrieval"])
+def test_constant_vectors_earn_nothing(suite, data, setting):
+    for score in suite_run(suite)(Constant(), data, setting):
+        assert score.value == 0.0, score
+
+
+def test_zero_shot_reports_languages_ensemble_and_held_out_concepts(data, setting):
+    scores = by_key(suite_run("zero_shot")(oracle(data), data, setting))
+    assert scores["zero_shot/top1/ensemble"].n == 30
+    assert scores["zero_shot/top1_held_out/zh"].n == 3
+    assert scores["zero_shot/top5_seen/en"].n == 27
+    # 28 pictures with one right answer of 30, and two that look the same and so have two
+    assert scores["zero_shot/top1/en"].chance == pytest.approx((28 + 2 * 2) / 30 / 30, abs=1e-6)
+    assert scores["zero_shot/top1/en"].reference == 1.0  # the same blocks, moved by a pixel
+    items = read_items(setting.items_dir.parent / scores["zero_shot/top1/en"].items)
+    assert len(items) == 30
+    assert items[0]["guesses"][0] in ("c00", "c01")
+
+
+def test_pictures_that_look_the_same_accept_either_answer(data, setting):
+    model = oracle(data)
+    model._places["en thing 0"] = {30}  # only the twin's name finds the first two
+    score = by_key(suite_run("zero_shot")(model, data, setting))["zero_shot/top1/en"]
+    assert score.value == 1.0
+
+
+def test_equal_names_are_one_answer(tmp_path, data, setting):
+    from eval.suites.zero_shot import accepted_answers
+
+    names = {concept: f"name {concept}" for concept in data.drawn}
+    names["c09"] = names["c10"]
+    right = accepted_answers(data, data.drawn, names)
+    assert np.flatnonzero(right[9]).tolist() == [9, 10]
+    assert np.flatnonzero(right[0]).tolist() == [0, 1]
+    assert np.flatnonzero(right[5]).tolist() == [5]
+
+
+def test_retrieval_uses_keywords_without_the_name(data, setting):
+    scores = by_key(suite_run("retrieval")(oracle(data), data, setting))
+    score = scores["retrieval/text_to_image_r10/zh"]
+    queries = [item["query"] for item in read_items(setting.items_dir.parent / score.items)]
+    assert "zhword7, same" in queries
+    assert len(scores) == 2 * 3 * 2
+
+
+def test_retrieval_on_a_pair_set_with_several_captions(tmp_path):
+    rows = [
+        {
+            "id": f"p{i}",
+            "image": {"bytes": encoded(drawing(i)), "path": None},
+            "captions": [
+                {"lang": "en", "text": f"first {i}"},
+                {"lang": "en", "text": f"second {i}"},
+                *([{"lang": "it", "text": f"it {i}"}] if i < 6 else []),
+            ],
+        }
+        for i in range(12)
+    ]
+    data = read_folder(write_pair_set(tmp_path, rows))
+    languages = choose_languages(data, None, log=lambda _: None)
+    assert languages == ("en", "it")
+    setting = Setting(languages=languages, seed=0, items_dir=tmp_path / "items")
+    scores = by_key(suite_run("retrieval")(Oracle(data), data, setting))
+    assert scores["retrieval/image_to_text_r1/en"].n == 12
+    assert scores["retrieval/text_to_image_r1/en"].n == 24
+    assert scores["retrieval/image_to_text_r1/it"].n == 6
+    assert all(score.value == 1.0 for score in scores.values())
+    assert scores["retrieval/image_to_text_r1/en"].chance == pytest.approx(2 / 24, abs=1e-6)
+    assert scores["retrieval/image_to_text_r1/en"].reference is None
+
+
+def test_zero_shot_on_a_pair_set_uses_its_labels(tmp_path):
+    rows = [
+        {
+            "id": f"p{i}",
+            "image": {"bytes": encoded(drawing(i)), "path": None},
+            "captions": [],
+            "label": f"label {i % 4}",
+        }
+        for i in range(12)
+    ]
+    data = read_folder(write_pair_set(tmp_path / "a", rows))
+    setting = Setting(languages=(), seed=0, items_dir=tmp_path / "items")
+
+    class Knows(Oracle):
+        def __init__(self):
+            super().__init__(data)
+            for i, picture in enumerate(data.pictures):
+                image = data.squares(self.image_size)[i].tobytes()
+                self._places[image] = self._places[picture.label] = {i % 4}
+
+    scores = by_key(suite_run("zero_shot")(Knows(), data, setting))
+    assert scores["zero_shot/top1"].value == 1.0
+    assert scores["zero_shot/top1"].chance == 0.25
+    assert scores["zero_shot/top5"].chance == 1.0
+    for row in rows:
+        del row["label"]
+        row["captions"] = [{"lang": "en", "text": "x"}]
+    unlabelled = read_folder(write_pair_set(tmp_path / "b", rows))
+    with pytest.raises(DataError, match="has 0 labels"):
+        suite_run("zero_shot")(Guesser(), unlabelled, setting)
+
+
+def test_the_linear_probe_learns_from_the_training_source_alone(data, setting):
+    (score,) = suite_run("linear_probe")(oracle(data), data, setting)
+    assert score.value > 0.6
+    assert score.reference > 0.9
+    assert score.chance == pytest.approx(1 / 3)
+    (guess,) = suite_run("linear_probe")(Guesser(), data, setting)
+    assert guess.value < 0.7
+
+
+@pytest.mark.parametrize("suite", ["colour", "box", "caption"])
+def test_questions_on_scenes(suite, data, setting):
+    known = by_key(suite_run(suite)(oracle(data, "chat_simple"), data, setting))
+    guessed = by_key(suite_run(suite)(Guesser("chat_simple"), data, setting))
+    main = {"colour": "accuracy", "box": "accuracy_iou50", "caption": "token_f1"}[suite]
+    assert known[f"{suite}/{main}"].value == 1.0
+    assert known[f"{suite}/{main}"].n == SCENES
+    assert known[f"{suite}/{main}/zh"].n == SCENES // 2
+    assert guessed[f"{suite}/{main}"].value == 0.0
+    assert 0 < known[f"{suite}/{main}"].chance < 0.9
+    assert known[f"{suite}/{main}"].reference is not None
+    items = read_items(setting.items_dir / f"{suite}.jsonl")
+    assert len(items) == SCENES
+    assert all(item["said"] == "no idea" for item in items), "no reply is dropped"
+
+
+def test_replies_that_cannot_be_parsed_are_counted(data, setting):
+    scores = by_key(suite_run("box")(Guesser("chat_full", reply="[1,2,3]"), data, setting))
+    assert scores["box/has_box"].value == 0.0
+    assert scores["box/accuracy_iou50"].n == SCENES
+    inside = by_key(suite_run("box")(Guesser("chat_full", reply="at [0,0,999,999]"), data, setting))
+    assert inside["box/has_box"].value == 1.0
+    assert inside["box/mean_iou"].value > 0.05
+    words = by_key(suite_run("colour")(Guesser("chat_full", reply="Red"), data, setting))
+    assert words["colour/in_words/"[:-1]].value == 0.5  # a colour word in English, not in Chinese
+
+
+def test_single_drawings_are_captioned_by_a_model_that_does_not_chat(data, setting):
+    scores = by_key(suite_run("caption")(Guesser("internvl_g", reply="en thing 5"), data, setting))
+    assert scores["caption/token_f1/en"].value > scores["caption/token_f1/zh"].value
+    items = read_items(setting.items_dir / "caption.jsonl")
+    assert {item["prompt"] for item in items} == {"English caption:", "Chinese caption:"}
+
+
+def test_questions_are_the_same_for_every_model_and_differ_by_seed(data):
+    first, again = (ask(data, "box", languages=LANGUAGES, count=8, seed=1) for _ in range(2))
+    other = ask(data, "box", languages=LANGUAGES, count=8, seed=2)
+    assert [q.answer for q in first] == [q.answer for q in again]
+    assert [q.answer for q in first] != [q.answer for q in other]
+    # the first questions do not depend on how many are asked
+    more = ask(data, "box", languages=LANGUAGES, count=12, seed=1)
+    assert [q.answer for q in more[:8]] == [q.answer for q in first]
+
+
+def test_what_a_model_cannot_do_has_a_reason(data, setting):
+    model = Guesser("internvl_c")
+    model.capabilities = frozenset({"embed"})
+    scores, not_applicable = score_model(model, data, setting, log=lambda _: None)
+    assert {score.suite for score in scores} == {"zero_shot", "retrieval", "linear_probe"}
+    assert set(not_applicable) == {"caption", "colour", "box"}
+    assert "needs a model that can chat" in not_applicable["box"]
+    assert "kind 'internvl_c' can ['embed']" in not_applicable["caption"]
+    assert why_not(Guesser("chat_full"), "colour") == ""
+    with pytest.raises(ModelError, match="there is no suite 'nonsense'"):
+        why_not(model, "nonsense")
+
+
+def test_a_model_that_diverged_is_refused(data, setting):
+    class Broken(Guesser):
+        def _vector(self, data):
+            return np.full(4, np.nan, np.float32)
+
+    with pytest.raises(ModelError, match="30 of 30 embeddings of images that are not finite"):
+        suite_run("zero_shot")(Broken(), data, setting)
+
+
+def test_languages_that_are_not_there(data):
+    with pytest.raises(DataError, match=r"nothing in \['ja'\]; it has \['en', 'zh'\]"):
+        choose_languages(data, ["en", "ja"])
+    said = []
+    assert choose_languages(data, None, log=said.append) == ("en", "zh")
+    assert "nothing in ['ja', 'ar', 'it']" in said[0]
+
+
+def test_every_suite_is_registered_with_what_it_needs():
+    for name in NEEDS:
+        assert callable(suite_run(name))

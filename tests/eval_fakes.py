@@ -1,0 +1,163 @@
+"""Models that need no network: one that knows every answer, and one that guesses."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from eval.datasets import ConceptSet, DataFolder
+from eval.pictures import decode_squares
+from eval.questions import Question
+from eval.suites.retrieval import keyword_caption
+
+SIDE_PX = 32
+LANGUAGES = ("en", "zh")
+
+
+class Oracle:
+    """Embeds a picture and its texts at the same place; answers questions by looking them up."""
+
+    def __init__(
+        self, data: DataFolder, questions: Sequence[Question] = (), kind: str = "internvl_g"
+    ) -> None:
+        self.kind, self.image_size = kind, SIDE_PX
+        self.capabilities = frozenset({"embed", "generate"})
+        self._places: dict[object, set[int]] = {}
+        self._width = len(data) + 1  # one place is nobody's
+        images = decode_squares([p.data for p in data.pictures], SIDE_PX)
+        for index, (picture, image) in enumerate(zip(data.pictures, images, strict=True)):
+            place = index
+            if isinstance(data, ConceptSet):
+                place = data.drawn.index(picture.concept)
+            for key in (image.tobytes(), *self._texts(data, picture)):
+                self._places.setdefault(key, set()).add(place)
+        self._answers = {(q.image.tobytes(), q.prompt): q.answer for q in questions}
+
+    @staticmethod
+    def _texts(data, picture):
+        if not isinstance(data, ConceptSet):
+            return [text for _, text in picture.captions] + [picture.label]
+        concept = data.concepts[picture.concept]
+        names = [*concept.names.values()]
+        return names + [
+            keyword_caption(concept.names.get(lang, ""), words)
+            for lang, words in concept.keywords.items()
+        ]
+
+    def embed_images(self, images: np.ndarray) -> np.ndarray:
+        return self._embed([image.tobytes() for image in images])
+
+    def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
+        return self._embed(texts)
+
+    def _embed(self, keys) -> np.ndarray:
+        out = np.zeros((len(keys), self._width), np.float32)
+        for row, key in enumerate(keys):
+            out[row, sorted(self._places[key])] = 1
+        return out / np.linalg.norm(out, axis=1, keepdims=True)
+
+    def image_features(self, images: np.ndarray) -> np.ndarray:
+        return images.reshape(len(images), -1).astype(np.float32)[:, ::7]
+
+    def generate(self, images, prompts, max_new_tokens):
+        return [
+            self._answers.get((image.tobytes(), prompt), "")
+            for image, prompt in zip(images, prompts, strict=True)
+        ]
+
+
+class Guesser:
+    """Gives every input a vector, and every question an answer, that has nothing to do with it."""
+
+    def __init__(self, kind: str = "internvl_g", width: int = 32, reply: str = "no idea") -> None:
+        self.kind, self.image_size, self.width, self.reply = kind, SIDE_PX, width, reply
+        self.capabilities = frozenset({"embed", "generate"})
+
+    def embed_images(self, images: np.ndarray) -> np.ndarray:
+        return np.stack([self._vector(image.tobytes()) for image in images])
+
+    def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
+        return np.stack([self._vector(text.encode()) for text in texts])
+
+    def image_features(self, images: np.ndarray) -> np.ndarray:
+        return self.embed_images(images)
+
+    def generate(self, images, prompts, max_new_tokens):
+        return [self.reply] * len(prompts)
+
+    def _vector(self, data: bytes) -> np.ndarray:
+        seed = int.from_bytes(hashlib.sha256(data).digest()[:8], "big")
+        vector = np.random.default_rng(seed).normal(size=self.width)
+        return (vector / np.linalg.norm(vector)).astype(np.float32)
+
+
+class Constant(Guesser):
+    """Gives the same vector to everything: ties must earn it nothing."""
+
+    def _vector(self, data: bytes) -> np.ndarray:
+        return np.full(self.width, self.width**-0.5, np.float32)
+
+
+def drawing(index: int, shift: int = 0, side: int = 40) -> Image.Image:
+    """A drawing of its own for each index: blocks of colour with a transparent border."""
+    rng = np.random.default_rng(index)
+    pixels = np.zeros((side, side, 4), np.uint8)
+    blocks = rng.integers(0, 256, (4, 4, 3)).repeat((side - 8) // 4, 0).repeat((side - 8) // 4, 1)
+    pixels[4 + shift : 4 + shift + blocks.shape[0], 4 : 4 + blocks.shape[1], :3] = blocks
+    pixels[4 + shift : 4 + shift + blocks.shape[0], 4 : 4 + blocks.shape[1], 3] = 255
+    return Image.fromarray(pixels, "RGBA")
+
+
+def encoded(image: Image.Image, kind: str = "PNG") -> bytes:
+    import io
+
+    out = io.BytesIO()
+    image.save(out, kind)
+    return out.getvalue()
+
+
+def write_concept_set(
+    folder: Path, count: int = 12, sources: Sequence[str] = ("test",), twins: bool = False
+) -> Path:
+    """A concept set of `count` classes; with `twins`, the first two look the same."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for shift, source in enumerate(sources):
+        rows = [
+            {
+                "id": f"{source}/{index}",
+                "concept": f"c{index:02d}",
+                "image": {
+                    "bytes": encoded(drawing(0 if twins and index == 1 else index, shift)),
+                    "path": f"{source}/{index}.png",
+                },
+            }
+            for index in range(count)
+        ]
+        pq.write_table(pa.Table.from_pylist(rows), folder / f"{source}.parquet")
+    concepts = [
+        {
+            "concept": f"c{index:02d}",
+            "char": "",
+            "group": f"group {index % 3}",
+            "subgroup": "",
+            "name": [{"lang": lang, "text": f"{lang} thing {index}"} for lang in LANGUAGES],
+            "keywords": [
+                {"lang": lang, "text": [f"{lang} thing {index}", f"{lang}word{index}", "same"]}
+                for lang in LANGUAGES
+            ],
+        }
+        for index in range(count)
+    ]
+    pq.write_table(pa.Table.from_pylist(concepts), folder / "concepts.parquet")
+    return folder
+
+
+def write_pair_set(folder: Path, rows: list[dict], name: str = "pairs") -> Path:
+    """A pair set of the given rows."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows), folder / f"{name}.parquet")
+    return folder
