@@ -1,0 +1,1 @@
+"""What is trained: the model families, their four compositions, and the losses."""

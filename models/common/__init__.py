@@ -1,0 +1,1 @@
+"""Parts that every model family is built from, on Megatron-Core modules."""

@@ -1,0 +1,50 @@
+"""Configs that more than one family needs (no PyTorch here: the command line reads them)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """A causal transformer in LLaMA's shape: RMSNorm, SwiGLU, rotary positions, no biases."""
+
+    vocab_size: int = 4096
+    """tokens, special ones included"""
+    width: int = 128
+    """channels of a token"""
+    depth: int = 2
+    """layers"""
+    heads: int = 4
+    """attention heads"""
+    key_value_heads: int | None = None
+    """heads of keys and values (grouped-query attention); None: as many as heads"""
+    mlp_hidden: int = 352
+    """hidden size of the SwiGLU MLP"""
+    max_tokens: int = 80
+    """longest text, special tokens included"""
+    eps: float = 1e-6
+    """of all norms"""
+    rope_base: float = 10000.0
+    """of the rotary position embedding"""
+    init_std: float = 0.02
+    """of the initial matrices (truncated normal)"""
+    embedding_init_std: float = 1.0
+    """of the initial token embeddings; at 0.02 a small text tower hardly starts to learn"""
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} does not divide by heads {self.heads}")
+        if self.head_size % 2:
+            raise ValueError(
+                f"width {self.width} / heads {self.heads} = {self.head_size} is odd; "
+                "rotary positions need an even head size"
+            )
+        if self.heads % (self.key_value_heads or self.heads):
+            raise ValueError(
+                f"heads {self.heads} does not divide by key_value_heads {self.key_value_heads}"
+            )
+
+    @property
+    def head_size(self) -> int:
+        return self.width // self.heads

@@ -1,0 +1,63 @@
+"""Greedy decoding with a key/value cache.
+
+Letters: B batch, T prompt tokens (left-padded), N new tokens, D width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from models.common.attention import additive, key_value_cache
+from models.common.decoder import Decoder
+
+
+@torch.no_grad()
+def greedy(
+    decoder: Decoder,
+    embeddings: Tensor,
+    mask: Tensor,
+    *,
+    prefix_mask: Tensor | None = None,
+    context: Tensor | None = None,
+    max_new_tokens: int,
+    eos_id: int,
+) -> Tensor:
+    """The most likely token, step by step.
+
+    Args:
+        decoder: with a head.
+        embeddings: of the prompt [B, T, D], left-padded.
+        mask: [B, T], 1 where the prompt is real.
+        prefix_mask: boolean [B, 1, T, T] (True: blocked) for the prompt; None: causal and padding.
+        context: vision tokens for cross-attention, used for the prompt only.
+        max_new_tokens: at most this many.
+        eos_id: a row that has emitted it goes on with it.
+
+    Returns:
+        [B, N] new token ids; rows that ended are filled with `eos_id`.
+    """
+    batch, length, _ = embeddings.shape
+    blocked = ~mask.bool()
+    if prefix_mask is None:
+        prefix_mask = causal_blocked(length, embeddings.device) | blocked[:, None, None, :]
+    tokens: list[Tensor] = []
+    done = torch.zeros(batch, dtype=torch.bool, device=embeddings.device)
+    with key_value_cache(decoder, length + max_new_tokens):
+        hidden = decoder(embeddings, prefix_mask, context=context)
+        for step in range(max_new_tokens):
+            best = decoder.logits(hidden[:, -1]).argmax(-1)
+            best = torch.where(done, eos_id, best)
+            tokens.append(best)
+            done |= best == eos_id
+            if step + 1 == max_new_tokens or bool(done.all()):
+                break
+            blocked = torch.cat([blocked, torch.zeros_like(blocked[:, :1])], 1)
+            seen = additive(blocked[:, None, None, :], embeddings.dtype)
+            hidden = decoder(decoder.embed(best[:, None]), seen, start=length + step)
+    return torch.stack(tokens, 1)
+
+
+def causal_blocked(length: int, device: torch.device | None = None) -> Tensor:
+    """Boolean [T, T], True above the diagonal."""
+    return torch.ones(length, length, dtype=torch.bool, device=device).triu(1)

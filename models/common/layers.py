@@ -1,0 +1,135 @@
+"""Transformer layers: what Megatron's lacks for InternViT and LLaMA, and how a stack is specified.
+
+Letters: S tokens, B batch, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from infra.errors import LayoutError
+from models.common.attention import SDPAttention
+from models.common.linear import ColumnLinear, RowLinear, UnbiasedColumnLinear
+from models.common.megatron import (
+    MLP,
+    AttnMaskType,
+    MLPSubmodules,
+    ModuleSpec,
+    SelfAttention,
+    SelfAttentionSubmodules,
+    TransformerConfig,
+    TransformerLayer,
+    TransformerLayerSubmodules,
+)
+from models.common.norms import FullWidthQKRMSNorm, norm_class
+
+LayerSpecKind = Literal["local", "te"]
+
+
+def plain_residual(_training: bool, _fused: bool) -> Callable:
+    """Megatron's "bias-dropout-add" without dropout."""
+    return _add_residual
+
+
+def _add_residual(x_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, _dropout) -> Tensor:
+    x, bias = x_with_bias
+    return residual + (x if bias is None else x + bias)
+
+
+class ScaledLayer(TransformerLayer):
+    """Pre-norm layer whose branches are scaled by a vector (LayerScale) and dropped by sample.
+
+    x + drop(ls1 * attention(norm1 x)); x + drop(ls2 * mlp(norm2 x)).
+    """
+
+    def __init__(self, config: TransformerConfig, *args, drop_paths: tuple[float, ...], **kwargs):
+        super().__init__(config, *args, **kwargs)
+        self.drop_path = drop_paths[self.layer_number - 1]
+        for name in ("ls1", "ls2"):
+            scale = torch.nn.Parameter(torch.ones(config.hidden_size, dtype=config.params_dtype))
+            scale.sequence_parallel = config.sequence_parallel
+            setattr(self, name, scale)
+        self.self_attn_bda = partial(self._scaled_residual, "ls1")
+        self.mlp_bda = partial(self._scaled_residual, "ls2")
+
+    def _scaled_residual(self, name: str, training: bool, _fused: bool) -> Callable:
+        scale = getattr(self, name)
+
+        def add(x_with_bias, residual, _dropout):
+            x, bias = x_with_bias
+            x = x if bias is None else x + bias
+            if not (training and self.drop_path):
+                return torch.addcmul(residual, x, scale)
+            keep = 1.0 - self.drop_path
+            kept = torch.rand(x.shape[1], device=x.device, dtype=torch.float32) < keep  # [B]
+            return torch.addcmul(residual, x * (kept / keep).to(x.dtype)[None, :, None], scale)
+
+        return add
+
+
+class FullNormSelfAttention(SelfAttention):
+    """Self-attention with q and k normalised over the full width.
+
+    The norms are attached here and not through Megatron's spec with `qk_layernorm=True`: that
+    flag sums every gradient whose name says q_layernorm or k_layernorm over the tensor ranks,
+    which is wrong for weights that are cut over them.
+    """
+
+    def __init__(self, config: TransformerConfig, submodules, *args, true_width: int, **kwargs):
+        super().__init__(config, submodules, *args, **kwargs)
+        self.q_layernorm = FullWidthQKRMSNorm(config, true_width)
+        self.k_layernorm = FullWidthQKRMSNorm(config, true_width)
+
+
+def self_attention_spec(
+    *, causal: bool, qkv_bias: bool, full_norm_width: int | None = None
+) -> ModuleSpec:
+    """Self-attention; `full_norm_width` asks for q/k norms over that many true channels."""
+    params: dict = {"attn_mask_type": AttnMaskType.causal if causal else AttnMaskType.no_mask}
+    if full_norm_width is not None:
+        params["true_width"] = full_norm_width
+    return ModuleSpec(
+        module=SelfAttention if full_norm_width is None else FullNormSelfAttention,
+        params=params,
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=ColumnLinear if qkv_bias else UnbiasedColumnLinear,
+            core_attention=SDPAttention,
+            linear_proj=RowLinear,
+        ),
+    )
+
+
+def layer_submodules(
+    *, norm: str, self_attention: ModuleSpec, **others
+) -> TransformerLayerSubmodules:
+    """Norm, attention, norm, MLP; `others` add cross-attention."""
+    return TransformerLayerSubmodules(
+        input_layernorm=norm_class(norm),
+        self_attention=self_attention,
+        self_attn_bda=plain_residual,
+        pre_mlp_layernorm=norm_class(norm),
+        mlp=partial(
+            MLP.as_mlp_submodule,
+            submodules=MLPSubmodules(linear_fc1=ColumnLinear, linear_fc2=RowLinear),
+        ),
+        mlp_bda=plain_residual,
+        **others,
+    )
+
+
+def require_local(kind: LayerSpecKind) -> None:
+    """Refuse the Transformer Engine spec where it cannot run.
+
+    Raises:
+        LayoutError: `kind` is "te".
+    """
+    if kind == "te":
+        raise LayoutError(
+            'layer spec "te" (Transformer Engine) needs a GPU and is not built for these models '
+            'yet; use layer spec "local"'
+        )

@@ -1,0 +1,130 @@
+"""Normalisations.
+
+Letters: S tokens, B batch, N heads, H head size, D width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from models.common.megatron import (
+    MegatronModule,
+    TransformerConfig,
+    copy_to_tensor_model_parallel_region,
+    make_sharded_tensors_for_checkpoint,
+    reduce_from_tensor_model_parallel_region,
+)
+from models.common.parallel import checkpoint_metadata, tensor_group
+
+
+class _RMSNormFunction(torch.autograd.Function):
+    """RMSNorm of fp32 rows in few passes; PyTorch has no fused one for the CPU."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        scale = torch.rsqrt(norm.square_().div_(x.shape[-1]).add_(eps))
+        ctx.save_for_backward(x, weight, scale)
+        return torch.mul(x, scale).mul_(weight)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weight, scale = ctx.saved_tensors
+        unit = x * scale
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = (grad * unit).flatten(0, -2).sum(0)
+        if not ctx.needs_input_grad[0]:
+            return None, grad_weight, None
+        grad_unit = grad * weight
+        dot = torch.linalg.vecdot(grad_unit, unit).div_(x.shape[-1]).unsqueeze(-1)
+        grad_x = grad_unit.addcmul_(unit, dot, value=-1).mul_(scale)
+        return grad_x, grad_weight, None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm over the last axis: computed in fp32, cast back, then times the weight."""
+    if x.dtype == torch.float32 and weight.dtype == torch.float32:
+        return _RMSNormFunction.apply(x, weight, eps)
+    wide = x.float()
+    unit = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return unit.to(x.dtype) * weight
+
+
+class RMSNorm(MegatronModule):
+    """RMSNorm with a weight and no bias; aware of sequence parallelism, as Megatron needs."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_):
+        super().__init__(config)
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class LayerNorm(MegatronModule):
+    """LayerNorm with weight and bias; aware of sequence parallelism, as Megatron needs."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_):
+        super().__init__(config)
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.bias = torch.nn.Parameter(torch.zeros(hidden_size, dtype=config.params_dtype))
+        for parameter in (self.weight, self.bias):
+            parameter.sequence_parallel = config.sequence_parallel
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.layer_norm(
+            x, self.weight.shape, self.weight, self.bias, self.eps
+        )
+
+
+class FullWidthQKRMSNorm(MegatronModule):
+    """RMSNorm of queries (or keys) over all heads at once, whatever the tensor parallelism.
+
+    The weight is cut by heads over the tensor ranks. Heads that were added as padding are exactly
+    zero, so they add nothing to the sum of squares, and the mean divides by the true width.
+    """
+
+    def __init__(self, config: TransformerConfig, true_width: int):
+        super().__init__(config)
+        self.eps = config.layernorm_epsilon
+        self.true_width = true_width
+        self.tp_group = tensor_group()
+        local_width = config.num_attention_heads * config.kv_channels // self.tp_group.size()
+        self.weight = torch.nn.Parameter(torch.ones(local_width, dtype=config.params_dtype))
+        self.weight.tensor_model_parallel = True
+        self.weight.partition_dim = 0
+        self.weight.partition_stride = 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [S, B, N, H], this rank's heads."""
+        flat = x.reshape(*x.shape[:2], -1)
+        if self.tp_group.size() == 1:
+            return rms_norm(flat, self.weight, self.eps).view(x.shape)
+        wide = flat.float()
+        squares = wide.square().sum(-1, keepdim=True)
+        # Summed over ranks forwards, and its gradient backwards: a plain all-gather here leaves
+        # the other ranks' gradients out, silently.
+        squares = reduce_from_tensor_model_parallel_region(squares, group=self.tp_group)
+        squares = copy_to_tensor_model_parallel_region(squares, group=self.tp_group)
+        unit = wide * torch.rsqrt(squares / self.true_width + self.eps)
+        return (unit.to(x.dtype) * self.weight).view(x.shape)
+
+    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True),
+            prefix,
+            {"weight": 0},
+            sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=checkpoint_metadata(metadata)["dp_cp_group"],
+        )
+
+
+def norm_class(kind: str) -> type[RMSNorm] | type[LayerNorm]:
+    """ "rms" or "layer" to the class."""
+    return {"rms": RMSNorm, "layer": LayerNorm}[kind]

@@ -1,0 +1,1 @@
+"""Connectors: vision tokens to a language model's width."""

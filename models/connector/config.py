@@ -1,0 +1,25 @@
+"""How vision tokens reach the language model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConnectorConfig:
+    """Which vision tokens, and what is done to them."""
+
+    kind: Literal["pixel_shuffle", "mlp2x"] = "pixel_shuffle"
+    """merge 2x2 neighbours, LayerNorm, two linears (Chat 1.1 and later), or two linears alone"""
+    ps_version: Literal["v1", "v2"] = "v2"
+    """order of merged tokens: v1 (old checkpoints) leaves rows and columns swapped"""
+    select_layer: int = -1
+    """hidden state of the vision tower to take; -4 for the 48-layer 6B"""
+    init_std: float = 0.02
+    """of the initial matrices"""
+
+    @property
+    def merge(self) -> int:
+        """Side of the square of patches that become one token."""
+        return 2 if self.kind == "pixel_shuffle" else 1

@@ -1,0 +1,66 @@
+"""Connectors.
+
+Letters: B images, T tokens, R rows, C columns, V vision width, D language width.
+"""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor, nn
+from torch.nn.functional import gelu
+
+from infra.errors import ModelError
+from models.common.canonical import set_init
+from models.common.megatron import MegatronModule, TransformerConfig
+from models.common.norms import LayerNorm
+from models.connector.config import ConnectorConfig
+
+
+class Connector(MegatronModule):
+    """Patch tokens [B, T, V] (no class token) to language tokens."""
+
+    def __init__(self, stack: TransformerConfig, config: ConnectorConfig, vision: int, width: int):
+        super().__init__(stack)
+        self.connector_config = config
+        inner = vision * config.merge**2
+        make = {"dtype": stack.params_dtype}
+        self.norm = LayerNorm(stack, inner, eps=1e-5) if config.kind == "pixel_shuffle" else None
+        self.linear1 = nn.Linear(inner, width, **make)
+        self.linear2 = nn.Linear(width, width, **make)
+        set_init(self, config.init_std)
+
+    def forward(self, tokens: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        """[B, T, V] -> [B, T / merge**2, D]. `grid` is (rows, columns); None: square."""
+        if self.connector_config.merge > 1:
+            tokens = self._shuffle(tokens, grid)
+        if self.norm is not None:
+            tokens = self.norm(tokens)
+        return self.linear2(gelu(self.linear1(tokens)))
+
+    def _shuffle(self, tokens: Tensor, grid: tuple[int, int] | None) -> Tensor:
+        rows, columns = grid or (math.isqrt(tokens.shape[1]),) * 2
+        if rows * columns != tokens.shape[1]:
+            raise ModelError(
+                f"{tokens.shape[1]} patch tokens are no {rows}x{columns} grid; pass their grid"
+            )
+        square = tokens.reshape(len(tokens), rows, columns, -1)
+        merged = pixel_shuffle(
+            square, self.connector_config.merge, self.connector_config.ps_version
+        )
+        return merged.flatten(1, 2)
+
+
+def pixel_shuffle(tokens: Tensor, merge: int, version: str) -> Tensor:
+    """[B, R, C, V] -> [B, R/merge, C/merge, V*merge**2]: each square's tokens in one, row by row.
+
+    Version "v1" returns rows and columns swapped.
+    """
+    batch, rows, columns, width = tokens.shape
+    if rows % merge or columns % merge:
+        raise ModelError(f"a {rows}x{columns} grid does not divide by {merge} for pixel shuffle")
+    blocks = tokens.view(batch, rows // merge, merge, columns // merge, merge, width)
+    merged = blocks.permute(0, 1, 3, 2, 4, 5).reshape(
+        batch, rows // merge, columns // merge, width * merge**2
+    )
+    return merged.transpose(1, 2) if version == "v1" else merged

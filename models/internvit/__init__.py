@@ -1,0 +1,1 @@
+"""InternViT: the vision encoder."""

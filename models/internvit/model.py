@@ -1,0 +1,183 @@
+"""InternViT (InternVL, section 3.2 and table 1).
+
+Letters: B batch, T tokens, K kept patches, P patch side, D width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate, linear
+
+from infra.errors import ModelError
+from models.common.canonical import set_init, set_rule, set_true_shape
+from models.common.layers import (
+    LayerSpecKind,
+    ScaledLayer,
+    layer_submodules,
+    require_local,
+    self_attention_spec,
+)
+from models.common.megatron import (
+    MegatronModule,
+    ModuleSpec,
+    TransformerBlock,
+    TransformerBlockSubmodules,
+)
+from models.common.parallel import pad_to_multiple, process_groups, stack_config, tensor_group
+from models.internvit.config import InternViTConfig
+
+
+class InternViT(MegatronModule):
+    """Image to tokens. No norm after the last layer: the output is the residual stream."""
+
+    def __init__(self, config: InternViTConfig, spec: LayerSpecKind = "local"):
+        require_local(spec)
+        stack = _stack_config(config)
+        super().__init__(stack)
+        self.vit_config = config
+        self.tp_group = tensor_group()
+        make = {"dtype": stack.params_dtype}
+        self.patch_embedding = nn.Linear(3 * config.patch_px**2, config.width, **make)
+        self.class_embedding = nn.Parameter(torch.zeros(config.width, **make))
+        self.position_embedding = nn.Parameter(
+            torch.zeros(1 + config.patches, config.width, **make)
+        )
+        self.decoder = TransformerBlock(
+            stack,
+            TransformerBlockSubmodules(layer_specs=[_layer_spec(config)] * config.depth),
+            post_layer_norm=False,
+            pg_collection=process_groups(),
+        )
+        self._set_init_rules()
+
+    def forward(self, pixels: Tensor, kept: Tensor | None = None, hidden_state: int = -1) -> Tensor:
+        """Encode images.
+
+        Args:
+            pixels: normalised [B, 3, height, width]; sides are multiples of `patch_px`.
+            kept: patch indices [B, K] to encode (FLIP masking), or None for all patches.
+            hidden_state: which entry of (embeddings, after layer 1, ..., after the last) to
+                return; negative counts from the end.
+
+        Returns:
+            [B, 1 + patches, D], or [B, 1 + K, D]; the class token is first.
+        """
+        tokens = self._embed(pixels, kept).transpose(0, 1).contiguous()  # [T, B, D]
+        depth = self.vit_config.depth
+        index = hidden_state if hidden_state >= 0 else depth + 1 + hidden_state
+        if not 0 <= index <= depth:
+            raise ModelError(
+                f"hidden_state {hidden_state} is outside the {depth + 1} states of {depth} layers"
+            )
+        if index == 0:
+            return tokens.transpose(0, 1)
+        if index == depth:
+            return self.decoder(tokens, attention_mask=None).transpose(0, 1)
+        for layer in self.decoder.layers[:index]:
+            tokens, _ = layer(hidden_states=tokens, attention_mask=None)
+        return tokens.transpose(0, 1)
+
+    def hidden_states(self, pixels: Tensor) -> list[Tensor]:
+        """All `depth + 1` states, each [B, T, D], from one pass."""
+        tokens = self._embed(pixels, None).transpose(0, 1).contiguous()
+        states = [tokens]
+        for layer in self.decoder.layers:
+            tokens, _ = layer(hidden_states=tokens, attention_mask=None)
+            states.append(tokens)
+        return [state.transpose(0, 1) for state in states]
+
+    def _embed(self, pixels: Tensor, kept: Tensor | None) -> Tensor:
+        patches, grid = self._patches(pixels)
+        positions = self.positions(*grid)
+        batch = pixels.shape[0]
+        if kept is not None:
+            patches = patches.gather(1, kept[..., None].expand(-1, -1, patches.shape[-1]))
+            place = positions[1:][kept]  # [B, K, D]
+        else:
+            place = positions[1:].expand(batch, -1, -1)
+        tokens = linear(patches, self.patch_embedding.weight, self.patch_embedding.bias) + place
+        first = (self.class_embedding + positions[0]).expand(batch, 1, -1)
+        return torch.cat([first, tokens], 1)
+
+    def _patches(self, pixels: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """[B, 3, height, width] -> [B, patches, 3*P*P]: a convolution as one matrix product."""
+        side = self.vit_config.patch_px
+        batch, _, height, width = pixels.shape
+        if height % side or width % side:
+            raise ModelError(
+                f"images are {height}x{width} px; both sides must be multiples of {side} px"
+            )
+        rows, columns = height // side, width // side
+        blocks = pixels.view(batch, 3, rows, side, columns, side)
+        flat = blocks.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows * columns, -1)
+        return flat.to(self.patch_embedding.weight.dtype), (rows, columns)
+
+    def positions(self, rows: int, columns: int) -> Tensor:
+        """Position embedding [1 + rows*columns, D]; another grid than the config's is bicubic."""
+        side = self.vit_config.image_px // self.vit_config.patch_px
+        if (rows, columns) == (side, side):
+            return self.position_embedding
+        grid = self.position_embedding[1:].float().view(1, side, side, -1).permute(0, 3, 1, 2)
+        grid = interpolate(grid, (rows, columns), mode="bicubic", align_corners=False)
+        flat = grid.permute(0, 2, 3, 1).reshape(rows * columns, -1)
+        return torch.cat([self.position_embedding[:1], flat.to(self.position_embedding.dtype)])
+
+    def _set_init_rules(self) -> None:
+        config = self.vit_config
+        set_init(self, config.init_std)
+        set_rule(self.class_embedding, "trunc_normal", config.init_std)
+        for layer in self.decoder.layers:
+            set_rule(layer.ls1, "constant", config.layerscale_init)
+            set_rule(layer.ls2, "constant", config.layerscale_init)
+            self._set_true_shapes(layer.self_attention)
+
+    def _set_true_shapes(self, attention: nn.Module) -> None:
+        """Heads padded for tensor parallelism are no part of a canonical checkpoint."""
+        width = self.vit_config.width
+        if self.config.num_attention_heads == self.vit_config.heads:
+            return
+        set_true_shape(attention.linear_qkv.weight, 3 * width, width)
+        if attention.linear_qkv.bias is not None:
+            set_true_shape(attention.linear_qkv.bias, 3 * width)
+        set_true_shape(attention.linear_proj.weight, width, width)
+        if self.vit_config.qk_norm:
+            set_true_shape(attention.q_layernorm.weight, width)
+            set_true_shape(attention.k_layernorm.weight, width)
+
+
+def flip_keep(batch: int, patches: int, drop: float, generator: torch.Generator) -> Tensor | None:
+    """Random patch indices [B, K] that stay when a share `drop` is masked (FLIP), or None for 0."""
+    if drop == 0:
+        return None
+    count = max(1, round(patches * (1 - drop)))
+    order = torch.rand(batch, patches, generator=generator).argsort(1)
+    return order[:, :count].sort(1).values
+
+
+def _stack_config(config: InternViTConfig):
+    return stack_config(
+        num_layers=config.depth,
+        hidden_size=config.width,
+        num_attention_heads=pad_to_multiple(config.heads, tensor_group().size()),
+        kv_channels=config.head_size,
+        ffn_hidden_size=config.mlp_hidden,
+        add_bias_linear=True,
+        add_qkv_bias=config.qkv_bias,
+        normalization="RMSNorm" if config.norm == "rms" else "LayerNorm",
+        layernorm_epsilon=config.eps,
+        activation_func=torch.nn.functional.gelu,
+    )
+
+
+def _layer_spec(config: InternViTConfig) -> ModuleSpec:
+    attention = self_attention_spec(
+        causal=False,
+        qkv_bias=config.qkv_bias,
+        full_norm_width=config.width if config.qk_norm else None,
+    )
+    return ModuleSpec(
+        module=ScaledLayer,
+        submodules=layer_submodules(norm=config.norm, self_attention=attention),
+        params={"drop_paths": config.drop_paths},
+    )

@@ -1,0 +1,1 @@
+"""InternVL: one definition, four configurations, made from the families beside this folder."""

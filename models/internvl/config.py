@@ -1,0 +1,114 @@
+"""InternVL's parts and which configuration has which."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from infra.errors import ConfigError
+from models.common.config import DecoderConfig
+from models.connector.config import ConnectorConfig
+from models.internvit.config import InternViTConfig, internvit
+from models.llama.config import llama
+from models.qllama.config import PAPER, QLlamaConfig
+
+Kind = Literal["text", "internvl_c", "internvl_g", "chat_simple", "chat_full"]
+
+PARTS: dict[str, frozenset[str]] = {
+    "text": frozenset({"text", "text_head"}),
+    "internvl_c": frozenset({"vision", "text", "contrast"}),
+    "internvl_g": frozenset({"vision", "text", "text_head", "queries", "contrast"}),
+    "chat_simple": frozenset({"vision", "connector", "language"}),
+    "chat_full": frozenset({"vision", "text", "queries", "connector", "language"}),
+}
+CAPABILITIES: dict[str, frozenset[str]] = {
+    "text": frozenset(),
+    "internvl_c": frozenset({"embed"}),
+    "internvl_g": frozenset({"embed", "generate"}),
+    "chat_simple": frozenset({"generate"}),
+    "chat_full": frozenset({"generate"}),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class InternVLConfig:
+    """Every part's numbers. A configuration builds the parts it has and ignores the rest."""
+
+    vision: InternViTConfig = field(default_factory=lambda: internvit("small"))
+    """the vision tower"""
+    text: DecoderConfig = field(default_factory=DecoderConfig)
+    """the text tower, which is also QLLaMA's base"""
+    queries: QLlamaConfig = field(default_factory=QLlamaConfig)
+    """what makes a QLLaMA of the text tower"""
+    connector: ConnectorConfig = field(default_factory=ConnectorConfig)
+    """vision tokens to the chat models' language model"""
+    language: DecoderConfig | None = None
+    """the chat models' language model; None: of the text tower's shape"""
+    embed_dim: int = 128
+    """channels of the shared space of images and texts"""
+    pool_heads: int = 4
+    """heads of the attention pooling"""
+    head_init_std: float = 0.02
+    """of the initial matrices of pooling, projection and matching head"""
+    temperature: float = 0.07
+    """initial temperature of the contrastive loss"""
+
+    def __post_init__(self) -> None:
+        for name, width in (("vision", self.vision.width), ("text", self.text.width)):
+            if width % self.pool_heads:
+                raise ValueError(
+                    f"{name}.width {width} does not divide by pool_heads {self.pool_heads}"
+                )
+        if self.grid % self.connector.merge:
+            raise ValueError(
+                f"the {self.grid}x{self.grid} patch grid does not divide by "
+                f"{self.connector.merge} for the pixel shuffle"
+            )
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side."""
+        return self.vision.image_px // self.vision.patch_px
+
+    @property
+    def chat(self) -> DecoderConfig:
+        """The chat models' language model."""
+        return self.language or self.text
+
+    @property
+    def logit_scale(self) -> float:
+        """Initial logarithm of the inverse temperature."""
+        return math.log(1 / self.temperature)
+
+    def visual_tokens(self, kind: str) -> int:
+        """Tokens that one image takes in a chat model's prompt."""
+        patches = self.vision.patches // self.connector.merge**2
+        return patches + (self.queries.num_queries if kind == "chat_full" else 0)
+
+
+def _paper() -> InternVLConfig:
+    return InternVLConfig(
+        vision=internvit("6b"),
+        text=llama("chinese-alpaca-7b"),
+        queries=PAPER,
+        connector=ConnectorConfig(kind="mlp2x", select_layer=-4),
+        language=llama("vicuna-7b"),
+        embed_dim=768,
+        pool_heads=16,
+    )
+
+
+FLAVOURS = {"paper": _paper, "small": InternVLConfig}
+
+
+def internvl(name: str, **changes) -> InternVLConfig:
+    """A named flavour, with fields changed.
+
+    Raises:
+        ConfigError: no flavour has that name.
+    """
+    if name not in FLAVOURS:
+        raise ConfigError(f"InternVL flavour {name!r} does not exist; known: {sorted(FLAVOURS)}")
+    return dataclasses.replace(FLAVOURS[name](), **changes)

@@ -1,0 +1,218 @@
+"""Model folders: `config.json`, `weights.safetensors`, `tokenizer.json`; and the model in use."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from infra.config import build as build_config
+from infra.config import to_dict
+from infra.errors import ModelError
+from models.common.canonical import assign, canonical_names, collect
+from models.internvl.config import CAPABILITIES, InternVLConfig
+from models.internvl.model import InternVL, build
+from models.internvl.prompts import SUMMARIZE, chat_prompt
+from models.preprocess import normalise, resize
+from models.tokenizer import BOS_ID, EOS_ID, Tokenizer, pad
+
+FORMAT = "vlfoundry.model.v1"
+BATCH = 64
+"""images or texts a forward pass takes"""
+
+
+def save_model(
+    folder: str | Path, kind: str, config: InternVLConfig, model: InternVL, tokenizer: Tokenizer
+) -> None:
+    """Write a model folder; the same model gives the same bytes. All ranks call, rank 0 writes."""
+    weights = collect(model)
+    if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
+        return
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    facts = {"format": FORMAT, "kind": kind, "model": to_dict(config)}
+    text = json.dumps(facts, indent=2, sort_keys=True, ensure_ascii=False)
+    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+    save_file(dict(sorted(weights.items())), folder / "weights.safetensors")
+    tokenizer.save(folder / "tokenizer.json")
+
+
+def read_config(folder: str | Path) -> tuple[str, InternVLConfig]:
+    """Kind and config of a model folder.
+
+    Raises:
+        ModelError: the folder is no model folder of this format.
+    """
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise ModelError(f"{path} does not exist; {folder} is no model folder")
+    facts = json.loads(path.read_text(encoding="utf-8"))
+    if facts.get("format") != FORMAT:
+        raise ModelError(f"{path} has format {facts.get('format')!r}, expected {FORMAT!r}")
+    return facts["kind"], build_config(InternVLConfig, facts["model"], str(path))
+
+
+def read_weights(folder: str | Path) -> dict[str, Tensor]:
+    """Canonical tensors of a model folder."""
+    from safetensors.torch import load_file
+
+    path = Path(folder) / "weights.safetensors"
+    if not path.is_file():
+        raise ModelError(f"{path} does not exist; {folder} is no complete model folder")
+    return load_file(path)
+
+
+def load_parts(model: InternVL, folder: str | Path, parts: Mapping[str, str]) -> list[str]:
+    """Fill parts of a model from a trained one, e.g. {"language": "text"} for a chat model.
+
+    Args:
+        model: to be filled, in any layout.
+        folder: the trained model's.
+        parts: prefix in `model` -> prefix in the folder, by whole components of the name.
+
+    Returns:
+        The names of the parameters below `parts` that the folder does not have (a head, say,
+        or cross-attention that is new): they keep their values.
+
+    Raises:
+        ModelError: nothing of a part is in the folder, or a shape differs.
+    """
+    weights = read_weights(folder)
+    found: dict[str, Tensor] = {}
+    missing = []
+    for target, source in parts.items():
+        names = [name for name in canonical_names(model) if _is_below(name, target)]
+        here = {name: source + name[len(target) :] for name in names}
+        present = {name: weights[key] for name, key in here.items() if key in weights}
+        if not present:
+            raise ModelError(f"{folder} has no {source!r} to fill the model's {target!r} with")
+        found |= present
+        missing += [name for name in names if name not in present]
+    assign(model, found, only=found)
+    return missing
+
+
+def load_model(folder: str | Path, *, untrained_seed: int | None = None) -> Model:
+    """A model ready for use in this process.
+
+    Args:
+        folder: a model folder.
+        untrained_seed: leave the weights as initialised with this seed: the control that has
+            learnt nothing.
+    """
+    kind, config = read_config(folder)
+    model = build(kind, config, seed=untrained_seed or 0)
+    if untrained_seed is None:
+        assign(model, read_weights(folder))
+    tokenizer = Tokenizer.load(Path(folder) / "tokenizer.json")
+    return Model(model, config, tokenizer)
+
+
+class Model:
+    """A model as evaluation sees it: pictures and texts in, numbers and texts out."""
+
+    def __init__(self, model: InternVL, config: InternVLConfig, tokenizer: Tokenizer):
+        self.module = model.eval()
+        self.config = config
+        self.tokenizer = tokenizer
+        self.kind = model.kind
+        self.capabilities = CAPABILITIES[model.kind]
+        self.image_size = config.vision.image_px
+
+    def embed_images(self, images: np.ndarray) -> np.ndarray:
+        """uint8 [B, H, W, 3] -> unit float32 [B, E]."""
+        self._require("embed")
+        return self._by_batch(images, self.module.embed_images, self.config.embed_dim)
+
+    def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
+        """Texts as they are -> unit float32 [B, E]; the model adds its own prefix."""
+        self._require("embed")
+        parts = [np.empty((0, self.config.embed_dim), np.float32)]
+        for chunk in _chunks(list(texts)):
+            ids, mask = self.tokenizer.encode_batch(
+                chunk, prefix=SUMMARIZE, max_tokens=self.config.text.max_tokens
+            )
+            with torch.inference_mode():
+                parts.append(self.module.embed_texts(_tensor(ids), _tensor(mask)).numpy())
+        return np.concatenate(parts)
+
+    def image_features(self, images: np.ndarray) -> np.ndarray:
+        """uint8 [B, H, W, 3] -> float32 [B, W]: mean of the vision tower's patch tokens."""
+        if self.module.vision is None:
+            raise ModelError(f"a {self.kind} model sees no images")
+        return self._by_batch(
+            images,
+            lambda pixels: self.module.vision(pixels)[:, 1:].mean(1),
+            self.config.vision.width,
+        )
+
+    def generate(
+        self, images: np.ndarray, prompts: Sequence[str], max_new_tokens: int
+    ) -> list[str]:
+        """Greedy texts about images, one each.
+
+        Chat models take a question; internvl_g takes a caption prompt such as
+        `models.internvl.prompts.caption_prompt("en")`.
+        """
+        self._require("generate")
+        texts: list[str] = []
+        for start in range(0, len(prompts), BATCH):
+            pixels = self._pixels(images[start : start + BATCH])
+            ids, mask = pad([self._prompt(p) for p in prompts[start : start + BATCH]], left=True)
+            with torch.inference_mode():
+                new = self.module.generate(
+                    _tensor(ids),
+                    _tensor(mask),
+                    pixels,
+                    max_new_tokens=max_new_tokens,
+                    eos_id=EOS_ID,
+                )
+            texts += [self._text(row) for row in new.tolist()]
+        return texts
+
+    def _prompt(self, prompt: str) -> list[int]:
+        if self.kind == "internvl_g":
+            return [BOS_ID, *self.tokenizer.encode(prompt)]
+        return chat_prompt(self.tokenizer, prompt, self.config.visual_tokens(self.kind))
+
+    def _text(self, row: list[int]) -> str:
+        row = row[: row.index(EOS_ID)] if EOS_ID in row else row
+        return self.tokenizer.decode(row, keep_special=True).strip()
+
+    def _pixels(self, images: np.ndarray) -> Tensor:
+        return normalise(resize(images, self.image_size))
+
+    def _by_batch(
+        self, images: np.ndarray, encode: Callable[[Tensor], Tensor], width: int
+    ) -> np.ndarray:
+        parts = [np.empty((0, width), np.float32)]
+        for chunk in _chunks(images):
+            with torch.inference_mode():
+                parts.append(encode(self._pixels(chunk)).float().numpy())
+        return np.concatenate(parts)
+
+    def _require(self, capability: str) -> None:
+        if capability not in self.capabilities:
+            raise ModelError(
+                f"a {self.kind} model cannot {capability}; kinds that can: "
+                f"{sorted(k for k, v in CAPABILITIES.items() if capability in v)}"
+            )
+
+
+def _is_below(name: str, prefix: str) -> bool:
+    return name == prefix or name.startswith(f"{prefix}.")
+
+
+def _chunks(items: Any) -> Iterator[Any]:
+    return (items[start : start + BATCH] for start in range(0, len(items), BATCH))
+
+
+def _tensor(array: np.ndarray) -> Tensor:
+    return torch.from_numpy(array)

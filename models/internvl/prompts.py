@@ -1,0 +1,94 @@
+"""The texts that models are given: prefixes, caption prompts, conversations with their labels.
+
+Letters: B batch, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from models.tokenizer import (
+    BOS_ID,
+    END_IMG_ID,
+    EOS_ID,
+    IMG_CONTEXT_ID,
+    IMG_ID,
+    Tokenizer,
+    pad,
+)
+
+SUMMARIZE = "summarize:"
+"""in front of every text that is embedded, without a space"""
+CAPTION_PROMPTS = {
+    "en": "English caption:",
+    "zh": "Chinese caption:",
+    "ja": "Japanese caption:",
+    "ar": "Arabic caption:",
+    "it": "Italian caption:",
+}
+IGNORE = -100
+"""label of a token that is not learnt"""
+
+
+def caption_prompt(lang: str) -> str:
+    """The captioning prompt of InternVL-G for a language."""
+    return CAPTION_PROMPTS.get(lang, f"{lang} caption:")
+
+
+def caption_rows(
+    tokenizer: Tokenizer, captions: Sequence[str], langs: Sequence[str], *, max_tokens: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Texts of the generative task: prompt, caption, end; only caption and end are learnt.
+
+    (The official code also learns the prompt's last token, by an off-by-one.)
+
+    Returns:
+        ids, mask and labels, each int64 [B, T].
+    """
+    rows = []
+    for caption, lang in zip(captions, langs, strict=True):
+        prompt = [BOS_ID, *tokenizer.encode(caption_prompt(lang))]
+        room = max_tokens - len(prompt) - 1
+        rows.append((prompt, [*tokenizer.encode(caption)[:room], EOS_ID]))
+    return _with_labels(rows)
+
+
+def chat_prompt(tokenizer: Tokenizer, question: str, visual_tokens: int) -> list[int]:
+    """<s><img>...</img> User: question / Assistant: as ids, ready to be continued."""
+    image = [IMG_ID, *[IMG_CONTEXT_ID] * visual_tokens, END_IMG_ID] if visual_tokens else []
+    return [BOS_ID, *image, *tokenizer.encode(f"\nUser: {question}\nAssistant:")]
+
+
+def chat_rows(
+    tokenizer: Tokenizer,
+    questions: Sequence[str],
+    answers: Sequence[str],
+    *,
+    visual_tokens: int,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Conversations of one turn; only the answer and the end are learnt.
+
+    Returns:
+        ids, mask and labels, each int64 [B, T].
+    """
+    return _with_labels(
+        [
+            (
+                chat_prompt(tokenizer, question, visual_tokens),
+                [*tokenizer.encode(f" {answer}"), EOS_ID],
+            )
+            for question, answer in zip(questions, answers, strict=True)
+        ]
+    )
+
+
+def _with_labels(
+    rows: Sequence[tuple[list[int], list[int]]],
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    ids, mask = pad([prompt + answer for prompt, answer in rows])
+    labels = np.full_like(ids, IGNORE)
+    for i, (prompt, answer) in enumerate(rows):
+        labels[i, len(prompt) : len(prompt) + len(answer)] = answer
+    return ids, mask, labels

@@ -1,0 +1,1 @@
+"""LLaMA: the text tower and the chat models' language model."""

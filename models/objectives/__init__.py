@@ -1,0 +1,1 @@
+"""What each stage minimises: `objective(model, batch) -> (loss, metrics)`."""

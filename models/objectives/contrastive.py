@@ -1,0 +1,109 @@
+"""Symmetric contrastive loss over the true global batch (stage 1, and stage 2's ITC).
+
+Letters: B samples of this rank, U distinct captions, R ranks, E embedding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from models.common.parallel import data_group
+from models.objectives.common import Batch, Metrics, gather_rows, unwrap
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContrastiveConfig:
+    """Options of the contrastive loss."""
+
+    label_smoothing: float = 0.0
+    """share of the target spread over all columns"""
+    max_logit_scale: float | None = 100.0
+    """ceiling of the inverse temperature; None: none, as in the official code"""
+
+
+class Contrastive:
+    """Stage 1: images against their captions.
+
+    The batch holds `pixels` [B, 3, H, W], `ids` and `mask` [B, T] (prefixed), and may hold `kept`
+    [B, K] (FLIP) and `group` [B] (samples of one group are each other's positives).
+    """
+
+    def __init__(self, config: ContrastiveConfig | None = None):
+        self.config = config or ContrastiveConfig()
+
+    def __call__(self, model, batch: Batch) -> tuple[Tensor, Metrics]:
+        model = unwrap(model)
+        images = model.embed_images(batch["pixels"], batch.get("kept"))
+        texts = embed_distinct(model, batch["ids"], batch["mask"])
+        loss, accuracy = info_nce(
+            images, texts, model.logit_scale, self.config, group=batch.get("group")
+        )
+        scale = model.logit_scale.detach().exp()
+        return loss, {"loss": loss.detach(), "accuracy": accuracy, "logit_scale": scale}
+
+
+def embed_distinct(model, ids: Tensor, mask: Tensor) -> Tensor:
+    """Text embeddings [B, E]; a caption that occurs twice is encoded once."""
+    distinct, inverse = torch.unique(ids, dim=0, return_inverse=True)
+    if len(distinct) == len(ids):
+        return model.embed_texts(ids, mask)
+    first = torch.full((len(distinct),), len(ids), device=ids.device)
+    first.scatter_reduce_(0, inverse, torch.arange(len(ids), device=ids.device), "amin")
+    return model.embed_texts(ids[first], mask[first])[inverse]
+
+
+def info_nce(
+    images: Tensor,
+    texts: Tensor,
+    logit_scale: Tensor,
+    config: ContrastiveConfig,
+    *,
+    group: Tensor | None = None,
+    valid: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Mean of both directions, our rows against the columns of all ranks.
+
+    The mean over ranks of its gradient (what data parallelism makes) is the gradient of the loss
+    of the whole batch.
+
+    Args:
+        images, texts: unit embeddings [B, E].
+        logit_scale: logarithm of the inverse temperature.
+        group: [B] ids; rows of one group share the target evenly. None: each row its own.
+        valid: [B] boolean; rows that count. None: all.
+
+    Returns:
+        The loss, and the share of our rows whose best column is right, both ways averaged.
+    """
+    scale = logit_scale.exp()
+    if config.max_logit_scale is not None:
+        scale = scale.clamp(max=config.max_logit_scale)
+    target = _targets(images, group)
+    if valid is not None and target.dtype == torch.long:
+        target = target.masked_fill(~valid, -100)
+    losses, hits = [], []
+    for rows, columns in ((images, texts), (texts, images)):
+        logits = scale * rows @ gather_rows(columns).T  # [B, R*B]
+        losses.append(cross_entropy(logits, target, label_smoothing=config.label_smoothing))
+        hits.append(_hits(logits.detach(), target))
+    return (losses[0] + losses[1]) / 2, (hits[0] + hits[1]) / 2
+
+
+def _targets(rows: Tensor, group: Tensor | None) -> Tensor:
+    """Column of each of our rows, or the even distribution over its group [B, R*B]."""
+    ranks = data_group()
+    if group is None:
+        return torch.arange(len(rows), device=rows.device) + ranks.rank() * len(rows)
+    same = (group[:, None] == gather_rows(group)[None, :]).to(rows.dtype)
+    return same / same.sum(1, keepdim=True)
+
+
+def _hits(logits: Tensor, target: Tensor) -> Tensor:
+    best = logits.argmax(1)
+    if target.dtype == torch.long:
+        return (best == target).float().mean()
+    return (target.gather(1, best[:, None]) > 0).float().mean()

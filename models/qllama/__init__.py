@@ -1,0 +1,1 @@
+"""QLLaMA: LLaMA with learnable queries that look at an image."""

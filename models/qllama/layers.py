@@ -1,0 +1,87 @@
+"""Cross-attention of queries to vision tokens.
+
+Letters: S sequence, Q queries, B rows, B' images, V vision tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from models.common.attention import SDPAttention
+from models.common.linear import RowLinear, UnbiasedColumnLinear
+from models.common.megatron import MegatronModule, TransformerConfig
+from models.common.norms import RMSNorm
+
+
+class QueryCrossAttention(MegatronModule):
+    """The first Q positions attend all vision tokens and add what they find; text passes by.
+
+    Norms of its own on both sides, no rotary positions, no mask, no gate. Keys and values are
+    computed once an image and shared by the rows that the objectives make of it.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *,
+        num_queries: int,
+        vision_width: int,
+        pg_collection,
+        **_,
+    ):
+        super().__init__(config)
+        self.num_queries = num_queries
+        self.heads = config.num_attention_heads // pg_collection.tp.size()
+        self.query_norm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon)
+        self.vision_norm = RMSNorm(config, vision_width, config.layernorm_epsilon)
+        shared = {
+            "config": config,
+            "init_method": config.init_method,
+            "bias": False,
+            "tp_group": pg_collection.tp,
+        }
+        inner = config.num_attention_heads * config.kv_channels
+        for name, width in (("q", config.hidden_size), ("k", vision_width), ("v", vision_width)):
+            linear = UnbiasedColumnLinear(width, inner, gather_output=False, **shared)
+            setattr(self, f"linear_{name}", linear)
+        self.linear_proj = RowLinear(
+            inner, config.hidden_size, input_is_parallel=True, skip_bias_add=False, **shared
+        )
+        self.attend = SDPAttention(config)
+
+    def forward(self, hidden: Tensor, key_value_states: Tensor | None = None, **_) -> Tensor:
+        """hidden [S, B, D], key_value_states [V, B', D'] with B a multiple of B' -> [S, B, D].
+
+        Without vision tokens, or with fewer positions than queries (cached decoding), nothing
+        happens.
+        """
+        if key_value_states is None or hidden.shape[0] < self.num_queries:
+            return hidden
+        queries, text = hidden[: self.num_queries], hidden[self.num_queries :]
+        rows = hidden.shape[1] // key_value_states.shape[1]
+        vision = self.vision_norm(key_value_states)
+        query, key, value = (
+            self._split(linear(x)[0])
+            for linear, x in (
+                (self.linear_q, self.query_norm(queries)),
+                (self.linear_k, vision),
+                (self.linear_v, vision),
+            )
+        )
+        found = self.attend(query, key.repeat(1, rows, 1, 1), value.repeat(1, rows, 1, 1))
+        return torch.cat([queries + self.linear_proj(found)[0], text])
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.view(*x.shape[:2], self.heads, -1)
+
+
+def already_added(_training: bool, _fused: bool) -> Callable:
+    """The residual sum after cross-attention: it has added its result to the queries itself."""
+    return _take
+
+
+def _take(x: Tensor, _residual: Tensor, _dropout: float) -> Tensor:
+    return x

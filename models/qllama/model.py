@@ -1,0 +1,100 @@
+"""QLLaMA (InternVL, section 3.2): queries in front of the text, cross-attention in some layers.
+
+Letters: B batch, B' rows (a multiple of B), Q queries, T text tokens, V vision tokens, D width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from models.common.canonical import set_init, set_rule
+from models.common.config import DecoderConfig
+from models.common.decoder import Decoder, decoder_layer_spec
+from models.common.generate import causal_blocked, greedy
+from models.common.layers import LayerSpecKind
+from models.common.megatron import ModuleSpec
+from models.qllama.config import QLlamaConfig
+from models.qllama.layers import QueryCrossAttention, already_added
+
+
+class QLlama(Decoder):
+    """LLaMA that also turns an image into Q language-like tokens."""
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        queries: QLlamaConfig,
+        vision_width: int,
+        *,
+        head: bool = True,
+        spec: LayerSpecKind = "local",
+    ):
+        specs = [_layer_spec(index, queries, vision_width) for index in range(config.depth)]
+        super().__init__(config, head=head, layer_specs=specs, spec=spec)
+        self.query_config = queries
+        self.query_tokens = nn.Parameter(
+            torch.zeros(queries.num_queries, config.width, dtype=self.config.params_dtype)
+        )
+        set_rule(self.query_tokens, "trunc_normal", queries.init_std)
+        for module in self.modules():
+            if isinstance(module, QueryCrossAttention):
+                set_init(module, queries.init_std)
+
+    @property
+    def num_queries(self) -> int:
+        return self.query_config.num_queries
+
+    def encode_image(self, vision: Tensor) -> Tensor:
+        """Vision tokens [B, V, D'] -> query outputs [B, Q, D]; queries alone, all seeing all."""
+        queries = self.query_tokens.expand(len(vision), -1, -1)
+        everything = torch.zeros(
+            1, 1, self.num_queries, self.num_queries, dtype=torch.bool, device=vision.device
+        )
+        return self(queries, everything, context=vision)
+
+    def encode_pairs(self, ids: Tensor, blocked: Tensor, vision: Tensor) -> tuple[Tensor, Tensor]:
+        """[queries | text] under a mask of `models.qllama.masks`.
+
+        Args:
+            ids: text [B', T]; rows are whole copies of the batch of images, one after another.
+            blocked: [B', 1, Q+T, Q+T].
+            vision: tokens of the images [B, V, D'].
+
+        Returns:
+            Query outputs [B', Q, D] and text outputs [B', T, D].
+        """
+        queries = self.query_tokens.expand(len(ids), -1, -1)
+        hidden = self(torch.cat([queries, self.embed(ids)], 1), blocked, context=vision)
+        return hidden[:, : self.num_queries], hidden[:, self.num_queries :]
+
+    def generate(
+        self, vision: Tensor, ids: Tensor, mask: Tensor, *, max_new_tokens: int, eos_id: int
+    ) -> Tensor:
+        """Greedy continuation [B, N] of prompts ids [B, T], left-padded, about images."""
+        queries = self.query_tokens.expand(len(ids), -1, -1)
+        full_mask = torch.cat([mask.new_ones(len(ids), self.num_queries), mask], 1)
+        blocked = causal_blocked(full_mask.shape[1], ids.device)
+        blocked[: self.num_queries, : self.num_queries] = False
+        blocked = blocked | ~full_mask.bool()[:, None, None, :]
+        return greedy(
+            self,
+            torch.cat([queries, self.embed(ids)], 1),
+            full_mask,
+            prefix_mask=blocked,
+            context=vision,
+            max_new_tokens=max_new_tokens,
+            eos_id=eos_id,
+        )
+
+
+def _layer_spec(index: int, queries: QLlamaConfig, vision_width: int) -> ModuleSpec:
+    if index % queries.cross_attention_frequency:
+        return decoder_layer_spec()
+    return decoder_layer_spec(
+        cross_attention=ModuleSpec(
+            module=QueryCrossAttention,
+            params={"num_queries": queries.num_queries, "vision_width": vision_width},
+        ),
+        cross_attn_bda=already_added,
+    )
