@@ -16,6 +16,12 @@ from eval.suites.retrieval import keyword_caption
 
 SIDE_PX = 32
 LANGUAGES = ("en", "zh")
+CAN = {
+    "internvl_c": frozenset({"embed"}),
+    "internvl_g": frozenset({"embed", "generate"}),
+    "chat_simple": frozenset({"generate"}),
+    "chat_full": frozenset({"generate"}),
+}
 
 
 class Oracle:
@@ -25,7 +31,7 @@ class Oracle:
         self, data: DataFolder, questions: Sequence[Question] = (), kind: str = "internvl_g"
     ) -> None:
         self.kind, self.image_size = kind, SIDE_PX
-        self.capabilities = frozenset({"embed", "generate"})
+        self.capabilities = CAN[kind]
         self._places: dict[object, set[int]] = {}
         self._width = len(data) + 1  # one place is nobody's
         images = decode_squares([p.data for p in data.pictures], SIDE_PX)
@@ -57,7 +63,7 @@ class Oracle:
     def _embed(self, keys) -> np.ndarray:
         out = np.zeros((len(keys), self._width), np.float32)
         for row, key in enumerate(keys):
-            out[row, sorted(self._places[key])] = 1
+            out[row, sorted(self._places.get(key, {self._width - 1}))] = 1
         return out / np.linalg.norm(out, axis=1, keepdims=True)
 
     def image_features(self, images: np.ndarray) -> np.ndarray:
@@ -75,7 +81,7 @@ class Guesser:
 
     def __init__(self, kind: str = "internvl_g", width: int = 32, reply: str = "no idea") -> None:
         self.kind, self.image_size, self.width, self.reply = kind, SIDE_PX, width, reply
-        self.capabilities = frozenset({"embed", "generate"})
+        self.capabilities = CAN[kind]
 
     def embed_images(self, images: np.ndarray) -> np.ndarray:
         return np.stack([self._vector(image.tobytes()) for image in images])

@@ -227,7 +227,6 @@ def test_questions_are_the_same_for_every_model_and_differ_by_seed(data):
 
 def test_what_a_model_cannot_do_has_a_reason(data, setting):
     model = Guesser("internvl_c")
-    model.capabilities = frozenset({"embed"})
     scores, not_applicable = score_model(model, data, setting, log=lambda _: None)
     assert {score.suite for score in scores} == {"zero_shot", "retrieval", "linear_probe"}
     assert set(not_applicable) == {"caption", "colour", "box"}

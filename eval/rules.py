@@ -1,0 +1,146 @@
+"""Rules that a model must meet before it may be promoted, and what became of each."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+from eval.scores import Score
+from eval.stats import Z_95
+from infra.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rule:
+    """What one score must satisfy; each condition that is set is one check."""
+
+    variant: str
+    """Model that the score belongs to."""
+    score: str
+    """suite/name or suite/name/lang."""
+    at_least: float | None = None
+    """The value itself, as a fraction."""
+    above_chance: bool = False
+    """The lower end of the 95 % interval lies above chance."""
+    above_untrained_by_stderr: float | None = None
+    """Lead over the untrained control, in standard errors of the difference."""
+    better_than_baseline_by_stderr: float | None = None
+    """Lead over the model that training started from, if it started from one; 0 means no worse."""
+
+    def __post_init__(self) -> None:
+        if not self.conditions():
+            raise ConfigError(f"gate rule on {self.variant} {self.score} sets no condition")
+
+    def conditions(self) -> tuple[str, ...]:
+        """Names of the conditions that are set."""
+        names = ("at_least", "above_untrained_by_stderr", "better_than_baseline_by_stderr")
+        chosen = tuple(name for name in names if getattr(self, name) is not None)
+        return chosen + (("above_chance",) if self.above_chance else ())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Check:
+    """One condition of one rule, decided."""
+
+    variant: str
+    """Model."""
+    score: str
+    """suite/name/lang."""
+    rule: str
+    """Name of the condition."""
+    value: float | None
+    """The score, or None if there is none."""
+    against: float | None
+    """What the value had to reach."""
+    passed: bool
+    """Whether it did, or need not."""
+    reason: str
+    """The decision in words."""
+
+
+def decide(rule: Rule, scores: Mapping[str, Score], baseline: Mapping[str, Score]) -> list[Check]:
+    """The checks of one rule. A score that is missing fails; a missing baseline does not."""
+    score = scores.get(rule.score)
+    if score is None:
+        reason = f"there is no such score; there are {len(scores)}, e.g. {sorted(scores)[:3]}"
+        return [_check(rule, name, None, None, False, reason) for name in rule.conditions()]
+    deciders = {
+        "at_least": _at_least,
+        "above_chance": _above_chance,
+        "above_untrained_by_stderr": _above_untrained,
+    }
+    checks = []
+    for name in rule.conditions():
+        if name == "better_than_baseline_by_stderr":
+            checks.append(_above_baseline(rule, score, baseline))
+        else:
+            checks.append(deciders[name](rule, score))
+    return checks
+
+
+def _at_least(rule: Rule, score: Score) -> Check:
+    wanted = rule.at_least
+    assert wanted is not None
+    passed = score.value >= wanted
+    return _check(
+        rule, "at_least", score.value, wanted, passed,
+        f"{score.value:.1%} {'reaches' if passed else 'is below'} {wanted:.1%}",
+    )  # fmt: skip
+
+
+def _above_chance(rule: Rule, score: Score) -> Check:
+    low, chance = score.interval[0], score.chance
+    if chance is None:
+        return _check(rule, "above_chance", low, None, False, "the score has no chance level")
+    passed = low > chance
+    return _check(
+        rule, "above_chance", low, chance, passed,
+        f"the 95 % interval starts at {low:.1%}, {'above' if passed else 'not above'} chance, "
+        f"{chance:.1%}",
+    )  # fmt: skip
+
+
+def _above_untrained(rule: Rule, score: Score) -> Check:
+    name, margin = "above_untrained_by_stderr", rule.above_untrained_by_stderr
+    assert margin is not None
+    if score.untrained is None:
+        return _check(rule, name, score.value, None, False, "no untrained control was scored")
+    spread = math.hypot(_spread(score.stderr, score.n), _spread(score.untrained_stderr, score.n))
+    return _lead(rule, name, score.value, score.untrained, spread, margin, "the untrained control")
+
+
+def _above_baseline(rule: Rule, score: Score, baseline: Mapping[str, Score]) -> Check:
+    name, margin = "better_than_baseline_by_stderr", rule.better_than_baseline_by_stderr
+    assert margin is not None
+    other = baseline.get(rule.score)
+    if other is None:
+        return _check(
+            rule, name, score.value, None, True, "training started from scratch: no baseline"
+        )
+    spread = math.hypot(_spread(score.stderr, score.n), _spread(other.stderr, other.n))
+    return _lead(rule, name, score.value, other.value, spread, margin, "the start model")
+
+
+def _lead(
+    rule: Rule, name: str, value: float, other: float, spread: float, margin: float, who: str
+) -> Check:
+    wanted = other + margin * spread
+    passed = value >= wanted if margin == 0 else value > wanted
+    return _check(
+        rule, name, value, wanted, passed,
+        f"{value:.1%} against {other:.1%} of {who}: "
+        f"{(value - other) / spread:.1f} standard errors, {margin:g} asked",
+    )  # fmt: skip
+
+
+def _spread(stderr: float | None, n: int) -> float:
+    """A standard error, at least that of one hit in n: a share of 0 is not known exactly."""
+    return max(stderr or 0.0, math.sqrt((1 / n) * (1 - 1 / n) / n) if n > 1 else Z_95)
+
+
+def _check(
+    rule: Rule, name: str, value: float | None, against: float | None, passed: bool, reason: str
+) -> Check:
+    return Check(
+        variant=rule.variant, score=rule.score, rule=name, value=value,
+        against=None if against is None else round(against, 6), passed=passed, reason=reason,
+    )  # fmt: skip

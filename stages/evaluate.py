@@ -1,0 +1,143 @@
+"""Score one model on drawings that training never saw, beside its untrained twin.
+
+The twin has the same configuration and fresh random weights: what it reaches is what the task gives
+away for nothing. Every suite that the model's kind can do is run; the others are listed with the
+reason.
+"""
+
+import shutil
+from dataclasses import dataclass
+
+from eval.datasets import ConceptSet, read_folder
+from eval.embedding import Setting
+from eval.reference import NearestPicture
+from eval.run import choose_languages, model_facts, score_model
+from eval.scores import with_untrained, write_scores
+from eval.suites import NEEDS
+from eval.variants import MODELS
+from infra.errors import ConfigError, DataError
+from infra.progress import Progress
+from infra.stage import Context, Stage, main
+from infra.tables import read_table
+
+DATA = "data"
+CLASSES = "artifacts/ingest/classes.parquet"
+RECORDS = "artifacts/ingest/records.parquet"
+ARTWORK = ("emojitwo", "fluent", "fluent_flat", "fxemoji", "noto", "noto_v1", "twemoji")
+UNTRAINED_SEED_OFFSET = 1_000_003
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """What is measured, and on what."""
+
+    test_source: str = "twemoji"
+    """Artwork file under test; training must not have read it."""
+    suites: tuple[str, ...] = tuple(NEEDS)
+    """Suites to run as far as the model's kind allows."""
+    scenes: int = 200
+    """Questions of each kind on composed scenes."""
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.suites) - set(NEEDS))
+        if unknown:
+            raise ConfigError(f"evaluate.suites: no suite {unknown}; there are {list(NEEDS)}")
+        if self.scenes < 1:
+            raise ConfigError(f"evaluate.scenes is {self.scenes}, expected at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What `evaluate` reads from params.yaml."""
+
+    seed: int
+    """Seed of scenes, intervals and the untrained twin."""
+    languages: tuple[str, ...]
+    """Languages to score."""
+    evaluate: EvaluateConfig
+
+
+def run(config: Config, context: Context) -> None:
+    """Score the trained model and its twin; write the scores and the trained model's items."""
+    from models.internvl.load import load_model
+
+    assert context.variant
+    folder = f"artifacts/evaluate/{context.variant}"
+    data, train, held_out = read_sets(config, context)
+    languages = choose_languages(data, config.languages)
+    context.log(
+        f"{len(data)} drawings of {config.evaluate.test_source}, {len(data.drawn)} classes, "
+        f"{len(held_out)} of them held out; {len(train)} training drawings as reference"
+    )
+    nearest = NearestPicture(train, data)
+    model_folder = context.path(MODELS[context.variant])
+    results = {}
+    with Progress(2, unit="models", label=f"evaluate {context.variant}") as progress:
+        for name, seed in (("trained", None), ("untrained", config.seed + UNTRAINED_SEED_OFFSET)):
+            model = load_model(model_folder, untrained_seed=seed)
+            kept = context.output(f"{folder}/items") if seed is None else context.work / "items"
+            shutil.rmtree(kept, ignore_errors=True)  # no item of an earlier run may stay
+            setting = Setting(
+                languages=languages,
+                seed=config.seed,
+                items_dir=kept,
+                train=train,
+                nearest=nearest,
+                held_out=held_out,
+                scenes=config.evaluate.scenes,
+            )
+            context.log(f"{name} {model.kind}")
+            results[name] = score_model(
+                model, data, setting, suites=config.evaluate.suites, log=context.log
+            )
+            facts = model_facts(model, model_folder)
+            progress.update()
+    scores, not_applicable = results["trained"]
+    write_scores(
+        context.output(f"{folder}/scores.json"),
+        with_untrained(scores, results["untrained"][0]),
+        model={**facts, "folder": MODELS[context.variant]},
+        data=data.facts(),
+        not_applicable=not_applicable,
+    )
+
+
+def read_sets(config: Config, context: Context) -> tuple[ConceptSet, ConceptSet, frozenset[str]]:
+    """Drawings under test, drawings that training saw, and the held-out concepts.
+
+    Raises ConfigError if training read the source under test.
+    """
+    test_source = config.evaluate.test_source
+    sources = sorted(set(read_table(context.path(RECORDS), ["source"])["source"].to_pylist()))
+    if test_source in sources:
+        raise ConfigError(
+            f"evaluate.test_source {test_source!r} is among the sources that training read "
+            f"({sources}); choose another, or take it out of ingest.train_sources"
+        )
+    classes = read_table(context.path(CLASSES), ["concept", "split"]).to_pylist()
+    held_out = frozenset(row["concept"] for row in classes if row["split"] == "held_out")
+    known = {row["concept"] for row in classes}
+    data = read_folder(context.path(DATA), sources=[test_source])
+    train = read_folder(context.path(DATA), sources=sources)
+    if not isinstance(data, ConceptSet) or not isinstance(train, ConceptSet):
+        raise DataError(f"{DATA} is no concept set: concepts.parquet is missing")
+    return data.only(known), train.only(known - held_out), held_out
+
+
+STAGE = Stage(
+    name="evaluate",
+    config=Config,
+    inputs=(
+        f"{DATA}/concepts.parquet",
+        *(f"{DATA}/{name}.parquet" for name in ARTWORK),
+        CLASSES,
+        RECORDS,
+    ),
+    outputs=("artifacts/evaluate/{variant}/scores.json", "artifacts/evaluate/{variant}/items"),
+    run=run,
+    variants=tuple(MODELS),
+    variant_inputs={variant: (folder,) for variant, folder in MODELS.items()},
+)
+
+if __name__ == "__main__":
+    raise SystemExit(main(STAGE))

@@ -1,0 +1,94 @@
+"""Decide whether the run's models may be promoted, rule by rule, with a reason for each.
+
+A rule looks at one score of one model: its value, its distance from chance, from the untrained
+control, and from the model that training started from. All rules must hold.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+from eval.rules import Check, Rule, decide
+from eval.scores import Score, read_document, read_scores
+from eval.variants import MODELS, scores_file
+from infra.errors import ConfigError
+from infra.stage import Context, Stage, main
+
+FORMAT = "vlfoundry.gate.v1"
+OUT = "artifacts/gate/gate.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateConfig:
+    """When a model is good enough."""
+
+    candidate: str
+    """Kind of the model that is promoted if all rules hold."""
+    rules: tuple[Rule, ...]
+    """What must hold."""
+    baseline: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Kind of model to the score file of the model that training started from; empty: none."""
+
+    def __post_init__(self) -> None:
+        named = {self.candidate, *self.baseline, *(rule.variant for rule in self.rules)}
+        unknown = sorted(named - set(MODELS))
+        if unknown:
+            raise ConfigError(f"gate: no model {unknown}; there are {list(MODELS)}")
+        if not self.rules:
+            raise ConfigError("gate.rules is empty: a gate without rules lets everything pass")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What `gate` reads from params.yaml."""
+
+    gate: GateConfig
+
+
+def run(config: Config, context: Context) -> None:
+    """Check every rule and write the decision. A failed gate is a result, not an error."""
+    gate = config.gate
+    scores = {variant: _by_key(context, scores_file(variant)) for variant in MODELS}
+    baseline = {variant: _by_key(context, file) for variant, file in gate.baseline.items()}
+    checks = [
+        check
+        for rule in gate.rules
+        for check in decide(rule, scores[rule.variant], baseline.get(rule.variant, {}))
+    ]
+    passed = all(check.passed for check in checks)
+    for check in checks:
+        context.log(_line(check))
+    context.log(f"gate: {gate.candidate} {'passed' if passed else 'did not pass'}")
+    document = read_document(context.path(scores_file(gate.candidate)))
+    context.write_json(
+        OUT,
+        {
+            "format": FORMAT,
+            "passed": passed,
+            "candidate": gate.candidate,
+            "model": MODELS[gate.candidate],
+            "fingerprint": document["model"]["fingerprint"],
+            "reasons": [_line(check) for check in checks if not check.passed],
+            "checks": [dataclasses.asdict(check) for check in checks],
+        },
+    )
+
+
+def _by_key(context: Context, file: str) -> dict[str, Score]:
+    return {score.key: score for score in read_scores(context.path(file))}
+
+
+def _line(check: Check) -> str:
+    state = "ok  " if check.passed else "FAIL"
+    return f"{state} {check.variant} {check.score} {check.rule}: {check.reason}"
+
+
+STAGE = Stage(
+    name="gate",
+    config=Config,
+    inputs=tuple(scores_file(variant) for variant in MODELS),
+    outputs=(OUT,),
+    run=run,
+)
+
+if __name__ == "__main__":
+    raise SystemExit(main(STAGE))

@@ -1,0 +1,132 @@
+"""The evaluation stage with models that need no training, on a small set."""
+
+import sys
+import types
+
+import pytest
+from eval_fakes import LANGUAGES, Guesser, Oracle, write_concept_set
+
+from eval.datasets import read_folder
+from eval.questions import KINDS, ask
+from eval.run import evaluate_folder
+from eval.scores import read_document, read_scores
+from eval.suites import NEEDS
+from eval.variants import MODELS
+from infra.config import build
+from infra.errors import ConfigError, DataError, ModelError
+from infra.stage import Context
+from infra.tables import write_table
+from stages.evaluate import STAGE, Config
+
+SCENES = 30
+
+
+@pytest.fixture
+def root(tmp_path):
+    write_concept_set(tmp_path / "data", 20, ("test", "train"))
+    concepts = [f"c{i:02d}" for i in range(16)]
+    splits = ["held_out" if i in (3, 5) else "train" for i in range(16)]
+    write_table(
+        tmp_path / "artifacts/ingest/classes.parquet", {"concept": concepts, "split": splits}
+    )
+    write_table(tmp_path / "artifacts/ingest/records.parquet", {"source": ["train", "train"]})
+    for folder in MODELS.values():
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "config.json").write_text("{}")
+    return tmp_path
+
+
+@pytest.fixture
+def models(monkeypatch, root):
+    """Replaces loading: the trained model knows everything, the untrained one guesses."""
+
+    def load_model(folder, *, untrained_seed=None):
+        kind = next(kind for kind, path in MODELS.items() if folder == root / path)
+        if untrained_seed is not None:
+            return Guesser(kind)
+        data = read_folder(root / "data", sources=["test"])
+        data = data.only([f"c{i:02d}" for i in range(16)])
+        asked = [q for k in KINDS for q in ask(data, k, languages=LANGUAGES, count=SCENES, seed=7)]
+        return Oracle(data, asked, kind)
+
+    module = types.SimpleNamespace(load_model=load_model)
+    monkeypatch.setitem(sys.modules, "models.internvl.load", module)
+
+
+def config(**changes):
+    evaluate = {"test_source": "test", "scenes": SCENES} | changes
+    return build(Config, {"seed": 7, "languages": list(LANGUAGES), "evaluate": evaluate})
+
+
+def run(root, variant, **changes):
+    STAGE.run(config(**changes), Context(STAGE.bind(variant), root, "key"))
+    return root / f"artifacts/evaluate/{variant}/scores.json"
+
+
+@pytest.mark.parametrize("variant", list(MODELS))
+def test_every_suite_is_scored_or_has_a_reason(root, models, variant):
+    file = run(root, variant)
+    document, scores = read_document(file), read_scores(file)
+    done = {score.suite for score in scores}
+    assert done | set(document["not_applicable"]) == set(NEEDS)
+    assert not done & set(document["not_applicable"])
+    assert document["model"]["folder"] == MODELS[variant]
+    assert document["data"]["pictures"] == 16
+    for score in scores:
+        assert score.untrained is not None
+        assert (file.parent / score.items).is_file()
+    if variant.startswith("chat"):
+        assert {s.key: s.value for s in scores}["box/accuracy_iou50"] == 1.0
+    else:
+        assert {s.key: s.value for s in scores}["zero_shot/top1_held_out/en"] == 1.0
+
+
+def test_outputs_are_the_same_bytes_each_time(root, models):
+    from infra.fingerprint import fingerprint
+
+    first = fingerprint(run(root, "internvl_g").parent)
+    assert fingerprint(run(root, "internvl_g").parent) == first
+
+
+def test_the_source_under_test_must_not_have_been_trained_on(root, models):
+    with pytest.raises(ConfigError, match="'train' is among the sources that training read"):
+        run(root, "internvl_c", test_source="train")
+    with pytest.raises(ConfigError, match=r"no suite \['colours'\]"):
+        config(suites=["colours"])
+
+
+@pytest.fixture
+def resolved(monkeypatch, models, root):
+    import infra.registry
+
+    monkeypatch.setattr(infra.registry, "resolve_model", lambda ref: root / MODELS[ref])
+
+
+def test_any_folder_can_be_scored(root, resolved, tmp_path, models):
+    said = []
+    out = tmp_path / "out" / "scores.json"
+    scores = evaluate_folder(
+        "internvl_c", root / "data", "zero_shot", out, sources=["test"], log=said.append
+    )
+    assert read_scores(out) == scores
+    assert (out.parent / scores[0].items).is_file()
+    assert scores[0].reference is None
+    assert "20 pictures" in said[-1]
+    with_reference = evaluate_folder(
+        "internvl_c", root / "data", "zero_shot", out, sources=["test"], train_sources=["train"],
+        log=said.append,
+    )  # fmt: skip
+    assert with_reference[0].reference == 1.0
+
+
+def test_what_cannot_be_scored_is_said(root, resolved, tmp_path):
+    out = tmp_path / "scores.json"
+    with pytest.raises(ModelError, match="there is no suite 'zeroshot'"):
+        evaluate_folder("internvl_c", root / "data", "zeroshot", out)
+    with pytest.raises(ModelError, match="box needs a model that can chat"):
+        evaluate_folder("internvl_c", root / "data", "box", out)
+    with pytest.raises(DataError, match=r"\['test'\] are both under test and training"):
+        evaluate_folder("internvl_c", root / "data", "zero_shot", out, train_sources=["test"])
+    with pytest.raises(DataError, match="needs a concept set and pictures to fit on"):
+        evaluate_folder("internvl_c", root / "data", "linear_probe", out)
+    assert not out.exists()

@@ -1,0 +1,100 @@
+"""The gate: each kind of rule holds and fails for the right reason."""
+
+import dataclasses
+import json
+
+import pytest
+
+from eval.rules import Rule, decide
+from eval.scores import mean_score, with_untrained, write_scores
+from eval.variants import MODELS, scores_file
+from infra.config import build
+from infra.errors import ConfigError
+from infra.stage import Context
+from stages.gate import STAGE, Config
+
+
+def score(hits=30, n=100, chance=0.05, untrained=5):
+    made = mean_score("zero_shot", "top1", [1] * hits + [0] * (n - hits), lang="en", chance=chance)
+    control = mean_score("zero_shot", "top1", [1] * untrained + [0] * (n - untrained), lang="en")
+    return with_untrained([made], [control])[0]
+
+
+def only(rule, made, baseline=None):
+    full = {"variant": "internvl_c", "score": "zero_shot/top1/en"} | rule
+    (check,) = decide(
+        build(Rule, full), {made.key: made}, {baseline.key: baseline} if baseline else {}
+    )
+    return check
+
+
+@pytest.mark.parametrize(
+    ("rule", "made", "passed", "reason"),
+    [
+        ({"at_least": 0.3}, score(30), True, r"30\.0% reaches 30\.0%"),
+        ({"at_least": 0.31}, score(30), False, r"30\.0% is below 31\.0%"),
+        ({"above_chance": True}, score(30), True, "above chance, 5.0%"),
+        ({"above_chance": True}, score(8), False, "not above chance"),
+        ({"above_untrained_by_stderr": 3}, score(30), True, "of the untrained control"),
+        ({"above_untrained_by_stderr": 3}, score(10), False, "of the untrained control"),
+    ],
+)
+def test_conditions(rule, made, passed, reason):
+    check = only(rule, made)
+    assert check.passed is passed
+    assert pytest.approx(check.value) == (
+        made.interval[0] if "above_chance" in rule else made.value
+    )
+    import re
+
+    assert re.search(reason, check.reason)
+
+
+def test_zero_against_zero_is_no_lead():
+    check = only({"above_untrained_by_stderr": 1}, score(0, untrained=0))
+    assert not check.passed
+
+
+def test_a_baseline_counts_only_if_there_is_one():
+    rule = {"better_than_baseline_by_stderr": 0}
+    assert only(rule, score(30)).passed
+    assert "from scratch" in only(rule, score(30)).reason
+    assert only(rule, score(30), baseline=score(30)).passed
+    assert not only(rule, score(29), baseline=score(30)).passed
+    assert not only({"better_than_baseline_by_stderr": 2}, score(35), baseline=score(30)).passed
+
+
+def test_a_missing_score_fails_and_says_what_there_is():
+    made = dataclasses.replace(score(), lang="zh")
+    check = only({"at_least": 0.0}, made)
+    assert not check.passed
+    assert "zero_shot/top1/zh" in check.reason
+
+
+def test_rules_without_a_condition_or_a_model_are_refused():
+    with pytest.raises(ConfigError, match="sets no condition"):
+        build(Rule, {"variant": "internvl_c", "score": "x"})
+    rule = {"variant": "internvl_c", "score": "x", "at_least": 0.1}
+    with pytest.raises(ConfigError, match=r"no model \['internvl_x'\]"):
+        build(Config, {"gate": {"candidate": "internvl_x", "rules": [rule]}})
+    with pytest.raises(ConfigError, match="lets everything pass"):
+        build(Config, {"gate": {"candidate": "internvl_c", "rules": []}})
+
+
+@pytest.mark.parametrize(("at_least", "passed"), [(0.2, True), (0.5, False)])
+def test_the_stage_writes_its_decision(tmp_path, at_least, passed):
+    for variant in MODELS:
+        write_scores(
+            tmp_path / scores_file(variant), [score()], model={"fingerprint": "f"}, data={}
+        )
+    rules = [
+        {"variant": "internvl_c", "score": "zero_shot/top1/en", "at_least": at_least},
+        {"variant": "internvl_c", "score": "zero_shot/top1/en", "above_chance": True},
+    ]
+    config = build(Config, {"gate": {"candidate": "chat_full", "rules": rules}})
+    STAGE.run(config, Context(STAGE.bind(None), tmp_path, "key"))
+    gate = json.loads((tmp_path / "artifacts/gate/gate.json").read_text())
+    assert gate["passed"] is passed
+    assert gate["model"] == MODELS["chat_full"]
+    assert [check["passed"] for check in gate["checks"]] == [passed, True]
+    assert len(gate["reasons"]) == (0 if passed else 1)
