@@ -8,9 +8,7 @@ import typer
 
 from infra.errors import ConfigError, UserError
 
-EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
-EXIT_CANCELLED = 130
 
 app = typer.Typer(
     name="vlfoundry",
@@ -70,15 +68,12 @@ def run(
     own with its own params.yaml, and shares DVC's cache; params.yaml here stays as it is.
     """
     from flows.launch import run_pipeline
+    from flows.workspace import Variation
 
+    variation = Variation(profile=profile, overrides=tuple(set_ or ()), start=start)
     raise typer.Exit(
         run_pipeline(
-            find_root(),
-            stages=tuple(stage or ()),
-            profile=profile,
-            overrides=tuple(set_ or ()),
-            start=start,
-            workspace=workspace,
+            find_root(), stages=tuple(stage or ()), variation=variation, workspace=workspace
         )
     )
 
@@ -96,10 +91,9 @@ def evaluate(
 ) -> None:
     """Score a model on a folder of pictures, and write the scores as JSON."""
     from eval.run import evaluate_folder
-    from infra.registry import resolve_model
 
     scores = evaluate_folder(
-        resolve_model(model), data, suite, json, languages=lang or None, sources=source or None
+        model, data, suite, json, languages=lang or None, sources=source or None
     )
     for score in scores:
         where = f" [{score.lang}]" if score.lang else ""

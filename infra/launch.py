@@ -61,9 +61,7 @@ def local_profile() -> LauncherProfile:
 
 def load_profile(name: str) -> LauncherProfile:
     """Read a launcher profile by its name in `infra/launchers/` or by the path of a YAML file."""
-    import yaml
-
-    from infra.config import build
+    from infra.config import build, load_params
 
     path = PROFILES / f"{name}.yaml"
     if not path.is_file():
@@ -74,8 +72,9 @@ def load_profile(name: str) -> LauncherProfile:
             f"{ENVIRONMENT_VARIABLE}: no launcher profile {name!r}; "
             f"expected one of {known} or the path of a YAML file"
         )
-    content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    return build(LauncherProfile, {"name": path.stem, **content}, where=f"launcher {path.name}")
+    return build(
+        LauncherProfile, {"name": path.stem, **load_params(path)}, where=f"launcher {path.name}"
+    )
 
 
 def die_with_parent(signum: int = signal.SIGTERM) -> None:

@@ -1,0 +1,174 @@
+"""The pipeline's graph, read from DVC: the only module that imports DVC's internals.
+
+`dvc.api` does not show the graph, so this reads `Repo.index`; tests/flows/test_graph.py holds what
+it returns to what `dvc dag` and `dvc status` print, and the version of DVC is pinned.
+"""
+
+import dataclasses
+import os
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from infra.errors import ConfigError, DataError
+
+DEFAULT_TIMEOUT_S = 12 * 3600.0
+ALL_SLOTS = "all"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StageNode:
+    """One DVC stage."""
+
+    name: str
+    """As `dvc repro` takes it, e.g. "shard" or "sft@full"."""
+    cmd: str
+    """The shell command; empty for a file that `dvc add` tracks."""
+    deps: tuple[str, ...]
+    """Paths it reads, relative to the root (parameters excluded)."""
+    outs: tuple[str, ...]
+    """Paths it writes, relative to the root."""
+    upstream: tuple[str, ...]
+    """Names of the stages whose outputs it reads."""
+    slots: int | None = None
+    """CPU slots that it takes while it runs (`meta: {cpu: 1}`); None is the whole machine."""
+    timeout_s: float = DEFAULT_TIMEOUT_S
+    """Time limit in seconds (`meta: {timeout_s: 600}`)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Graph:
+    """All stages, and what DVC says about each."""
+
+    nodes: tuple[StageNode, ...]
+    """Every stage after the stages that it depends on."""
+    changed: dict[str, str]
+    """Why a stage is out of date by itself, in words; stages that are not are absent."""
+
+    def node(self, name: str) -> StageNode:
+        """The stage of that name. Raises ConfigError, naming the known ones."""
+        for node in self.nodes:
+            if node.name == name:
+                return node
+        raise ConfigError(
+            f"no stage {name!r} in dvc.yaml; expected one of {[node.name for node in self.nodes]}"
+        )
+
+    @cached_property
+    def stale(self) -> frozenset[str]:
+        """Names of the stages that must run: changed themselves, or downstream of one that is."""
+        stale: set[str] = set()
+        for node in self.nodes:
+            if node.name in self.changed or not stale.isdisjoint(node.upstream):
+                stale.add(node.name)
+        return frozenset(stale)
+
+    def needed_for(self, names: tuple[str, ...]) -> frozenset[str]:
+        """`names` and everything upstream of them; all stages where `names` is empty.
+
+        A name without its variant stands for all variants: "sft" for "sft@simple", "sft@full".
+        """
+        if not names:
+            return frozenset(node.name for node in self.nodes)
+        known = [node.name for node in self.nodes]
+        frontier = [
+            match
+            for name in names
+            for match in ([n for n in known if n.split("@")[0] == name] or [self.node(name).name])
+        ]
+        needed: set[str] = set()
+        while frontier:
+            name = frontier.pop()
+            if name not in needed:
+                needed.add(name)
+                frontier += self.node(name).upstream
+        return frozenset(needed)
+
+
+def load_graph(root: Path) -> Graph:
+    """Read graph and status in one go (about 3 CPU-s, most of it imports).
+
+    Raises DataError if dvc.yaml cannot be read.
+    """
+    os.environ.setdefault("DVC_NO_ANALYTICS", "1")
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+
+    try:
+        with Repo(str(root)) as repo:
+            graph = repo.index.graph
+            names = {stage: _name(stage, root) for stage in graph}
+            nodes = [_node(stage, graph, names, root) for stage in graph]
+            by_address = {stage.addressing: name for stage, name in names.items()}
+            changed = {
+                by_address[address]: _reason(details) for address, details in repo.status().items()
+            }
+    except DvcException as error:
+        raise DataError(f"DVC cannot read the pipeline in {root}: {error}") from error
+    return Graph(nodes=tuple(_in_order(nodes)), changed=changed)
+
+
+def _name(stage: Any, root: Path) -> str:
+    """`stage.addressing` without its dependence on the working directory."""
+    if stage.cmd is not None and getattr(stage, "name", None):
+        return stage.name
+    return Path(os.path.relpath(stage.path, root)).as_posix()
+
+
+def _node(stage: Any, graph: Any, names: dict[Any, str], root: Path) -> StageNode:
+    from dvc.dependency import ParamsDependency
+
+    meta = stage.meta or {}
+    slots = meta.get("cpu", ALL_SLOTS)
+    if slots != ALL_SLOTS and not (isinstance(slots, int) and slots > 0):
+        raise ConfigError(
+            f"dvc.yaml, stage {names[stage]}: meta.cpu is {slots!r}, expected a number or 'all'"
+        )
+    return StageNode(
+        name=names[stage],
+        cmd=_command(stage.cmd),
+        deps=tuple(
+            _relative(dep, root) for dep in stage.deps if not isinstance(dep, ParamsDependency)
+        ),
+        outs=tuple(_relative(out, root) for out in stage.outs),
+        upstream=tuple(sorted(names[other] for other in graph.successors(stage))),
+        slots=None if slots == ALL_SLOTS else slots,
+        timeout_s=float(meta.get("timeout_s", DEFAULT_TIMEOUT_S)),
+    )
+
+
+def _command(cmd: str | list[str] | None) -> str:
+    return "\n".join(cmd) if isinstance(cmd, list) else cmd or ""
+
+
+def _relative(output: Any, root: Path) -> str:
+    if output.fs.protocol != "local":
+        return str(output)
+    return Path(os.path.relpath(output.fs_path, root)).as_posix()
+
+
+def _in_order(nodes: list[StageNode]) -> list[StageNode]:
+    """Topological order; ties by the order of dvc.yaml (the graph keeps it)."""
+    waiting, done, ordered = list(nodes), set[str](), []
+    while waiting:
+        node = next(node for node in waiting if done.issuperset(node.upstream))
+        waiting.remove(node)
+        done.add(node.name)
+        ordered.append(node)
+    return ordered
+
+
+def _reason(details: list[Any]) -> str:
+    """DVC's nested status as one line: `changed deps: params.yaml (sft.lr), modified a.txt`."""
+    parts = []
+    for detail in details:
+        if isinstance(detail, str):
+            parts.append(detail)
+            continue
+        for kind, entries in detail.items():
+            parts.append(f"{kind}: {', '.join(_entry(*item) for item in entries.items())}")
+    return "; ".join(parts)
+
+
+def _entry(path: str, what: Any) -> str:
+    return f"{path} ({', '.join(what)})" if isinstance(what, dict) else f"{what} {path}"

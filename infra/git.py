@@ -1,0 +1,95 @@
+"""What the pipeline needs of git: a commit of the working tree as it is, and files of a commit.
+
+Nothing here touches the user's branch, index or stash.
+"""
+
+import os
+import subprocess
+import tempfile
+from pathlib import Path
+
+from infra.errors import UserError
+
+RUN_REFS = "refs/runs"
+"""Commits made for runs stay reachable here: no branch, not shown by `git log` or `git branch`."""
+FALLBACK_IDENTITY = {"name": "VLFoundry", "email": "vlfoundry@localhost"}
+
+
+class GitError(UserError):
+    """A git command failed."""
+
+
+def git(root: Path, *arguments: str, env: dict[str, str] | None = None) -> str:
+    """Run git in `root`; what it printed, without the last newline. Raises GitError."""
+    result = subprocess.run(
+        ["git", *arguments],
+        cwd=root,
+        env={**os.environ, **(env or {})},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if result.returncode:
+        raise GitError(f"git {' '.join(arguments)} failed in {root}: {result.stderr.strip()}")
+    return result.stdout.rstrip("\n")
+
+
+def identity(root: Path) -> dict[str, str]:
+    """Name and email that a commit or tag of ours carries: git's own, else a fallback."""
+    return {
+        key: _configured(root, f"user.{key}") or FALLBACK_IDENTITY[key] for key in ("name", "email")
+    }
+
+
+def _configured(root: Path, key: str) -> str | None:
+    try:
+        return git(root, "config", "--get", key) or None
+    except GitError:  # exit status 1: not set
+        return None
+
+
+def head(root: Path) -> str | None:
+    """The commit that is checked out, or None in a repository without commits."""
+    try:
+        return git(root, "rev-parse", "--verify", "--quiet", "HEAD^{commit}")
+    except GitError:
+        return None
+
+
+def snapshot(root: Path) -> str:
+    """A commit that holds the working tree as it is, ignored files left out; returns its id.
+
+    That is HEAD itself where nothing differs. Else a new commit on top of HEAD, kept under
+    `refs/runs/<tree>`; the same working tree gives the same commit again.
+    """
+    parent = head(root)
+    with tempfile.TemporaryDirectory(prefix="vlfoundry-index-") as folder:
+        index = {"GIT_INDEX_FILE": str(Path(folder) / "index")}
+        if parent:
+            git(root, "read-tree", parent, env=index)
+        git(root, "add", "--all", "--", ":/", env=index)
+        tree = git(root, "write-tree", env=index)
+    if parent and git(root, "rev-parse", f"{parent}^{{tree}}") == tree:
+        return parent
+    ref = f"{RUN_REFS}/{tree[:16]}"
+    known = git(root, "for-each-ref", "--format=%(objectname) %(parent)", ref).split()
+    if known and known[1:] == ([parent] if parent else []):
+        return known[0]
+    who = identity(root)
+    commit = git(
+        root, "commit-tree", tree, *(["-p", parent] if parent else []),
+        "-m", "Working tree of a run",
+        env={
+            "GIT_AUTHOR_NAME": who["name"], "GIT_AUTHOR_EMAIL": who["email"],
+            "GIT_COMMITTER_NAME": who["name"], "GIT_COMMITTER_EMAIL": who["email"],
+        },
+    )  # fmt: skip
+    git(root, "update-ref", ref, commit)
+    return commit
+
+
+def read(root: Path, commit: str, path: str) -> str | None:
+    """The text of a file at a commit, or None if the commit has no such file."""
+    if not git(root, "ls-tree", "--full-tree", "--name-only", commit, "--", path):
+        return None
+    return git(root, "show", f"{commit}:{path}")
