@@ -183,8 +183,8 @@ def _ground(rng: np.random.Generator, colour: Sequence[int], size_px: int) -> np
 
 def _places(rng: np.random.Generator, count: int, size_px: int) -> list[tuple[int, int, int]]:
     """(left, top, side) in pixels of squares that do not overlap."""
-    largest = {1: 0.85, 2: 0.48, 3: 0.45}[count]
-    smallest = {1: 0.4, 2: 0.34, 3: 0.3}[count]
+    largest = {1: 0.7, 2: 0.48, 3: 0.45}[count]
+    smallest = {1: 0.3, 2: 0.34, 3: 0.3}[count]  # a constant box must not do
     while True:  # ends: squares this small always fit somewhere
         places: list[tuple[int, int, int]] = []
         for _ in range(40 * count):

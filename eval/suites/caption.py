@@ -16,18 +16,11 @@ from eval.pictures import decode_squares
 from eval.questions import ask, best_constant, by_language, nearest_answers, replies
 from eval.scores import Score, mean_score, write_items
 from infra.errors import DataError
+from infra.scenes import caption_question
 
 NAME = "caption"
 MEASURES = ("token_f1", "chrf")
 MAX_NEW_TOKENS = 40
-PROMPTS = {
-    "en": "English caption:",
-    "zh": "Chinese caption:",
-    "ja": "Japanese caption:",
-    "ar": "Arabic caption:",
-    "it": "Italian caption:",
-}
-DESCRIBE = "{language} caption:"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -172,8 +165,8 @@ def _nearest_concepts(data: DataFolder, setting: Setting) -> list[str]:
 
 def _prompt(lang: str, is_chat: bool) -> str:
     """How a model is asked for a caption of a single picture."""
-    if not is_chat:
-        return PROMPTS.get(lang, DESCRIBE.format(language=lang))
-    from infra.scenes import caption_question
+    if is_chat:
+        return caption_question(lang)
+    from models.internvl.prompts import caption_prompt
 
-    return caption_question(lang)
+    return caption_prompt(lang)
