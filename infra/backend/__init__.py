@@ -20,6 +20,12 @@ if TYPE_CHECKING:
 __all__ = ["Layout", "ModelFacts", "device_literals", "install", "transformer_config"]
 
 MEGATRON_VERSION = "0.19.2"
+# They advise callers of other versions, on every run: to compute a layout that is computed anyway,
+# and to use a package for asynchronous saving that is not part of Megatron.
+_TALKATIVE = (
+    "megatron.core.distributed.distributed_data_parallel",
+    "megatron.core.dist_checkpointing.strategies.torch",
+)
 _installed: Device | None = None
 
 
@@ -51,6 +57,8 @@ def install() -> Device:
         import megatron.core.optimizer
         import megatron.core.pipeline_parallel.schedules
         import megatron.core.transformer.transformer_block  # noqa: F401
+    for name in _TALKATIVE:
+        logging.getLogger(name).setLevel(logging.ERROR)
     if device.kind == "cpu":
         from infra.backend import cpu
 

@@ -1,0 +1,82 @@
+"""The process group and Megatron's groups inside it, for as long as a block of code runs."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+from infra.backend import install
+from infra.backend.layout import Layout
+from infra.backend.ranks import Rank, forbid_forks, this_rank
+
+
+@contextlib.contextmanager
+def parallel(layout: Layout, *, seed: int = 0) -> Iterator[Layout]:
+    """Join the other ranks, cut the world as `layout` says, seed the random states.
+
+    Works in a rank of `run_ranks`, and in a plain process as a world of one; that process can
+    start no ranks afterwards.
+
+    Raises:
+        LayoutError: the layout needs another number of ranks than there are.
+    """
+    device = install()
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    rank = this_rank()
+    if rank is None:
+        forbid_forks()
+    layout.check(ranks=rank.count if rank else 1)
+    if device.kind == "cuda":
+        _pick_gpu(rank)
+    _join(rank, device.process_group)
+    try:
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=layout.tensor,
+            pipeline_model_parallel_size=layout.pipeline,
+            virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
+            # Twins of the NCCL groups that only asynchronous checkpoints would use.
+            create_gloo_process_groups=False,
+        )
+        seed_everything(seed)
+        yield layout
+    finally:
+        parallel_state.destroy_model_parallel()
+        # Megatron's own teardown forgets its groups but leaves them open; this closes them all.
+        dist.destroy_process_group()
+
+
+def seed_everything(seed: int) -> None:
+    """Seed torch's generator (the same on all ranks) and Megatron's named random states."""
+    import torch
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed)
+
+
+def _join(rank: Rank | None, backend: str) -> None:
+    import torch.distributed as dist
+
+    # Gloo would look up this machine's name to find an interface; ranks are local here.
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    if rank is None:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        return
+    host, port = rank.address
+    store = dist.TCPStore(
+        host,
+        port,
+        rank.count,
+        is_master=rank.index == 0,
+        master_listen_fd=os.dup(rank.listener) if rank.listener is not None else None,
+    )
+    dist.init_process_group(backend, store=store, rank=rank.index, world_size=rank.count)
+
+
+def _pick_gpu(rank: Rank | None) -> None:
+    import torch
+
+    torch.cuda.set_device((rank.index if rank else 0) % torch.cuda.device_count())
