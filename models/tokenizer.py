@@ -93,7 +93,7 @@ class Tokenizer:
         room = max_tokens - 1 - add_eos
         for text in texts:
             row = [BOS_ID, *self.encode(prefix + text)[:room]]
-            rows.append(row + [EOS_ID] if add_eos else row)
+            rows.append([*row, EOS_ID] if add_eos else row)
         return pad(rows)
 
 

@@ -78,10 +78,34 @@ def cut(full: Tensor, parameter: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def whole(parameter: Tensor, values: Tensor) -> Tensor:
+    """The canonical tensor of `values` (the parameter's own, or its gradient's), from all ranks."""
+    values = values.detach()
+    if not getattr(parameter, "tensor_model_parallel", False):
+        return values
+    group, dim = tensor_group(), parameter.partition_dim
+    pieces = [values]
+    if group.size() > 1:
+        pieces = [torch.empty_like(values) for _ in range(group.size())]
+        dist.all_gather(pieces, values.contiguous(), group=group)
+    per_part = full_shape(parameter)[dim] // parameter.partition_stride
+    parts = zip(*(piece.chunk(parameter.partition_stride, dim) for piece in pieces), strict=True)
+    return torch.cat([torch.cat(part, dim).narrow(dim, 0, per_part) for part in parts], dim)
+
+
+def relax_padding(sharded: dict, parameters: Mapping[str, nn.Parameter]) -> dict:
+    """Let padded parameters be loaded from a Megatron checkpoint with another padding."""
+    for name, parameter in parameters.items():
+        if hasattr(parameter, "true_shape"):
+            sharded[name].allow_shape_mismatch = True
+    return sharded
+
+
+@torch.no_grad()
 def collect(model: nn.Module) -> dict[str, Tensor]:
     """Canonical fp32 tensors of a model, on every rank. All tensor ranks must call it."""
     return {
-        name: _whole(parameter).to("cpu", torch.float32).contiguous()
+        name: whole(parameter, parameter).to("cpu", torch.float32).contiguous()
         for name, parameter in canonical_names(model).items()
     }
 
@@ -109,9 +133,7 @@ def assign(
         if prefixes is not None and not name.startswith(prefixes):
             continue
         if name not in tensors:
-            raise ModelError(
-                f"weight {name!r} is missing; the weights are of another kind of model"
-            )
+            raise ModelError(f"weight {name!r} is missing; is this another kind of model?")
         full = tensors[name]
         if full.shape != full_shape(parameter):
             raise ModelError(
@@ -139,21 +161,6 @@ def initialise(model: nn.Module, seed: int) -> None:
         else:
             full.normal_(0.0, value, generator=generator)
         parameter.copy_(cut(full, parameter))
-
-
-def _whole(parameter: Tensor) -> Tensor:
-    """The canonical tensor of a parameter that may be cut and padded."""
-    if not getattr(parameter, "tensor_model_parallel", False):
-        return parameter
-    group, dim = tensor_group(), parameter.partition_dim
-    pieces = [parameter.detach()]
-    if group.size() > 1:
-        pieces = [torch.empty_like(parameter) for _ in range(group.size())]
-        dist.all_gather(pieces, parameter.detach().contiguous(), group=group)
-    shape = full_shape(parameter)
-    per_part = shape[dim] // parameter.partition_stride
-    halves = zip(*(piece.chunk(parameter.partition_stride, dim) for piece in pieces), strict=True)
-    return torch.cat([torch.cat(half, dim).narrow(dim, 0, per_part) for half in halves], dim)
 
 
 def _trunc_normal(full: Tensor, std: float, generator: torch.Generator) -> None:

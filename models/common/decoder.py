@@ -15,6 +15,7 @@ from models.common.canonical import set_init, set_rule, set_true_shape
 from models.common.config import DecoderConfig
 from models.common.layers import (
     LayerSpecKind,
+    PlainLayer,
     layer_submodules,
     require_local,
     self_attention_spec,
@@ -26,7 +27,6 @@ from models.common.megatron import (
     TransformerBlock,
     TransformerBlockSubmodules,
     TransformerConfig,
-    TransformerLayer,
 )
 from models.common.norms import RMSNorm
 from models.common.parallel import pad_to_multiple, process_groups, stack_config, tensor_group
@@ -156,7 +156,7 @@ def decoder_layer_spec(**cross_attention) -> ModuleSpec:
     """One decoder layer, with cross-attention submodules if given."""
     attention = self_attention_spec(causal=True, qkv_bias=False)
     return ModuleSpec(
-        module=TransformerLayer,
+        module=PlainLayer,
         submodules=layer_submodules(norm="rms", self_attention=attention, **cross_attention),
     )
 

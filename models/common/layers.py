@@ -5,6 +5,7 @@ Letters: S tokens, B batch, D width.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from functools import partial
 from typing import Literal
@@ -41,7 +42,15 @@ def _add_residual(x_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, _
     return residual + (x if bias is None else x + bias)
 
 
-class ScaledLayer(TransformerLayer):
+class PlainLayer(TransformerLayer):
+    """Megatron's layer, without its switching gradients on where they are switched off."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.bias_dropout_add_exec_handler = contextlib.nullcontext
+
+
+class ScaledLayer(PlainLayer):
     """Pre-norm layer whose branches are scaled by a vector (LayerScale) and dropped by sample.
 
     x + drop(ls1 * attention(norm1 x)); x + drop(ls2 * mlp(norm2 x)).

@@ -10,6 +10,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn.functional import embedding, linear
 
+from models.common.canonical import relax_padding
 from models.common.megatron import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -24,6 +25,10 @@ class ColumnLinear(ColumnParallelLinear):
         if _is_cut(self.tp_group):
             return super().forward(input_, weight, runtime_gather_output)
         return linear(input_, self.weight if weight is None else weight, self.bias), None
+
+    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
+        sharded = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        return relax_padding(sharded, dict(self.named_parameters(prefix[:-1])))
 
 
 class UnbiasedColumnLinear(ColumnLinear):
@@ -40,6 +45,10 @@ class RowLinear(RowParallelLinear):
         if _is_cut(self.tp_group):
             return super().forward(input_)
         return linear(input_, self.weight, self.bias), None
+
+    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
+        sharded = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        return relax_padding(sharded, dict(self.named_parameters(prefix[:-1])))
 
 
 class VocabEmbedding(VocabParallelEmbedding):

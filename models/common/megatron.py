@@ -4,8 +4,12 @@ Megatron must not be imported before `infra.backend.install()` (on a CPU it woul
 model code takes Megatron's names from here.
 """
 
+import os
+
 from infra.backend import install
 
+# What tensor parallelism wants on a GPU (Megatron warns without it); nothing to a CPU.
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 install()
 
 from megatron.core import parallel_state  # noqa: E402

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from models.common.canonical import relax_padding
 from models.common.megatron import (
     MegatronModule,
     TransformerConfig,
@@ -115,7 +116,7 @@ class FullWidthQKRMSNorm(MegatronModule):
         return (unit.to(x.dtype) * self.weight).view(x.shape)
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
-        return make_sharded_tensors_for_checkpoint(
+        sharded = make_sharded_tensors_for_checkpoint(
             self.state_dict(prefix="", keep_vars=True),
             prefix,
             {"weight": 0},
@@ -123,6 +124,7 @@ class FullWidthQKRMSNorm(MegatronModule):
             tp_group=self.tp_group,
             dp_cp_group=checkpoint_metadata(metadata)["dp_cp_group"],
         )
+        return relax_padding(sharded, {f"{prefix}weight": self.weight})
 
 
 def norm_class(kind: str) -> type[RMSNorm] | type[LayerNorm]:

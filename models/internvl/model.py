@@ -25,6 +25,9 @@ from models.qllama.masks import contrastive_blocked, generative_blocked, matchin
 from models.qllama.model import QLlama
 from models.tokenizer import IMG_CONTEXT_ID
 
+Text = tuple[Tensor, Tensor]
+"""ids and mask, each [B, T]"""
+
 
 def build(
     kind: str, config: InternVLConfig, *, seed: int = 0, spec: LayerSpecKind = "local"
@@ -79,9 +82,17 @@ class InternVL(MegatronModule):
         """Unit text embeddings [B, E] of "summarize:"-prefixed ids [B, T]."""
         return normalize(self.text.last_hidden(ids, mask) @ self.text_projection, dim=-1)
 
+    @torch.no_grad()
+    def stage1_similarity(self, pixels: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        """Cosines [B, B'] of images and texts by the towers and the heads of stage 1 alone."""
+        images = normalize(self.clip_projector(self.vision(pixels)), dim=-1)
+        return images @ self.embed_texts(ids, mask).T
+
     # --- stage 2 ----------------------------------------------------------------------------
 
-    def three_tasks(self, pixels: Tensor, matching, contrastive, generative) -> dict[str, Tensor]:
+    def three_tasks(
+        self, pixels: Tensor, matching: Text, contrastive: Text, generative: Text
+    ) -> dict[str, Tensor]:
         """One pass of QLLaMA over 3B rows: matching, contrastive and generative.
 
         Args:
@@ -119,12 +130,12 @@ class InternVL(MegatronModule):
         """[N, 3, H, W] -> [N, tokens, D] for the language model: queries first, then patches."""
         patch_px = self.model_config.vision.patch_px
         grid = (pixels.shape[2] // patch_px, pixels.shape[3] // patch_px)
-        states = self.vision(pixels, hidden_state=self.model_config.connector.select_layer)
-        patches = self.connector(states[:, 1:], grid)
+        select = self.model_config.connector.select_layer
         if self.query_connector is None:
-            return patches
-        last = states if self.model_config.connector.select_layer == -1 else self.vision(pixels)
-        return torch.cat([self.query_connector(self.text.encode_image(last)), patches], 1)
+            return self.connector(self.vision(pixels, hidden_state=select)[:, 1:], grid)
+        states = self.vision.hidden_states(pixels)
+        queries = self.query_connector(self.text.encode_image(states[-1]))
+        return torch.cat([queries, self.connector(states[select][:, 1:], grid)], 1)
 
     def chat_embeddings(
         self, ids: Tensor, pixels: Tensor | None, context_id: int = IMG_CONTEXT_ID

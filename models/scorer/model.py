@@ -20,11 +20,11 @@ class ScorerConfig:
     """Largest number of tokens of its byte-level BPE."""
     token_width: int = 192
     """Width of a token embedding."""
-    hidden: int = 384
+    hidden: int = 512
     """Width of the middle layer of each tower."""
-    width: int = 128
+    width: int = 192
     """Width of the space in which pictures and captions meet."""
-    dropout: float = 0.2
+    dropout: float = 0.4
     """Share of picture features and hidden units left out in training."""
 
 
