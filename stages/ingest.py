@@ -22,7 +22,7 @@ from infra.artwork import (
     read_artwork,
     read_concepts,
     stable_order,
-)  # fmt: skip
+)
 from infra.errors import ConfigError, DataError
 from infra.images import decode_rgba
 from infra.noise import lossless, low_resolution, overlay_text, reencode
@@ -387,12 +387,16 @@ STAGE = Stage(
     outputs=tuple(
         f"{OUT}/{name}"
         for name in (
-            "records.parquet", "images.parquet", "truth.parquet", "classes.parquet",
-            "identical.json", "metrics.json",
+            "records.parquet",
+            "images.parquet",
+            "truth.parquet",
+            "classes.parquet",
+            "identical.json",
+            "metrics.json",
         )
     ),
     run=run,
-)  # fmt: skip
+)
 
 if __name__ == "__main__":
     raise SystemExit(main(STAGE))
