@@ -27,6 +27,7 @@ STOP_GRACE_S = 10.0
 """A stopped stage has this long to save before it gets SIGTERM, and a quarter more before KILL."""
 TAIL_LINES = 30
 LINE_LIMIT_BYTES = 1 << 20
+LAST_WORDS_S = 10.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -135,25 +136,42 @@ async def run_guarded(
         start_new_session=True,
     )
     reading = asyncio.create_task(_read_lines(process, on_line))
+    ending_by_itself = asyncio.create_task(_ended(process.pid))
     stopping = asyncio.create_task(stop.wait())
     ending: Literal["timed out", "cancelled"] | None = None
     try:
         done, _ = await asyncio.wait(
-            {reading, stopping}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED
+            {ending_by_itself, stopping}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED
         )
-        if reading not in done:
+        if ending_by_itself not in done:
             ending = "cancelled" if stopping in done else "timed out"
     finally:
         stopping.cancel()
         _let_go(process)
         try:
             # The guard needs grace_s, then a quarter of it, then a moment to kill.
-            await asyncio.wait_for(process.wait(), grace_s * 1.25 + 10)
-            await reading
+            await asyncio.wait_for(ending_by_itself, grace_s * 1.25 + 10)
         finally:
             _kill_session(process)
+        await asyncio.wait_for(reading, LAST_WORDS_S)
+        await process.wait()
     assert process.returncode is not None
     return process.returncode, ending
+
+
+async def _ended(pid: int) -> None:
+    """Wait until a child has ended. `Process.wait` also waits for all who hold its output."""
+    loop, ended = asyncio.get_running_loop(), asyncio.Event()
+    try:
+        watched = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return  # ended and collected already
+    loop.add_reader(watched, ended.set)
+    try:
+        await ended.wait()
+    finally:
+        loop.remove_reader(watched)
+        os.close(watched)
 
 
 async def _read_lines(process: Process, on_line: Callable[[str], None]) -> None:

@@ -13,7 +13,8 @@ PROGRESS = re.compile(r"\d+%\|")
 DVC_NOISE = re.compile(
     r"Running stage '|> |Updating lock file|Generating lock file|Use `dvc push`|"
     r"To track the changes with git|To enable auto staging|\tgit add|\tdvc config|"
-    r"Stage '.*' (didn't change, skipping|is cached - skipping run)|Verifying data sources|Data and pipelines are up to date"
+    r"Stage '.*' (didn't change, skipping|is cached - skipping run)|"
+    r"Verifying data sources|Data and pipelines are up to date"
 )
 MARKS = {"failed": "✗", "timed out": "✗", "cancelled": "■", "not run": "·"}
 CLEAR = "\r\x1b[2K"

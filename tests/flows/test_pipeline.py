@@ -1,0 +1,128 @@
+"""The flow on a toy pipeline: what runs, what is skipped, what is recorded, how it stops."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows.graph import load_graph
+from flows.terminal import Terminal
+from tests.flows.toy import processes_marked, sh, steer, wait_until
+
+COMMAND = [sys.executable, "-m", "flows.cli", "run"]
+# A stage that is busy until it is interrupted, saves, and leaves as ours do.
+BUSY = """
+import signal
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+pathlib.Path("work/started").touch()
+try:
+    time.sleep(300)
+except KeyboardInterrupt:
+    pathlib.Path("work/saved").touch()
+    print("saved")
+    sys.exit(130)
+"""
+
+
+def ask(url: str, path: str, **body: Any) -> list[dict[str, Any]]:
+    """POST to Prefect's API."""
+    request = urllib.request.Request(
+        f"{url}/{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    return json.load(opener.open(request, timeout=60))
+
+
+def run_here(root: Path) -> tuple[Any, Any, str]:
+    """Run the flow in this process; (the Run, its final state, what the terminal showed)."""
+    from flows.pipeline import Run, run_flow
+
+    stream = io.StringIO()
+    run = Run(root=root, graph=load_graph(root), terminal=Terminal(stream), grace_s=1)
+    return run, run_flow(run), stream.getvalue()
+
+
+def states(run: Any) -> dict[str, str]:
+    return {result.name: result.state for result in run.ordered_results()}
+
+
+def test_runs_what_changed_and_records_it(toy: Path, prefect_server: str) -> None:
+    run, state, shown = run_here(toy)
+    assert states(run) == dict.fromkeys(["prepare", "train@a", "train@b", "score"], "ran")
+    assert state.is_completed()
+    assert "  train@a │ hello from train-a" in shown
+    assert "Running stage" not in shown
+    tasks = ask(
+        prefect_server, "task_runs/filter",
+        flow_runs={"id": {"any_": [str(state.state_details.flow_run_id)]}},
+    )  # fmt: skip
+    assert {task["name"]: task["state_type"] for task in tasks} == dict.fromkeys(
+        ["prepare", "train@a", "train@b", "score"], "COMPLETED"
+    )
+    lock = (toy / "dvc.lock").read_bytes()
+
+    run, state, _ = run_here(toy)
+    assert set(states(run).values()) == {"up to date"}
+    assert state.is_completed()
+    artifacts = ask(
+        prefect_server, "artifacts/filter",
+        flow_runs={"id": {"any_": [str(state.state_details.flow_run_id)]}},
+    )  # fmt: skip
+    assert [artifact["key"] for artifact in artifacts] == ["graph"]
+    assert "s0 --> s1" in artifacts[0]["data"]
+    sh(toy, sys.executable, "-m", "dvc", "repro", "--quiet")
+    assert (toy / "dvc.lock").read_bytes() == lock  # DVC alone agrees that nothing is left
+
+    steer(toy, "train-b", "sys.exit('cannot train')")
+    (toy / "params.yaml").write_text("seed: 1\nstart: scratch\ntrain:\n  lr: 0.5\n")
+    run, state, shown = run_here(toy)
+    assert states(run) == {
+        "prepare": "up to date", "train@a": "ran", "train@b": "failed", "score": "not run",
+    }  # fmt: skip
+    assert state.is_failed()
+    assert "cannot train" in run.results["train@b"].tail
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(toy: Path, prefect_server: str, mark: str) -> None:
+    steer(toy, "prepare", BUSY)
+    environment = {**os.environ, "PYTHONPATH": str(Path.cwd())}
+    process = subprocess.Popen(
+        COMMAND, cwd=toy, env=environment, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    wait_until((toy / "work" / "started").exists, "the start of the stage")
+    busy = subprocess.run(COMMAND, cwd=toy, env=environment, capture_output=True, text=True)
+    assert busy.returncode == 2
+    assert f"a run (process {process.pid}) goes on" in busy.stderr
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, output
+    assert (toy / "work" / "saved").exists()
+    assert "run `make run` again to go on" in output
+    assert processes_marked(mark) == []
+    newest = ask(prefect_server, "flow_runs/filter", sort="START_TIME_DESC", limit=1)
+    assert newest[0]["state_type"] == "CANCELLED"
+
+
+def test_kill_9_of_the_flow_leaves_no_orphan(
+    toy: Path, mark: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    steer(toy, "prepare", BUSY)
+    environment = {**os.environ, "PYTHONPATH": str(Path.cwd())}
+    process = subprocess.Popen(COMMAND, cwd=toy, env=environment, stdout=subprocess.DEVNULL)
+    wait_until((toy / "work" / "started").exists, "the start of the stage")
+    alive = "\n".join(processes_marked(mark))
+    assert "uvicorn" in alive  # the run's own server is among those that must go
+    assert "work.py prepare" in alive
+    process.kill()
+    process.wait()
+    wait_until(lambda: not processes_marked(mark), "the end of all processes", limit_s=20)
+    assert (toy / "work" / "saved").exists()
