@@ -56,3 +56,12 @@ def normalise(images: np.ndarray) -> Tensor:
     std = torch.tensor(STD).view(1, 3, 1, 1)
     pixels = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
     return pixels.float().mul_(1 / (255 * std)).sub_(mean / std)
+
+
+def standardise(pictures: Tensor) -> Tensor:
+    """float32 [B, 3, H, W] in 0..1 -> the same with ImageNet's mean and deviation taken out."""
+    import torch
+
+    mean = torch.tensor(MEAN).view(1, 3, 1, 1)
+    std = torch.tensor(STD).view(1, 3, 1, 1)
+    return (pictures - mean) / std

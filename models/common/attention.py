@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from models.common.megatron import AttnMaskType, MegatronModule, TransformerConfig
+from models.common.megatron import AttnMaskType, TransformerConfig
+from models.common.parallel import Part
 
 
 class KeyValueCache:
@@ -36,7 +37,7 @@ class KeyValueCache:
         return self.key[:end], self.value[:end]
 
 
-class SDPAttention(MegatronModule):
+class SDPAttention(Part):
     """Softmax attention over heads that are already projected (and rotated).
 
     `attention_mask` is None, boolean (True: blocked, as everywhere in Megatron) or an additive

@@ -1,21 +1,20 @@
-"""Whole tensors by layout-free name: how weights are initialised, collected and assigned.
+"""Initial weights by name: the same numbers in every parallel layout.
 
 A parameter's canonical tensor is what one rank without padding would hold. Initial weights are
 drawn from a generator seeded with (seed, canonical name), then cut to what the rank holds, so
-neither the order of construction nor the layout matters.
+neither the order of construction nor the layout matters. (`infra.train.weights` reads and writes
+canonical tensors; it takes their real shape from the `true_shape` set here.)
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from infra.errors import ModelError
 from models.common.parallel import tensor_group
 
 Rule = tuple[str, float]
@@ -39,11 +38,6 @@ def set_rule(parameter: nn.Parameter, kind: str, value: float) -> None:
 def set_true_shape(parameter: nn.Parameter, *shape: int) -> None:
     """Say which part of a padded parameter is real: what canonical checkpoints hold."""
     parameter.true_shape = torch.Size(shape)
-
-
-def canonical_names(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters by their layout-free names."""
-    return dict(model.named_parameters())
 
 
 def full_shape(parameter: Tensor) -> torch.Size:
@@ -77,22 +71,6 @@ def cut(full: Tensor, parameter: Tensor) -> Tensor:
     return torch.cat(pieces, dim)
 
 
-@torch.no_grad()
-def whole(parameter: Tensor, values: Tensor) -> Tensor:
-    """The canonical tensor of `values` (the parameter's own, or its gradient's), from all ranks."""
-    values = values.detach()
-    if not getattr(parameter, "tensor_model_parallel", False):
-        return values
-    group, dim = tensor_group(), parameter.partition_dim
-    pieces = [values]
-    if group.size() > 1:
-        pieces = [torch.empty_like(values) for _ in range(group.size())]
-        dist.all_gather(pieces, values.contiguous(), group=group)
-    per_part = full_shape(parameter)[dim] // parameter.partition_stride
-    parts = zip(*(piece.chunk(parameter.partition_stride, dim) for piece in pieces), strict=True)
-    return torch.cat([torch.cat(part, dim).narrow(dim, 0, per_part) for part in parts], dim)
-
-
 def relax_padding(sharded: dict, parameters: Mapping[str, nn.Parameter]) -> dict:
     """Let padded parameters be loaded from a Megatron checkpoint with another padding."""
     for name, parameter in parameters.items():
@@ -102,51 +80,9 @@ def relax_padding(sharded: dict, parameters: Mapping[str, nn.Parameter]) -> dict
 
 
 @torch.no_grad()
-def collect(model: nn.Module) -> dict[str, Tensor]:
-    """Canonical fp32 tensors of a model, on every rank. All tensor ranks must call it."""
-    return {
-        name: whole(parameter, parameter).to("cpu", torch.float32).contiguous()
-        for name, parameter in canonical_names(model).items()
-    }
-
-
-@torch.no_grad()
-def assign(
-    model: nn.Module, tensors: Mapping[str, Tensor], *, only: Iterable[str] | None = None
-) -> None:
-    """Fill parameters of a model from canonical tensors.
-
-    Args:
-        model: in any tensor-parallel layout.
-        tensors: whole tensors by canonical name.
-        only: prefixes of the parameters to fill; None: all, and `tensors` holds nothing else.
-
-    Raises:
-        ModelError: a tensor is missing, is of another shape, or belongs to no parameter.
-    """
-    prefixes = None if only is None else tuple(only)
-    names = canonical_names(model)
-    surplus = sorted(tensors.keys() - names.keys())
-    if prefixes is None and surplus:
-        raise ModelError(f"{len(surplus)} weights belong to no parameter, first {surplus[0]!r}")
-    for name, parameter in names.items():
-        if prefixes is not None and not name.startswith(prefixes):
-            continue
-        if name not in tensors:
-            raise ModelError(f"weight {name!r} is missing; is this another kind of model?")
-        full = tensors[name]
-        if full.shape != full_shape(parameter):
-            raise ModelError(
-                f"weight {name!r} has shape {list(full.shape)}, the model's config asks for "
-                f"{list(full_shape(parameter))}"
-            )
-        parameter.copy_(cut(full, parameter))
-
-
-@torch.no_grad()
 def initialise(model: nn.Module, seed: int) -> None:
     """Fill every parameter of `model` by its rule."""
-    for name, parameter in canonical_names(model).items():
+    for name, parameter in model.named_parameters():
         if parameter.is_meta:
             continue
         kind, value = parameter.init_rule

@@ -22,17 +22,16 @@ from models.common.layers import (
 )
 from models.common.linear import ColumnLinear, VocabEmbedding
 from models.common.megatron import (
-    MegatronModule,
     ModuleSpec,
     TransformerBlock,
     TransformerBlockSubmodules,
     TransformerConfig,
 )
 from models.common.norms import RMSNorm
-from models.common.parallel import pad_to_multiple, process_groups, stack_config, tensor_group
+from models.common.parallel import Part, pad_to_multiple, process_groups, stack_config
 
 
-class Decoder(MegatronModule):
+class Decoder(Part):
     """Token embeddings, layers, a final norm and, if asked for, a head over the vocabulary."""
 
     def __init__(
@@ -47,7 +46,6 @@ class Decoder(MegatronModule):
         stack = decoder_stack_config(config)
         super().__init__(stack)
         self.decoder_config = config
-        self.tp_group = tensor_group()
         vocabulary = pad_to_multiple(config.vocab_size, self.tp_group.size())
         self.embedding = VocabEmbedding(
             vocabulary,
@@ -76,7 +74,7 @@ class Decoder(MegatronModule):
         tokens: Tensor,
         mask: Tensor | None = None,
         *,
-        start: int = 0,
+        positions: Tensor | None = None,
         context: Tensor | None = None,
     ) -> Tensor:
         """Hidden states after the final norm.
@@ -84,7 +82,7 @@ class Decoder(MegatronModule):
         Args:
             tokens: embeddings [B, T, D].
             mask: None for causal; else boolean (True: blocked) or additive, [B, 1, T, T].
-            start: rotary position of the first token (after cached ones).
+            positions: rotary positions [B, T]; None: 0, 1, ... T-1 in each row.
             context: what cross-attention layers look at [B', T', D'].
 
         Returns:
@@ -95,7 +93,7 @@ class Decoder(MegatronModule):
         hidden = self.decoder(
             tokens.transpose(0, 1).contiguous(),
             attention_mask=mask,
-            rotary_pos_emb=self._angles(start, tokens.shape[1], tokens.device),
+            rotary_pos_emb=self._angles(positions, tokens.shape[1], tokens.device),
             context=None if context is None else context.transpose(0, 1),
         )
         return hidden.transpose(0, 1)
@@ -115,14 +113,15 @@ class Decoder(MegatronModule):
         flat, _ = self.head(hidden.reshape(-1, 1, hidden.shape[-1]))
         return flat[:, 0, : self.decoder_config.vocab_size].view(*hidden.shape[:-1], -1)
 
-    def _angles(self, start: int, length: int, device: torch.device) -> Tensor:
-        """Rotary angles [T, 1, 1, head size], the two halves alike ("rotate half")."""
+    def _angles(self, positions: Tensor | None, length: int, device: torch.device) -> Tensor:
+        """Rotary angles [T, B or 1, 1, head size], the two halves alike ("rotate half")."""
         config = self.decoder_config
+        if positions is None:
+            positions = torch.arange(length, device=device)[None]
         steps = torch.arange(0, config.head_size, 2, dtype=torch.float32, device=device)
         frequencies = 1.0 / config.rope_base ** (steps / config.head_size)
-        places = torch.arange(start, start + length, dtype=torch.float32, device=device)
-        angles = torch.outer(places, frequencies)
-        return torch.cat([angles, angles], -1)[:, None, None]
+        angles = positions.T[..., None].float() * frequencies
+        return torch.cat([angles, angles], -1)[:, :, None]
 
     def _set_init_rules(self, vocabulary: int) -> None:
         config = self.decoder_config

@@ -27,7 +27,8 @@ def greedy(
 
     Args:
         decoder: with a head.
-        embeddings: of the prompt [B, T, D], left-padded.
+        embeddings: of the prompt [B, T, D], padding not counted as positions,
+            the last token real.
         mask: [B, T], 1 where the prompt is real.
         prefix_mask: boolean [B, 1, T, T] (True: blocked) for the prompt; None: causal and padding.
         context: vision tokens for cross-attention, used for the prompt only.
@@ -41,10 +42,11 @@ def greedy(
     blocked = ~mask.bool()
     if prefix_mask is None:
         prefix_mask = causal_blocked(length, embeddings.device) | blocked[:, None, None, :]
+    positions = (mask.long().cumsum(1) - 1).clamp_min(0)
     tokens: list[Tensor] = []
     done = torch.zeros(batch, dtype=torch.bool, device=embeddings.device)
     with key_value_cache(decoder, length + max_new_tokens):
-        hidden = decoder(embeddings, prefix_mask, context=context)
+        hidden = decoder(embeddings, prefix_mask, positions=positions, context=context)
         for step in range(max_new_tokens):
             best = decoder.logits(hidden[:, -1]).argmax(-1)
             best = torch.where(done, eos_id, best)
@@ -54,7 +56,8 @@ def greedy(
                 break
             blocked = torch.cat([blocked, torch.zeros_like(blocked[:, :1])], 1)
             seen = additive(blocked[:, None, None, :], embeddings.dtype)
-            hidden = decoder(decoder.embed(best[:, None]), seen, start=length + step)
+            place = positions[:, -1:] + 1 + step
+            hidden = decoder(decoder.embed(best[:, None]), seen, positions=place)
     return torch.stack(tokens, 1)
 
 

@@ -10,13 +10,12 @@ from torch import Tensor
 
 from models.common.canonical import relax_padding
 from models.common.megatron import (
-    MegatronModule,
     TransformerConfig,
     copy_to_tensor_model_parallel_region,
     make_sharded_tensors_for_checkpoint,
     reduce_from_tensor_model_parallel_region,
 )
-from models.common.parallel import checkpoint_metadata, tensor_group
+from models.common.parallel import Part, checkpoint_metadata
 
 
 class _RMSNormFunction(torch.autograd.Function):
@@ -53,7 +52,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return unit.to(x.dtype) * weight
 
 
-class RMSNorm(MegatronModule):
+class RMSNorm(Part):
     """RMSNorm with a weight and no bias; aware of sequence parallelism, as Megatron needs."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_):
@@ -66,7 +65,7 @@ class RMSNorm(MegatronModule):
         return rms_norm(x, self.weight, self.eps)
 
 
-class LayerNorm(MegatronModule):
+class LayerNorm(Part):
     """LayerNorm with weight and bias; aware of sequence parallelism, as Megatron needs."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_):
@@ -83,7 +82,7 @@ class LayerNorm(MegatronModule):
         )
 
 
-class FullWidthQKRMSNorm(MegatronModule):
+class FullWidthQKRMSNorm(Part):
     """RMSNorm of queries (or keys) over all heads at once, whatever the tensor parallelism.
 
     The weight is cut by heads over the tensor ranks. Heads that were added as padding are exactly
@@ -94,7 +93,6 @@ class FullWidthQKRMSNorm(MegatronModule):
         super().__init__(config)
         self.eps = config.layernorm_epsilon
         self.true_width = true_width
-        self.tp_group = tensor_group()
         local_width = config.num_attention_heads * config.kv_channels // self.tp_group.size()
         self.weight = torch.nn.Parameter(torch.ones(local_width, dtype=config.params_dtype))
         self.weight.tensor_model_parallel = True

@@ -10,6 +10,7 @@ import torch
 from infra.backend import Layout, transformer_config
 from infra.errors import LayoutError
 from models.common.megatron import (
+    MegatronModule,
     ProcessGroupCollection,
     TransformerConfig,
     ensure_metadata_has_dp_cp_group,
@@ -50,6 +51,14 @@ def tensor_group() -> torch.distributed.ProcessGroup | SoloGroup:
 def data_group() -> torch.distributed.ProcessGroup | SoloGroup:
     """Ranks that hold the same weights and different samples."""
     return parallel_state.get_data_parallel_group() if is_distributed() else _SOLO
+
+
+class Part(MegatronModule):
+    """A Megatron module that also works, and saves, where there are no process groups."""
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__(config)
+        self.tp_group = tensor_group()
 
 
 def checkpoint_metadata(metadata: dict | None) -> dict:

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from models.common.canonical import set_init
-from models.common.megatron import MegatronModule, TransformerConfig
+from models.common.megatron import TransformerConfig
 from models.common.norms import LayerNorm
+from models.common.parallel import Part
 
 
-class AttentionPool(MegatronModule):
+class AttentionPool(Part):
     """One query, the mean of all tokens, attends all tokens; then a projection. No residual.
 
     Replicated over tensor ranks: it is small beside the towers. (InternVL, section 3.2 and the

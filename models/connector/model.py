@@ -12,12 +12,13 @@ from torch.nn.functional import gelu
 
 from infra.errors import ModelError
 from models.common.canonical import set_init
-from models.common.megatron import MegatronModule, TransformerConfig
+from models.common.megatron import TransformerConfig
 from models.common.norms import LayerNorm
+from models.common.parallel import Part
 from models.connector.config import ConnectorConfig
 
 
-class Connector(MegatronModule):
+class Connector(Part):
     """Patch tokens [B, T, V] (no class token) to language tokens."""
 
     def __init__(self, stack: TransformerConfig, config: ConnectorConfig, vision: int, width: int):

@@ -19,16 +19,15 @@ from models.common.layers import (
     self_attention_spec,
 )
 from models.common.megatron import (
-    MegatronModule,
     ModuleSpec,
     TransformerBlock,
     TransformerBlockSubmodules,
 )
-from models.common.parallel import pad_to_multiple, process_groups, stack_config, tensor_group
+from models.common.parallel import Part, pad_to_multiple, process_groups, stack_config, tensor_group
 from models.internvit.config import InternViTConfig
 
 
-class InternViT(MegatronModule):
+class InternViT(Part):
     """Image to tokens. No norm after the last layer: the output is the residual stream."""
 
     def __init__(self, config: InternViTConfig, spec: LayerSpecKind = "local"):
@@ -36,7 +35,6 @@ class InternViT(MegatronModule):
         stack = _stack_config(config)
         super().__init__(stack)
         self.vit_config = config
-        self.tp_group = tensor_group()
         make = {"dtype": stack.params_dtype}
         self.patch_embedding = nn.Linear(3 * config.patch_px**2, config.width, **make)
         self.class_embedding = nn.Parameter(torch.zeros(config.width, **make))

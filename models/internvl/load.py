@@ -14,7 +14,7 @@ from torch import Tensor
 from infra.config import build as build_config
 from infra.config import to_dict
 from infra.errors import ModelError
-from models.common.canonical import assign, canonical_names, collect
+from infra.train.weights import gather_weights, load_weights, pieces, write_safetensors
 from models.internvl.config import CAPABILITIES, InternVLConfig
 from models.internvl.model import InternVL, build
 from models.internvl.prompts import SUMMARIZE, chat_prompt
@@ -30,17 +30,15 @@ def save_model(
     folder: str | Path, kind: str, config: InternVLConfig, model: InternVL, tokenizer: Tokenizer
 ) -> None:
     """Write a model folder; the same model gives the same bytes. All ranks call, rank 0 writes."""
-    weights = collect(model)
-    if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
+    weights = gather_weights(model)
+    if weights is None:
         return
-    from safetensors.torch import save_file
-
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     facts = {"format": FORMAT, "kind": kind, "model": to_dict(config)}
     text = json.dumps(facts, indent=2, sort_keys=True, ensure_ascii=False)
     (folder / "config.json").write_text(text + "\n", encoding="utf-8")
-    save_file(dict(sorted(weights.items())), folder / "weights.safetensors")
+    write_safetensors(folder / "weights.safetensors", weights)
     tokenizer.save(folder / "tokenizer.json")
 
 
@@ -85,17 +83,25 @@ def load_parts(model: InternVL, folder: str | Path, parts: Mapping[str, str]) ->
         ModelError: nothing of a part is in the folder, or a shape differs.
     """
     weights = read_weights(folder)
-    found: dict[str, Tensor] = {}
-    missing = []
-    for target, source in parts.items():
-        names = [name for name in canonical_names(model) if _is_below(name, target)]
-        here = {name: source + name[len(target) :] for name in names}
-        present = {name: weights[key] for name, key in here.items() if key in weights}
-        if not present:
-            raise ModelError(f"{folder} has no {source!r} to fill the model's {target!r} with")
-        found |= present
-        missing += [name for name in names if name not in present]
-    assign(model, found, only=found)
+    filled: set[str] = set()
+    missing: list[str] = []
+    for piece in pieces(model):
+        target = next((part for part in parts if _is_below(piece.name, part)), None)
+        if target is None:
+            continue
+        whole = weights.get(parts[target] + piece.name[len(target) :])
+        if whole is None:
+            missing.append(piece.name)
+            continue
+        if tuple(whole.shape) != piece.shape:
+            raise ModelError(
+                f"{piece.name!r} has shape {list(whole.shape)} in {folder}; the model's config "
+                f"asks for {list(piece.shape)}"
+            )
+        piece.real.copy_(whole[piece.place])
+        filled.add(target)
+    for target in parts.keys() - filled:
+        raise ModelError(f"{folder} has no {parts[target]!r} to fill the model's {target!r} with")
     return missing
 
 
@@ -110,7 +116,7 @@ def load_model(folder: str | Path, *, untrained_seed: int | None = None) -> Mode
     kind, config = read_config(folder)
     model = build(kind, config, seed=untrained_seed or 0)
     if untrained_seed is None:
-        assign(model, read_weights(folder))
+        load_weights(model, Path(folder) / "weights.safetensors")
     tokenizer = Tokenizer.load(Path(folder) / "tokenizer.json")
     return Model(model, config, tokenizer)
 

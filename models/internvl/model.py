@@ -14,7 +14,7 @@ from infra.errors import ConfigError, ModelError
 from models.common.canonical import initialise, set_init, set_rule
 from models.common.generate import greedy
 from models.common.layers import LayerSpecKind
-from models.common.megatron import MegatronModule
+from models.common.parallel import Part
 from models.common.pooling import AttentionPool
 from models.connector.config import ConnectorConfig
 from models.connector.model import Connector
@@ -44,7 +44,7 @@ def build(
     return model
 
 
-class InternVL(MegatronModule):
+class InternVL(Part):
     """Parts that the configuration has; methods that need a missing part fail."""
 
     def __init__(self, kind: str, config: InternVLConfig, spec: LayerSpecKind = "local"):

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from models.common.attention import SDPAttention
 from models.common.linear import RowLinear, UnbiasedColumnLinear
-from models.common.megatron import MegatronModule, TransformerConfig
+from models.common.megatron import TransformerConfig
 from models.common.norms import RMSNorm
+from models.common.parallel import Part
 
 
-class QueryCrossAttention(MegatronModule):
+class QueryCrossAttention(Part):
     """The first Q positions attend all vision tokens and add what they find; text passes by.
 
     Norms of its own on both sides, no rotary positions, no mask, no gate. Keys and values are

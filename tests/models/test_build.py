@@ -1,0 +1,231 @@
+"""Every flavour builds; the paper's sizes are the paper's sizes."""
+
+import pytest
+import torch
+
+from infra.errors import ConfigError, LayoutError, ModelError
+from models.common.canonical import initialise
+from models.internvit.config import FLAVOURS as VIT_FLAVOURS
+from models.internvit.config import InternViTConfig, internvit
+from models.internvit.model import InternViT, flip_keep
+from models.internvl.config import PARTS, internvl
+from models.internvl.freeze import freeze
+from models.internvl.model import build
+from models.llama.config import FLAVOURS as LLAMA_FLAVOURS
+from models.llama.config import llama
+from models.llama.model import Llama
+from tests.models_helpers import chat_batch, pixels, texts, tiny_config
+
+# Table 1 and section 3 of the InternVL paper, and the released checkpoints.
+PAPER_PARAMETERS = {
+    "internvl_c": 12_620_029_697,
+    "internvl_g": 13_834_975_747,
+}
+VIT_PARAMETERS = {"6b": 5_902_793_600, "6b-448": 5_905_251_200, "300m": 304_012_288}
+# width, depth, heads, MLP -> parameters in millions: the six variants of table 11.
+DESIGN_SEARCH = [
+    (3968, 32, 62, 15872, 6050.974),
+    (3200, 48, 50, 12800, 5902.794),
+    (3200, 48, 25, 12800, 5902.794),
+    (2496, 48, 39, 19968, 5984.846),
+    (2816, 64, 44, 11264, 6094.677),
+    (2496, 80, 39, 9984, 5985.326),
+]
+
+
+def vision_tower(config: InternViTConfig) -> InternViT:
+    model = InternViT(config)
+    initialise(model, 0)
+    return model
+
+
+def count(module: torch.nn.Module, trained: bool = False) -> int:
+    return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
+
+
+@pytest.mark.parametrize("name", VIT_FLAVOURS)
+def test_vision_flavours_have_the_published_size(name):
+    with torch.device("meta"):
+        model = InternViT(internvit(name))
+    assert count(model) == VIT_PARAMETERS.get(name, count(model)) > 0
+    if name == "6b":
+        assert len(list(model.parameters())) == 628
+
+
+@pytest.mark.parametrize(("width", "depth", "heads", "mlp", "millions"), DESIGN_SEARCH)
+def test_design_search_variants(width, depth, heads, mlp, millions):
+    config = internvit("6b", width=width, depth=depth, heads=heads, mlp_hidden=mlp)
+    with torch.device("meta"):
+        assert round(count(InternViT(config)) / 1e6, 3) == millions
+
+
+@pytest.mark.parametrize("name", LLAMA_FLAVOURS)
+def test_llama_flavours_build(name):
+    with torch.device("meta"):
+        model = Llama(llama(name))
+    if name == "chinese-alpaca-7b":
+        assert count(model) == 6_885_494_784
+
+
+@pytest.mark.parametrize("kind", PAPER_PARAMETERS)
+def test_paper_models_have_the_published_size(kind):
+    with torch.device("meta"):
+        model = build(kind, internvl("paper"))
+    assert count(model) == PAPER_PARAMETERS[kind]
+    if kind == "internvl_g":
+        freeze(model, "stage2")
+        assert count(model, trained=True) == 1_010_334_467
+
+
+def test_chat_connectors_have_the_published_size():
+    with torch.device("meta"):
+        simple = build("chat_simple", internvl("paper"))
+        full = build("chat_full", internvl("paper"))
+    assert count(simple.connector) == 29_892_608
+    assert count(full.connector) + count(full.query_connector) == 63_455_232
+
+
+@pytest.mark.parametrize("kind", PARTS)
+def test_every_kind_runs(kind):
+    config = tiny_config()
+    model = build(kind, config).eval()
+    ids, mask = texts(3)
+    with torch.no_grad():
+        if kind == "text":
+            assert model.text.logits(model.text.encode(ids, mask)).shape == (3, 7, 61)
+        if kind.startswith("internvl"):
+            for unit in (model.embed_images(pixels(3)), model.embed_texts(ids, mask)):
+                assert unit.shape == (3, 8)
+                assert torch.allclose(unit.norm(dim=-1), torch.ones(3))
+        if kind.startswith("chat"):
+            batch = chat_batch(config, kind, 3)
+            hidden = model.chat_hidden(batch["ids"], batch["pixels"])
+            assert hidden.shape == (*batch["ids"].shape, 16)
+
+
+def test_flip_masking_is_the_same_as_leaving_patches_out():
+    model = vision_tower(tiny_config().vision).eval()
+    images = pixels(2)
+    kept = flip_keep(2, 16, 0.5, torch.Generator().manual_seed(0))
+    assert kept.shape == (2, 8)
+    assert (kept.diff(dim=1) > 0).all()
+    everything = torch.arange(16).expand(2, -1)
+    with torch.no_grad():
+        assert model(images, kept).shape == (2, 9, 20)
+        assert torch.allclose(model(images, everything), model(images), atol=1e-6)
+    assert flip_keep(2, 16, 0.0, torch.Generator()) is None
+
+
+def test_other_image_sizes_interpolate_positions():
+    model = vision_tower(tiny_config().vision).eval()
+    with torch.no_grad():
+        assert model(torch.randn(1, 3, 24, 8)).shape == (1, 1 + 6 * 2, 20)
+    with pytest.raises(ModelError, match="multiples of 4 px"):
+        model(torch.randn(1, 3, 18, 16))
+
+
+def test_drop_path_drops_whole_samples_and_only_in_training():
+    config = InternViTConfig(width=8, depth=1, heads=2, mlp_hidden=8, image_px=8, drop_path=0.9999)
+    model = vision_tower(config)
+    image = pixels(4, side=8)
+    start = model(image, hidden_state=0)
+    torch.manual_seed(0)
+    assert torch.equal(model.train()(image), start)
+    assert not torch.allclose(model.eval()(image), start)
+    assert internvit("300m").drop_paths[0] == 0.0
+    assert internvit("300m").drop_paths[-1] == 0.1
+
+
+def test_generation_with_cache_is_generation_without():
+    config = tiny_config()
+    model = build("chat_full", config, seed=5).eval()
+    batch = chat_batch(config, "chat_full", 2)
+    ids, images = batch["ids"], batch["pixels"]
+    new = model.generate(ids, torch.ones_like(ids), images, max_new_tokens=4, eos_id=-1)
+    for _ in range(4):
+        with torch.no_grad():
+            hidden = model.chat_hidden(ids, images)
+            best = model.language.logits(hidden[:, -1]).argmax(-1, keepdim=True)
+        ids = torch.cat([ids, best], 1)
+    assert torch.equal(new, ids[:, -4:])
+
+
+def test_left_padding_does_not_change_what_is_generated():
+    model = build("internvl_g", tiny_config(), seed=2).eval()
+    prompt, image = torch.tensor([[1, 20, 30]]), pixels(1)
+    one = torch.ones_like(prompt)
+    alone = model.generate(prompt, one, image, max_new_tokens=5, eos_id=-1)
+    padded, mask = (torch.nn.functional.pad(x, (2, 0)) for x in (prompt, one))
+    assert torch.equal(alone, model.generate(padded, mask, image, max_new_tokens=5, eos_id=-1))
+
+
+def test_a_row_that_ended_stays_ended():
+    model = build("internvl_g", tiny_config(), seed=2).eval()
+    prompt = torch.tensor([[1, 20, 30]])
+    free = model.generate(prompt, torch.ones_like(prompt), pixels(1), max_new_tokens=6, eos_id=-1)
+    end = int(free[0, 1])
+    cut = model.generate(prompt, torch.ones_like(prompt), pixels(1), max_new_tokens=6, eos_id=end)
+    assert cut.shape[1] <= 2
+    assert int(cut[0, -1]) == end
+
+
+def test_wrong_number_of_image_places_is_refused():
+    config = tiny_config()
+    model = build("chat_simple", config)
+    batch = chat_batch(config, "chat_simple", 2)
+    with pytest.raises(ModelError, match="image places"):
+        model.chat_hidden(batch["ids"], batch["pixels"][:1])
+
+
+def test_initial_weights_depend_on_the_seed_only():
+    first, again, other = (build("internvl_c", tiny_config(), seed=s) for s in (1, 1, 2))
+    weights = [dict(m.named_parameters()) for m in (first, again, other)]
+    assert all(torch.equal(weights[0][n], weights[1][n]) for n in weights[0])
+    name = "vision.patch_embedding.weight"
+    assert not torch.equal(weights[0][name], weights[2][name])
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ConfigError, match="known: "):
+        internvit("7b")
+    with pytest.raises(ConfigError, match="internvl_c"):
+        build("internvl_h", tiny_config())
+    with pytest.raises(LayoutError, match="needs a GPU"):
+        build("internvl_c", tiny_config(), spec="te")
+    with pytest.raises(ValueError, match="does not divide by heads"):
+        InternViTConfig(width=10, heads=3)
+
+
+def test_stage_2_trains_queries_cross_attention_and_new_heads_only():
+    model = build("internvl_g", tiny_config())
+    trained = freeze(model, "stage2")
+    parts = {
+        n if n.count(".") < 2 else ".".join(p for p in n.split(".") if not p.isdigit())
+        for n in trained
+    }
+    assert "text.query_tokens" in parts
+    assert "logit_scale" in parts
+    assert all(
+        n.startswith(("text.query_tokens", "clip_projector2.", "itm_head.", "logit_scale"))
+        or ".cross_attention." in n
+        for n in trained
+    )
+    # Layer 0 looks at the image, layer 1 does not (frequency 2).
+    assert any("layers.0.cross_attention" in n for n in trained)
+    assert not any("layers.1.cross_attention" in n for n, _ in model.named_parameters())
+    with pytest.raises(ConfigError, match="matches no parameter"):
+        freeze(model, ["language"])
+
+
+def test_freezing_by_parts():
+    model = build("chat_full", tiny_config())
+    assert {n.split(".")[0] for n in freeze(model, "sft")} == {
+        "connector",
+        "query_connector",
+        "language",
+    }
+    assert {n.split(".")[0] for n in freeze(model, ["connector"])} >= {"connector"}
+    assert {n.split(".")[0] for n in freeze(model, ["vision", "language"])} == {
+        "vision",
+        "language",
+    }
