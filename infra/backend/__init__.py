@@ -54,6 +54,7 @@ def install() -> Device:
         )
     device = find_device()
     with _quiet_import(), _compile_policy(device):
+        import megatron.core.models.mimo.model.base
         import megatron.core.optimizer
         import megatron.core.pipeline_parallel.schedules
         import megatron.core.transformer.transformer_block  # noqa: F401

@@ -14,6 +14,7 @@ import contextlib
 import ctypes
 import dataclasses
 import gc
+import math
 import os
 import pickle
 import selectors
@@ -113,9 +114,10 @@ def run_ranks(
     """
     _prepare_parent()
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        crew = _Crew(fn, args, listener, ranks, threads)
+        crew = _Crew()
         with _forward_signals(crew):
             try:
+                crew.start(listener, ranks, threads, lambda: fn(*args))
                 crew.wait(timeout_s)
             finally:
                 crew.kill()
@@ -127,6 +129,7 @@ def _prepare_parent() -> None:
 
     install()
     import torch
+    import torch._dynamo
 
     if not _may_fork or torch.distributed.is_initialized():
         raise RankError(
@@ -138,15 +141,42 @@ def _prepare_parent() -> None:
     sys.stderr.flush()
 
 
-class _Crew:
-    """The forked processes, seen from the parent."""
+@dataclasses.dataclass
+class _Member:
+    """One forked rank, seen from the parent."""
 
-    def __init__(self, fn, args, listener: socket.socket, ranks: int, threads: int) -> None:
+    pid: int
+    pipe: int
+    received: bytearray = dataclasses.field(default_factory=bytearray)
+    exit_code: int | None = None
+    """None while it runs"""
+    kind: str = ""
+    """"value", "user" or "error"; empty: it said nothing"""
+    content: Any = None
+
+    @property
+    def failed(self) -> bool:
+        return self.exit_code is not None and (self.exit_code != 0 or self.kind != "value")
+
+    def end(self) -> None:
+        """Collect its exit code and what it said."""
+        self.exit_code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        os.close(self.pipe)
+        if self.received:
+            self.kind, self.content = pickle.loads(bytes(self.received))
+
+
+class _Crew:
+    """All forked ranks, seen from the parent."""
+
+    def __init__(self) -> None:
         self.asked_at: float | None = None
-        self._reports: dict[int, tuple[str, Any]] = {}
-        self._exit_codes: dict[int, int] = {}
-        self._pids: dict[int, int] = {}
-        self._pipes: dict[int, int] = {}
+        self._members: list[_Member] = []
+
+    def start(
+        self, listener: socket.socket, ranks: int, threads: int, work: Callable[[], Any]
+    ) -> None:
+        """Fork all ranks."""
         # Objects made so far never become garbage in a rank; not looking at them again saves
         # both time in its collector and copies of shared pages.
         gc.freeze()
@@ -158,111 +188,101 @@ class _Crew:
                     address=listener.getsockname(),
                     listener=listener.fileno() if index == 0 else None,
                 )
-                self._fork(rank, listener, fn, args, threads)
-        except BaseException:
-            self.kill()
-            raise
+                self._fork(rank, listener, threads, work)
         finally:
             gc.unfreeze()
+        if self.asked_at is not None:  # while we were forking: the last ranks missed it
+            self.signal(signal.SIGTERM)
 
-    def _fork(self, rank: Rank, listener: socket.socket, fn, args, threads: int) -> None:
+    def _fork(
+        self, rank: Rank, listener: socket.socket, threads: int, work: Callable[[], Any]
+    ) -> None:
         read_end, write_end = os.pipe()
+        parent = os.getpid()
         # Until the rank has its own handlers, a signal must not run the parent's in it.
-        blocked = {signal.SIGINT, signal.SIGTERM}
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
         pid = os.fork()
         if pid == 0:
-            os.close(read_end)
-            for pipe in self._pipes.values():
+            for pipe in (read_end, *(member.pipe for member in self._members)):
                 os.close(pipe)
             if rank.listener is None:
                 listener.close()
-            _be_rank(rank, write_end, before, fn, args, threads)
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            _be_rank(rank, parent, write_end, mask, threads, work)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         os.close(write_end)
-        self._pids[rank.index], self._pipes[rank.index] = pid, read_end
+        self._members.append(_Member(pid=pid, pipe=read_end))
 
     def signal(self, signum: int) -> None:
-        for pid in self._pids.values():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signum)
+        """Send a signal to every rank that still runs."""
+        for member in self._members:
+            if member.exit_code is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(member.pid, signum)
 
     def wait(self, timeout_s: float | None) -> None:
-        """Until all ranks have reported; ends the others soon after one fails."""
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        received = {index: bytearray() for index in self._pipes}
+        """Until all ranks have ended, or one has failed and the others had time to say why.
+
+        Raises:
+            RankError: time ran out.
+        """
+        deadline = math.inf if timeout_s is None else time.monotonic() + timeout_s
         with selectors.DefaultSelector() as selector:
-            for index, pipe in self._pipes.items():
-                selector.register(pipe, selectors.EVENT_READ, index)
+            for member in self._members:
+                selector.register(member.pipe, selectors.EVENT_READ, member)
             while selector.get_map():
-                remaining = None if deadline is None else max(0.0, deadline - time.monotonic())
-                ready = selector.select(remaining)
+                left = deadline - time.monotonic()
+                ready = selector.select(None if math.isinf(left) else max(0.0, left))
+                if not ready and not any(member.failed for member in self._members):
+                    raise RankError(f"the ranks did not end within {timeout_s:g} s; killed them")
                 if not ready:
-                    break
+                    return
                 for key, _ in ready:
                     chunk = os.read(key.fd, 1 << 20)
-                    received[key.data] += chunk
-                    if chunk:
-                        continue
-                    selector.unregister(key.fd)
-                    if not self._reap(key.data, bytes(received[key.data])):
-                        soon = time.monotonic() + _FAILURE_GRACE_S
-                        deadline = soon if deadline is None else min(deadline, soon)
-        failed = [index for index in self._exit_codes if not self._succeeded(index)]
-        if len(self._exit_codes) < len(self._pids) and not failed:
-            self.kill()
-            raise RankError(f"the ranks did not end within {timeout_s:g} s and were killed")
-
-    def _reap(self, index: int, report: bytes) -> bool:
-        pid = self._pids.pop(index)
-        self._exit_codes[index] = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        self._pids[index] = pid
-        if report:
-            self._reports[index] = pickle.loads(report)
-        return self._succeeded(index)
-
-    def _succeeded(self, index: int) -> bool:
-        return self._exit_codes[index] == 0 and index in self._reports
+                    key.data.received += chunk
+                    if not chunk:
+                        selector.unregister(key.fd)
+                        key.data.end()
+                        if key.data.failed:
+                            deadline = min(deadline, time.monotonic() + _FAILURE_GRACE_S)
 
     def kill(self) -> None:
-        """End what still runs and close the pipes."""
-        for index, pid in self._pids.items():
-            if index not in self._exit_codes:
-                os.kill(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
-        self._pids = {index: pid for index, pid in self._pids.items() if index in self._exit_codes}
-        for pipe in self._pipes.values():
-            os.close(pipe)
-        self._pipes = {}
+        """End what still runs; it has not failed by itself, so it is forgotten."""
+        for member in self._members:
+            if member.exit_code is None:
+                os.kill(member.pid, signal.SIGKILL)
+                os.waitpid(member.pid, 0)
+                os.close(member.pipe)
 
     def results(self) -> list[Any]:
         """What the ranks returned, or raise what went wrong."""
-        failed = [index for index in self._exit_codes if not self._succeeded(index)]
+        failed = {i: member for i, member in enumerate(self._members) if member.failed}
         if not failed:
-            return [self._reports[index][1] for index in sorted(self._reports)]
-        if self.asked_at is not None or EXIT_STOPPED in self._exit_codes.values():
+            return [member.content for member in self._members]
+        if self.asked_at is not None or any(m.exit_code == EXIT_STOPPED for m in failed.values()):
             raise KeyboardInterrupt
-        for index in failed:
-            kind, content = self._reports.get(index, ("", None))
-            if kind == "user":
-                raise content
-        for index in failed:
-            code = self._exit_codes[index]
-            if code < 0:
-                name = signal.Signals(-code).name
-                hint = " (out of memory?)" if -code == signal.SIGKILL else ""
+        for member in failed.values():
+            if member.kind == "user":
+                raise member.content
+        for index, member in failed.items():
+            if member.exit_code < 0:
+                name = signal.Signals(-member.exit_code).name
+                hint = " (out of memory?)" if -member.exit_code == signal.SIGKILL else ""
                 raise RankError(f"rank {index} was killed by {name}{hint}")
-        index = failed[0]
-        text = self._reports.get(index, ("", f"no report; exit code {self._exit_codes[index]}"))[1]
-        raise RankError(f"rank {index} of {len(self._pids)} failed:\n{text}")
+        index, member = next(iter(failed.items()))
+        text = member.content or f"it said nothing; exit code {member.exit_code}"
+        raise RankError(f"rank {index} of {len(self._members)} failed:\n{text}")
 
 
-def _be_rank(rank: Rank, pipe: int, mask, fn, args, threads: int) -> None:
+def _be_rank(
+    rank: Rank, parent: int, pipe: int, mask: set, threads: int, work: Callable[[], Any]
+) -> None:
     """The whole life of a rank, from the fork to its exit. Never returns."""
     global _this_rank
     code = EXIT_FAILED
     try:
         die_with_parent(signal.SIGKILL)
+        if os.getppid() != parent:  # it was gone before we could ask
+            os._exit(EXIT_FAILED)
         _this_rank = rank
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, _on_signal)
@@ -271,8 +291,7 @@ def _be_rank(rank: Rank, pipe: int, mask, fn, args, threads: int) -> None:
         import torch
 
         torch.set_num_threads(threads)
-        report = ("value", fn(*args))
-        payload = pickle.dumps(report)
+        payload = pickle.dumps(("value", work()))
         code = 0
     except UserError as error:
         payload = pickle.dumps(("user", error))

@@ -1,0 +1,80 @@
+"""A small InternViT for tests of the backend and of training: 5 heads, which pad under TP."""
+
+import hashlib
+
+BATCH = 8
+
+
+def build(*, drop_path: float = 0.0):
+    """The tower with weights that depend on their names only."""
+    import torch
+
+    from infra.train.weights import load_weights, pieces
+    from models.internvit.config import InternViTConfig
+    from models.internvit.model import InternViT
+
+    config = InternViTConfig(
+        width=40, depth=2, heads=5, mlp_hidden=80, patch_px=8, image_px=16, drop_path=drop_path
+    )
+    model = InternViT(config)
+    weights = {}
+    for piece in pieces(model):
+        seed = int.from_bytes(hashlib.sha256(piece.name.encode()).digest()[:6], "big")
+        noise = torch.randn(piece.shape, generator=torch.Generator().manual_seed(seed))
+        is_gain = "norm" in piece.name or piece.name.endswith(("ls1", "ls2"))
+        weights[piece.name] = 1 + 0.2 * noise if is_gain else 0.2 * noise
+    load_weights(model, weights)
+    return model
+
+
+def batch_at(step: int, *, rank: int = 0, ranks: int = 1):
+    """This rank's slice of the global batch of a step: (pixels, targets)."""
+    import torch
+
+    generator = torch.Generator().manual_seed(1000 + step)
+    pixels = torch.randn(BATCH, 3, 16, 16, generator=generator)
+    targets = torch.randn(BATCH, 40, generator=generator)
+    part = slice(rank * BATCH // ranks, (rank + 1) * BATCH // ranks)
+    return pixels[part], targets[part]
+
+
+def objective(model, batch):
+    """Mean square distance of the class token to a target."""
+    pixels, targets = batch
+    out = model(pixels)[:, 0].float()
+    return (out - targets).square().mean(), {"size": out.detach().abs().mean()}
+
+
+def data_batch_at(step: int):
+    """`batch_at` for this process's data-parallel rank."""
+    from megatron.core import parallel_state
+
+    return batch_at(
+        step,
+        rank=parallel_state.get_data_parallel_rank(),
+        ranks=parallel_state.get_data_parallel_world_size(),
+    )
+
+
+def gradients() -> dict | None:
+    """Canonical gradients of the tower on batch 0 in the current layout (rank 0), as numpy."""
+    from megatron.core.distributed import (
+        DistributedDataParallel,
+        DistributedDataParallelConfig,
+        finalize_model_grads,
+    )
+
+    from infra.backend import device_literals
+    from infra.train.weights import gather_weights
+
+    model = build()
+    wrapped = DistributedDataParallel(model.config, DistributedDataParallelConfig(), model)
+    wrapped.zero_grad_buffer()
+    with device_literals():
+        loss, _ = objective(model, data_batch_at(0))
+        loss.backward()
+        finalize_model_grads([wrapped])
+    for parameter in model.parameters():
+        parameter.data.copy_(parameter.main_grad)
+    whole = gather_weights(model)
+    return None if whole is None else {name: grad.numpy() for name, grad in whole.items()}
