@@ -5,6 +5,7 @@ The scenes show drawings of the set under test, so a model cannot have seen them
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -17,6 +18,7 @@ SCENE_PX = 64
 BATCH = 50
 TRAINING_SCENES = 500
 KINDS = ("colour", "box", "caption")
+SCENES_KEPT = 24
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,6 +91,16 @@ def replies(
         answers += model.generate(images[part], prompts[part], max_new_tokens)
     assert len(answers) == len(prompts), "a model answers every prompt"
     return answers
+
+
+def keep_scenes(items_dir: Path, questions: Sequence[Question]) -> None:
+    """Write the first scenes as pictures beside the items, for whoever reads the answers."""
+    from PIL import Image
+
+    folder = items_dir / "scenes"
+    folder.mkdir(parents=True, exist_ok=True)
+    for question in questions[:SCENES_KEPT]:
+        Image.fromarray(question.image).save(folder / f"{question.id}.png")
 
 
 def nearest_answers(questions: Sequence[Question], kind: str, setting: Setting) -> list[Question]:

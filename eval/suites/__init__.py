@@ -37,8 +37,8 @@ def why_not(model: Model, suite: str) -> str:
     if NEEDS[suite] in able:
         return ""
     return (
-        f"{suite} needs a model that can {NEEDS[suite]}; a model of kind {model.kind!r} can "
-        f"{sorted(able)}"
+        f"{suite} needs a model that can {NEEDS[suite]}; one of kind {model.kind} can "
+        f"{' and '.join(sorted(able))}"
     )
 
 

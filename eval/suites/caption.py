@@ -13,7 +13,7 @@ from eval.datasets import ConceptSet, DataFolder, Picture
 from eval.embedding import Model, Setting
 from eval.metrics import compute
 from eval.pictures import decode_squares
-from eval.questions import ask, best_constant, by_language, nearest_answers, replies
+from eval.questions import ask, best_constant, by_language, keep_scenes, nearest_answers, replies
 from eval.scores import Score, mean_score, write_items
 from infra.errors import DataError
 from infra.scenes import caption_question
@@ -100,6 +100,7 @@ def _scene_tasks(data: ConceptSet, setting: Setting) -> list[Task]:
     questions = ask(
         data, NAME, languages=setting.languages, count=setting.scenes, seed=setting.seed
     )
+    keep_scenes(setting.items_dir, questions)
     near = nearest_answers(questions, NAME, setting)
     return [
         Task(

@@ -5,7 +5,7 @@ import numpy as np
 from eval.datasets import DataFolder
 from eval.embedding import Model, Setting
 from eval.metrics import compute
-from eval.questions import ask, best_constant, by_language, nearest_answers, replies
+from eval.questions import ask, best_constant, by_language, keep_scenes, nearest_answers, replies
 from eval.scores import Score, mean_score, write_items
 from infra.scenes import answer_words
 
@@ -22,6 +22,7 @@ def run(model: Model, data: DataFolder, setting: Setting) -> list[Score]:
     questions = ask(
         data, NAME, languages=setting.languages, count=setting.scenes, seed=setting.seed
     )
+    keep_scenes(setting.items_dir, questions)
     said = replies(
         model, np.stack([q.image for q in questions]), [q.prompt for q in questions], MAX_NEW_TOKENS
     )

@@ -1,0 +1,65 @@
+"""The run's facts as JSON, which is hashed, and as a page for people, which is not.
+
+The page (`work/report/index.html`) also shows times and rates; they differ from run to run.
+"""
+
+from dataclasses import dataclass
+
+from eval.report.collect import FUNNEL, STAGES, TRAINED, artefact, facts
+from eval.report.page import PAGE, render
+from eval.variants import MODELS
+from infra.stage import Context, Stage, main
+
+OUT = "artifacts/report/report.json"
+ARTWORK = ("emojitwo", "fluent", "fluent_flat", "fxemoji", "noto", "noto_v1", "twemoji")
+INGESTED = ("records", "images", "truth")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """How much the page shows."""
+
+    examples: int = 12
+    """Examples of each kind, roughly."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What `report` reads from params.yaml."""
+
+    report: ReportConfig
+
+
+def run(config: Config, context: Context) -> None:
+    """Write the facts and the page, and say where the page is."""
+    context.write_json(OUT, facts(context.root))
+    page = render(context.root, context.path(PAGE), examples=config.report.examples)
+    context.log(f"report: {page.relative_to(context.root)} ({page.stat().st_size / 1e6:.1f} MB)")
+
+
+STAGE = Stage(
+    name="report",
+    config=Config,
+    inputs=(
+        "data/concepts.parquet",
+        *(f"data/{name}.parquet" for name in ARTWORK),
+        *(f"artifacts/ingest/{name}.parquet" for name in INGESTED),
+        *(f"{artefact(step)}/{name}.parquet" for step in FUNNEL for name in ("kept", "dropped")),
+        "artifacts/bootstrap/metrics.json",
+        "artifacts/shard/stage1/index.json",
+        "artifacts/shard/stage2/index.json",
+        *(f"{artefact(stage)}/history.json" for stage in TRAINED if stage != "bootstrap"),
+        *(
+            f"artifacts/evaluate/{variant}/{part}"
+            for variant in MODELS
+            for part in ("scores.json", "items")
+        ),
+        "artifacts/gate/gate.json",
+        *(f"{artefact(stage)}/lineage.json" for stage in STAGES if stage != "report"),
+    ),
+    outputs=(OUT,),
+    run=run,
+)
+
+if __name__ == "__main__":
+    raise SystemExit(main(STAGE))
