@@ -103,6 +103,16 @@ def evaluate(
 
 
 @app.command()
+def report(
+    out: Annotated[Path | None, typer.Option(help="where; default work/report/index.html")] = None,
+) -> None:
+    """Draw the report of the last run again, as one page that works offline."""
+    from eval.report.page import render
+
+    typer.echo(render(find_root(), out))
+
+
+@app.command()
 def models() -> None:
     """List the registered models and what stands where."""
     from infra.registry import list_models
@@ -130,12 +140,19 @@ def register(
 
 
 @app.command()
-def lineage(model: ModelRef) -> None:
+def lineage(
+    model: ModelRef,
+    rows: Annotated[
+        Path | None, typer.Option(help="also write the records it was trained on, as Parquet")
+    ] = None,
+) -> None:
     """Walk back from a model to the rows that it was trained on."""
-    from flows.lineage import lineage_lines
+    from flows.lineage import lineage_lines, write_rows
 
     for line in lineage_lines(find_root(), model):
         typer.echo(line)
+    if rows:
+        typer.echo(f"{write_rows(find_root(), model, rows)} rows written to {rows}")
 
 
 @app.command()

@@ -115,7 +115,7 @@ def finish(root: Path) -> list[str]:
     """
     from infra.registry import register_passed
 
-    lines = []
+    lines: list[str] = []
     try:
         version = register_passed(root)
     except UserError as error:
@@ -124,7 +124,7 @@ def finish(root: Path) -> list[str]:
         if version:
             lines.append(f"champion: {version.ref} (`vlfoundry models` lists all)")
     if (root / REPORT_DATA).is_file() and not (root / REPORT_PAGE).is_file():
-        from stages.report import render
+        from eval.report.page import render
 
         render(root, root / REPORT_PAGE)
     return lines

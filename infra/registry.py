@@ -234,6 +234,22 @@ def locked_files(root: Path, lock: str, path: str) -> tuple[dict[str, str], str]
     )
 
 
+def locked_file(root: Path, lock: str, path: str) -> Path:
+    """The object in DVC's cache of one output file (or a file in an output folder) of a dvc.lock.
+
+    Raises DataError if no stage of the lock makes it or the cache lacks it.
+    """
+    stages = (parse_value(lock) or {}).get("stages", {})
+    for out in (out for stage in stages.values() for out in stage.get("outs", [])):
+        if out["path"] == path:
+            return _object(root, out["md5"])
+    folder, name = os.path.split(path)
+    files, _ = locked_files(root, lock, folder)
+    if name not in files:
+        raise DataError(f"{path} is not a file that dvc.lock knows")
+    return _object(root, files[name])
+
+
 def cache_folder(root: Path) -> Path:
     """DVC's cache of a checkout, as .dvc/config and .dvc/config.local say."""
     for name in ("config.local", "config"):

@@ -1,0 +1,145 @@
+"""Walks back from a model to what it was made of: stages, run keys, source files and rows.
+
+Every stage leaves a lineage.json with its run key, its parameters and the fingerprints of its
+inputs. This follows the inputs from stage to stage, in the run that dvc.lock describes: the
+version's own for a registered model, the working tree's for a folder.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from infra.config import parse_value
+from infra.errors import DataError
+from infra.git import read
+from infra.registry import find_version, locked_file
+
+LINEAGE_FILE = "lineage.json"
+RECORDS = "artifacts/ingest/records.parquet"
+KEPT = "kept.parquet"
+SHARD_STAGE = "shard"
+SHORT = 12
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Step:
+    """One stage on the way back."""
+
+    stage: str
+    """Its DVC name."""
+    depth: int
+    """Stages between it and the model."""
+    facts: dict[str, Any]
+    """Its lineage.json."""
+    sources: dict[str, str]
+    """Inputs that no stage made: {path: sha256}."""
+    before: tuple[str, ...]
+    """Stages that made its other inputs."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Origin:
+    """Where a lineage starts: a dvc.lock and a path in its run."""
+
+    root: Path
+    """The checkout whose cache holds the run's outputs."""
+    title: str
+    """What was asked for, in words."""
+    lock: str
+    """Text of the run's dvc.lock."""
+    path: str
+    """The model folder in that run."""
+
+
+def origin(root: Path, model: str) -> Origin:
+    """Find the run behind a registered name or a model folder. Raises ModelError, DataError."""
+    if (root / model / "config.json").is_file():
+        lock = root / "dvc.lock"
+        text = lock.read_text("utf-8") if lock.is_file() else ""
+        path = (root / model).resolve().relative_to(root.resolve()).as_posix()
+        return Origin(root=root, title=path, lock=text, path=path)
+    version = find_version(root, model)
+    return Origin(
+        root=root,
+        title=f"{version.ref} (commit {version.commit[:SHORT]}, {version.path})",
+        lock=read(root, version.commit, "dvc.lock") or "",
+        path=version.path,
+    )
+
+
+def walk(start: Origin) -> Iterator[Step]:
+    """The stage that made the model, then those before it, each once, nearest first."""
+    stages = (parse_value(start.lock) or {}).get("stages", {})
+    made = {out["path"]: name for name, stage in stages.items() for out in stage.get("outs", [])}
+    first = _maker(made, start.path)
+    if first is None:
+        raise DataError(f"{start.path}: no stage of dvc.lock made it, so nothing is known of it")
+    waiting, seen = [(first, 0)], {first}
+    while waiting:
+        name, depth = waiting.pop(0)
+        facts = _facts(start, stages[name])
+        before, sources = [], {}
+        for path, digest in facts["inputs"].items():
+            maker = _maker(made, path)
+            if maker is None:
+                sources[path] = digest
+            elif maker not in before:
+                before.append(maker)
+        yield Step(
+            stage=name, depth=depth, facts=facts, sources=sources, before=tuple(sorted(before))
+        )
+        waiting += [(earlier, depth + 1) for earlier in sorted(before) if earlier not in seen]
+        seen.update(before)
+
+
+def lineage_lines(root: Path, model: str) -> list[str]:
+    """The way back as text."""
+    start = origin(root, model)
+    lines, sources = [start.title], dict[str, str]()
+    for step in walk(start):
+        after = f"  <- {', '.join(step.before)}" if step.before else ""
+        lines.append(f"  {step.stage:22s} run key {step.facts['run_key'][:SHORT]}{after}")
+        sources |= step.sources
+    lines.append("source files:")
+    lines += [f"  {path:34s} sha256 {digest[:SHORT]}" for path, digest in sorted(sources.items())]
+    return lines
+
+
+def write_rows(root: Path, model: str, out: Path) -> int:
+    """Write the records that the model was trained on as Parquet; their number.
+
+    These are the rows that entered the shards: row, image, caption, language, source, concept.
+    """
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    start = origin(root, model)
+    shard = next((step for step in walk(start) if step.stage == SHARD_STAGE), None)
+    kept = [path for path in (shard.facts["inputs"] if shard else {}) if path.endswith(KEPT)]
+    if len(kept) != 1:
+        raise DataError(f"{start.title}: expected one {KEPT} among the inputs of its shards")
+    rows = pq.read_table(locked_file(root, start.lock, kept[0]), columns=["row"])["row"]
+    records = pq.read_table(locked_file(root, start.lock, RECORDS))
+    trained = records.filter(pc.is_in(records["row"], value_set=rows.combine_chunks()))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(trained, out)
+    return trained.num_rows
+
+
+def _maker(made: dict[str, str], path: str) -> str | None:
+    """The stage whose output `path` is, lies in, or contains."""
+    for out, name in made.items():
+        if Path(path).is_relative_to(out) or Path(out).is_relative_to(path):
+            return name
+    return None
+
+
+def _facts(start: Origin, stage: dict[str, Any]) -> dict[str, Any]:
+    for out in stage.get("outs", []):
+        if Path(out["path"]).name == LINEAGE_FILE:
+            return json.loads(locked_file(start.root, start.lock, out["path"]).read_text("utf-8"))
+    raise DataError(
+        f"the stage with the command {stage['cmd']!r} has no {LINEAGE_FILE} among its outputs"
+    )

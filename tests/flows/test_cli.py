@@ -1,0 +1,42 @@
+"""The command line answers at once, and a user's mistake is a message."""
+
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+COMMANDS = ("run", "evaluate", "report", "models", "register", "lineage", "status")
+
+
+def vlfoundry(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "flows.cli", *arguments],
+        cwd=cwd, capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+
+
+def test_help_takes_less_than_a_second_and_names_every_command() -> None:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    shown = vlfoundry("--help")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert shown.returncode == 0
+    for command in COMMANDS:
+        assert f"  {command} " in shown.stdout
+    # CPU seconds: what the machine does beside this must not decide.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1
+
+
+@pytest.mark.parametrize("module", ["torch", "prefect", "dvc", "pyarrow", "numpy", "gto"])
+def test_the_command_line_imports_nothing_heavy(module: str) -> None:
+    code = f"import sys, flows.cli; sys.exit({module!r} in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_outside_of_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path.cwd()))
+    refused = vlfoundry("status", cwd=tmp_path)
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("vlfoundry: ")
+    assert "is not inside a VLFoundry checkout" in refused.stderr

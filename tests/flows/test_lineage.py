@@ -1,0 +1,89 @@
+"""From a model back to its sources, by what the stages wrote about themselves."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from flows.lineage import lineage_lines, write_rows
+from infra.errors import DataError
+from infra.registry import register_model
+from tests.flows.toy import commit_all, make_toy, sh
+
+DVC_YAML = """\
+stages:
+  ingest:
+    cmd: python stage.py ingest data/raw.txt
+    deps: [data/raw.txt]
+    outs: [artifacts/ingest/records.parquet, artifacts/ingest/lineage.json]
+  filter:
+    cmd: python stage.py filter artifacts/ingest/records.parquet
+    deps: [artifacts/ingest/records.parquet]
+    outs: [artifacts/filter/kept.parquet, artifacts/filter/lineage.json]
+  shard:
+    cmd: python stage.py shard artifacts/ingest/records.parquet artifacts/filter/kept.parquet
+    deps: [artifacts/ingest/records.parquet, artifacts/filter/kept.parquet]
+    outs: [artifacts/shard/stage1, artifacts/shard/lineage.json]
+  contrastive:
+    cmd: python stage.py contrastive artifacts/shard/stage1
+    deps: [artifacts/shard/stage1]
+    outs: [artifacts/contrastive/model, artifacts/contrastive/lineage.json]
+"""
+STAGE_PY = """\
+import json, pathlib, shutil, sys
+name, *inputs = sys.argv[1:]
+out = pathlib.Path("artifacts", name)
+out.mkdir(parents=True, exist_ok=True)
+if name in ("ingest", "filter"):
+    shutil.copy(f"data/{name}.parquet", out / ("records" if name == "ingest" else "kept"))
+    (out / ("records" if name == "ingest" else "kept")).rename(
+        out / ("records.parquet" if name == "ingest" else "kept.parquet"))
+else:
+    folder = out / ("stage1" if name == "shard" else "model")
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({"kind": "internvl_c"}))
+(out / "lineage.json").write_text(json.dumps(
+    {"run_key": f"key-of-{name}", "inputs": {path: "d" * 64 for path in inputs}}))
+"""
+
+
+@pytest.fixture
+def run(toy_template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkout whose stages leave lineage files, after a run."""
+    root = make_toy(tmp_path / "run")
+    (root / "data").mkdir()
+    (root / "dvc.yaml").write_text(DVC_YAML)
+    (root / "stage.py").write_text(STAGE_PY)
+    (root / "data" / "raw.txt").write_text("raw")
+    rows = {"row": [0, 1, 2], "caption": ["a cat", "a dog", "noise"]}
+    pq.write_table(pa.table(rows), root / "data" / "ingest.parquet")
+    pq.write_table(pa.table({"row": [0, 1]}), root / "data" / "filter.parquet")
+    monkeypatch.setenv("PATH", f"{sys.prefix}/bin:/usr/bin:/bin")
+    sh(root, sys.executable, "-m", "dvc", "repro", "--quiet")
+    commit_all(root)
+    return root
+
+
+def test_the_way_back(run: Path, tmp_path: Path) -> None:
+    version = register_model(run, Path("artifacts/contrastive/model"))
+    shutil.rmtree(run / "artifacts")  # a registered model needs the cache, not the working tree
+    lines = lineage_lines(run, version.ref)
+    assert lines[0].startswith("internvl_c@v0.1.0 (commit ")
+    assert [line.split()[0] for line in lines[1:5]] == ["contrastive", "shard", "filter", "ingest"]
+    assert "run key key-of-shard" in lines[2]
+    assert lines[2].endswith("<- filter, ingest")
+    assert lines[5:] == ["source files:", f"  {'data/raw.txt':34s} sha256 {'d' * 12}"]
+    assert write_rows(run, version.ref, tmp_path / "rows.parquet") == 2
+    assert pq.read_table(tmp_path / "rows.parquet")["caption"].to_pylist() == ["a cat", "a dog"]
+
+
+def test_a_folder_of_the_working_tree(run: Path) -> None:
+    assert lineage_lines(run, "artifacts/contrastive/model")[0] == "artifacts/contrastive/model"
+    (run / "elsewhere").mkdir()
+    (run / "elsewhere" / "config.json").write_text(json.dumps({"kind": "internvl_c"}))
+    with pytest.raises(DataError, match=r"elsewhere: no stage of dvc\.lock made it"):
+        lineage_lines(run, "elsewhere")

@@ -1,0 +1,155 @@
+"""Versions and standings as GTO tags, and weights that come back from DVC's cache."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from infra.errors import DataError, ModelError
+from infra.git import git
+from infra.registry import list_models, register_model, register_passed, resolve_model
+from tests.flows.toy import PARAMS_YAML, commit_all, sh
+
+MODEL = Path("artifacts/train/a")
+
+
+def reproduce(root: Path) -> None:
+    environment = {**os.environ, "PATH": f"{sys.prefix}/bin:{os.environ['PATH']}"}
+    command = [sys.executable, "-m", "dvc", "repro", "--quiet", "train@a", "train@b"]
+    subprocess.run(command, cwd=root, env=environment, check=True, timeout=120)
+
+
+@pytest.fixture(scope="session")
+def trained_template(toy_template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The toy with trained models, made once."""
+    root = tmp_path_factory.mktemp("trained") / "toy"
+    shutil.copytree(toy_template, root)
+    reproduce(root)
+    return root
+
+
+@pytest.fixture
+def trained(trained_template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The toy with trained models, and no git identity anywhere."""
+    toy = Path(shutil.copytree(trained_template, tmp_path / "toy"))
+    nowhere = toy / "work" / "home"
+    nowhere.mkdir(parents=True, exist_ok=True)
+    monkeypatch.setenv("HOME", str(nowhere))
+    monkeypatch.setenv("GIT_CONFIG_NOSYSTEM", "1")
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
+    monkeypatch.chdir(toy)
+    return toy
+
+
+def test_register_retrain_promote_resolve(trained: Path) -> None:
+    root, before = trained, (sh(trained, "git", "rev-parse", "HEAD"), sh(trained, "git", "status"))
+    first_weights = (root / MODEL / "weights").read_text()
+    first = register_model(root, MODEL, promote="champion")
+    assert (first.ref, first.stages, first.path) == ("toy_a@v0.1.0", ("champion",), str(MODEL))
+    assert register_model(root, root / MODEL, promote="champion") == first  # same weights, once
+    assert before == (sh(root, "git", "rev-parse", "HEAD"), sh(root, "git", "status"))
+    assert "train@a" in git(root, "show", f"{first.commit}:dvc.lock")
+
+    (root / "params.yaml").write_text(PARAMS_YAML.replace("0.001", "0.5"))
+    reproduce(root)
+    second = register_model(root, MODEL)
+    assert (second.ref, second.stages) == ("toy_a@v0.2.0", ())
+    assert second.commit != first.commit
+    other = register_model(root, Path("artifacts/train/b"), promote="champion")
+    assert other.ref == "toy_b@v0.1.0"
+
+    def weights(ref: str) -> str:
+        return (resolve_model(ref) / "weights").read_text()
+
+    assert weights("toy_a@v0.1.0") == weights("toy_a") == weights("toy_a#champion") == first_weights
+    assert weights("champion") == (root / "artifacts/train/b/weights").read_text()
+    assert weights("toy_a@v0.2.0") == (root / MODEL / "weights").read_text() != first_weights
+    assert weights(str(MODEL)) == weights("toy_a@v0.2.0")
+
+    register_model(root, MODEL, promote="champion")
+    assert {version.ref: version.stages for version in list_models(root)} == {
+        "toy_a@v0.1.0": (), "toy_a@v0.2.0": ("champion",), "toy_b@v0.1.0": ("champion",),
+    }  # fmt: skip
+    assert weights("champion") == weights("toy_a@v0.2.0")
+
+
+def test_gto_reads_our_tags(trained: Path) -> None:
+    import gto.api
+
+    register_model(trained, MODEL, promote="champion")
+    shown = gto.api.show(str(trained), "toy_a#champion")
+    assert [(entry["artifact"], entry["version"]) for entry in shown] == [("toy_a", "v0.1.0")]
+
+
+def test_an_unknown_name_lists_the_known_ones(trained: Path) -> None:
+    with pytest.raises(ModelError, match=r"no model 'nobody'.*none is registered yet"):
+        resolve_model("nobody")
+    register_model(trained, MODEL, promote="champion")
+    with pytest.raises(ModelError, match=r"registered: toy_a@v0\.1\.0 #champion"):
+        resolve_model("toy_a@v9.0.0")
+
+
+def test_what_is_not_the_pipelines_is_refused(trained: Path) -> None:
+    with pytest.raises(ModelError, match=r"it has no config\.json"):
+        register_model(trained, Path("profiles"))
+    (trained / MODEL / "weights").write_text("touched")
+    with pytest.raises(DataError, match=r"not what dvc\.lock says: weights differ"):
+        register_model(trained, MODEL)
+    assert list_models(trained) == ()
+
+
+def test_a_damaged_cache_is_noticed(trained: Path) -> None:
+    version = register_model(trained, MODEL)
+    cached = [
+        path
+        for path in (trained / ".dvc/cache/files/md5").rglob("*")
+        if path.is_file() and path.read_bytes().startswith(b"train-a")
+    ]
+    assert len(cached) == 1
+    cached[0].chmod(0o644)
+    cached[0].write_text("rotten")
+    with pytest.raises(DataError, match=r"weights in DVC's cache is damaged"):
+        resolve_model(version.ref)
+    cached[0].unlink()
+    with pytest.raises(DataError, match=r"DVC's cache in .* lacks"):
+        resolve_model(version.ref)
+
+
+def test_the_gate_decides(trained: Path) -> None:
+    gate = trained / "artifacts/gate/gate.json"
+    assert register_passed(trained) is None
+    gate.parent.mkdir()
+    gate.write_text(json.dumps({"passed": False, "model": str(MODEL)}))
+    assert register_passed(trained) is None
+    gate.write_text(json.dumps({"passed": True, "model": str(MODEL)}))
+    passed = register_passed(trained)
+    assert passed is not None
+    assert passed.stages == ("champion",)
+    assert register_passed(trained) == passed
+
+
+def test_a_committed_run_is_registered_at_head(trained: Path) -> None:
+    commit_all(trained)
+    assert register_model(trained, MODEL).commit == git(trained, "rev-parse", "HEAD")
+    assert git(trained, "for-each-ref", "refs/runs") == ""
+
+
+def test_models_and_register_on_the_command_line(trained: Path) -> None:
+    def vlfoundry(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "flows.cli", *arguments],
+            cwd=trained, capture_output=True, text=True, check=False,
+            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        )  # fmt: skip
+
+    assert "no model is registered yet" in vlfoundry("models").stdout
+    assert "toy_a@v0.1.0" in vlfoundry("register", str(MODEL), "--promote", "champion").stdout
+    assert "#champion" in vlfoundry("models").stdout
+    refused = vlfoundry("register", "profiles")
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("vlfoundry: ")
+    assert "Traceback" not in refused.stderr
