@@ -56,8 +56,11 @@ def data_batch_at(step: int):
     )
 
 
-def gradients() -> dict | None:
-    """Canonical gradients of the tower on batch 0 in the current layout (rank 0), as numpy."""
+def gradients(*, sum_qk_norms_by_name: bool = False) -> dict | None:
+    """Canonical gradients of the tower on batch 0 in the current layout (rank 0), as numpy.
+
+    `sum_qk_norms_by_name` turns Megatron's `qk_layernorm` on, which is the trap.
+    """
     from megatron.core.distributed import (
         DistributedDataParallel,
         DistributedDataParallelConfig,
@@ -70,6 +73,7 @@ def gradients() -> dict | None:
     model = build()
     wrapped = DistributedDataParallel(model.config, DistributedDataParallelConfig(), model)
     wrapped.zero_grad_buffer()
+    model.config.qk_layernorm = sum_qk_norms_by_name
     with device_literals():
         loss, _ = objective(model, data_batch_at(0))
         loss.backward()

@@ -5,10 +5,15 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from typing import Any
 
 from infra.backend import install
 from infra.backend.layout import Layout
 from infra.backend.ranks import Rank, forbid_forks, this_rank
+
+# One rendezvous store a rank, kept for as long as it lives, and how many worlds met there.
+_store: Any = None
+_worlds = 0
 
 
 @contextlib.contextmanager
@@ -65,14 +70,16 @@ def _join(rank: Rank | None, backend: str) -> None:
     if rank is None:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         return
-    host, port = rank.address
-    store = dist.TCPStore(
-        host,
-        port,
-        rank.count,
-        is_master=rank.index == 0,
-        master_listen_fd=os.dup(rank.listener) if rank.listener is not None else None,
-    )
+    global _store, _worlds
+    if _store is None:
+        host, port = rank.address
+        listener = rank.listener
+        _store = dist.TCPStore(
+            host, port, rank.count, is_master=listener is not None, master_listen_fd=listener
+        )
+    # Names of its own for every world, or the second would find the addresses of the first.
+    _worlds += 1
+    store = dist.PrefixStore(f"world{_worlds}", _store)
     dist.init_process_group(backend, store=store, rank=rank.index, world_size=rank.count)
 
 

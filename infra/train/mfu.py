@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from dataclasses import dataclass
+from typing import Any
 
 GEMM_SIDE = 1024
 
@@ -84,3 +85,21 @@ def gemm_rate(threads: int = 1, repeats: int = 5) -> float:
         rates.append(2 * GEMM_SIDE**3 / (time.process_time() - started))
     torch.set_num_threads(before)
     return statistics.median(rates)
+
+
+def counted_flops(model: Any, objective: Any, batch: Any) -> float:
+    """Matmul FLOPs of one forward and backward pass, counted operator by operator.
+
+    What is frozen has no backward pass and is not credited with one. Leaves no gradient behind.
+    """
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    state = torch.get_rng_state()
+    with FlopCounterMode(display=False) as counter:
+        loss, _ = objective(model, batch)
+        loss.backward()
+    torch.set_rng_state(state)
+    for parameter in model.parameters():
+        parameter.grad = None
+    return float(counter.get_total_flops())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +16,7 @@ from infra.launch import local_profile
 from infra.stage import Context, Interrupted
 from infra.train.config import TrainConfig
 from infra.train.loop import FitResult, Objective
+from infra.train.mfu import Utilisation, counted_flops, gemm_rate
 
 HISTORY_FORMAT = "vlfoundry.history.v1"
 
@@ -72,7 +75,7 @@ def train(
         launcher=dataclasses.asdict(profile),
         steps=result.steps,
         samples=result.steps * config.batch_samples,
-        throughput=results[0]["throughput"],
+        throughput=_throughput(results, context.work / "steps.jsonl", config.batch_samples),
     )
 
 
@@ -88,7 +91,6 @@ def _work(
 
     from infra.backend.parallel import parallel
     from infra.train.loop import fit
-    from infra.train.mfu import Throughput
 
     with parallel(layout, seed=config.seed):
         place = Place(
@@ -96,7 +98,7 @@ def _work(
             ranks=parallel_state.get_data_parallel_world_size(),
         )
         job = make(place)
-        throughput = Throughput(job.model, job.objective, job.batch_at)
+        flops = counted_flops(job.model, job.objective, job.batch_at(0))
         result = fit(
             job.model,
             job.objective,
@@ -110,4 +112,24 @@ def _work(
         )
         if not result.interrupted:
             job.save(target)
-        return {"result": result, "throughput": throughput.facts(context.work, config)}
+        return {"result": result, "step_flops": flops, "gemm": gemm_rate()}
+
+
+def _throughput(results: list[dict[str, Any]], timings: Path, batch_samples: int) -> dict[str, Any]:
+    """Median samples a second, and MFU(CPU) with both its terms.
+
+    Every step's CPU-seconds are rank 0's; the ranks do the same work, so they count alike.
+    """
+    rows = [json.loads(line) for line in timings.read_text(encoding="utf-8").splitlines()]
+    wall_s = statistics.median(row["data_s"] + row["step_s"] for row in rows)
+    cpu_s = statistics.median(row["cpu_s"] for row in rows)
+    used = Utilisation(
+        flops_per_cpu_s=statistics.mean(result["step_flops"] for result in results) / cpu_s,
+        gemm_flops_per_cpu_s=statistics.median(result["gemm"] for result in results),
+    )
+    return {
+        "samples_per_s": round(batch_samples / wall_s, 1),
+        "gflops_per_cpu_s": round(used.flops_per_cpu_s / 1e9, 2),
+        "gemm_gflops_per_cpu_s": round(used.gemm_flops_per_cpu_s / 1e9, 2),
+        "mfu_cpu": round(used.mfu, 4),
+    }

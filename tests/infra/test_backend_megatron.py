@@ -11,12 +11,12 @@ def single_gradients(run_ranks):
     return run_ranks(_gradients, Layout(), ranks=1)[0]
 
 
-def _gradients(layout):
+def _gradients(layout, **options):
     from infra.backend.parallel import parallel
     from tests import tower
 
     with parallel(layout):
-        return tower.gradients()
+        return tower.gradients(**options)
 
 
 def _worst(got, expected):
@@ -43,6 +43,17 @@ def test_qk_norm_gradients_are_not_summed_over_tensor_ranks_by_name(run_ranks, s
     assert len(names) == 4
     for name in names:
         np.testing.assert_allclose(got[name], single_gradients[name], rtol=1e-3, atol=1e-7)
+
+
+def test_the_trap_of_the_qk_norms_is_still_there(run_ranks, single_gradients):
+    """What the test above would see if the models used Megatron's own flag."""
+
+    def trapped():
+        return _gradients(Layout(tensor=2), sum_qk_norms_by_name=True)
+
+    error, name = _worst(run_ranks(trapped, ranks=2)[0], single_gradients)
+    assert "_layernorm" in name
+    assert error > 0.1
 
 
 def test_adam_is_torch_adamw_bit_for_bit(run_ranks):

@@ -1,0 +1,238 @@
+"""The loop: killed, stopped or damaged, a run goes on and ends with the same bits."""
+
+import json
+import math
+import os
+import signal
+
+import numpy as np
+import pytest
+
+from infra.backend import Layout
+from infra.backend.ranks import RankError, this_rank
+from infra.errors import ConfigError, UserError
+from infra.train.config import TrainConfig
+from infra.train.optim import lr_at
+from tests import tower
+
+CONFIG = TrainConfig(
+    steps=6, batch_samples=tower.BATCH, lr=1e-2, warmup_steps=2, save_every_steps=2, eps=1e-8,
+    lr_scale={"decoder.layers.0": 0.5},
+)  # fmt: skip
+
+
+def _train(work, config=CONFIG, *, layout=None, run_key="key", kill=None, stop=None, frozen=""):
+    """On each rank: fit the tower. `kill` and `stop` are (rank, step) of SIGKILL and SIGTERM."""
+    from infra.backend.parallel import parallel
+    from infra.train.loop import fit
+    from infra.train.weights import gather_weights
+
+    layout = layout or Layout(data=2)
+    lines = []
+
+    def batch_at(step):
+        here = (this_rank().index, step)
+        if here == kill:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if here == stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return tower.data_batch_at(step)
+
+    with parallel(layout, seed=config.seed):
+        model = tower.build(drop_path=0.3)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not (frozen and name.startswith(frozen)))
+        result = fit(
+            model, tower.objective, batch_at, config,
+            work=work, run_key=run_key, layout=layout, log=lines.append,
+        )  # fmt: skip
+        whole = gather_weights(model)
+        weights = None if whole is None else {name: w.numpy() for name, w in whole.items()}
+    return result, weights, lines
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(run_ranks, tmp_path_factory):
+    return run_ranks(_train, tmp_path_factory.mktemp("clean"), ranks=2)[0]
+
+
+def _assert_same(got, expected):
+    assert got[0].history == expected[0].history
+    for name, want in expected[1].items():
+        assert np.array_equal(got[1][name], want), name
+
+
+def test_history_and_files(uninterrupted):
+    result, _, lines = uninterrupted
+    assert [row["step"] for row in result.history] == list(range(6))
+    assert set(result.history[0]) == {"step", "loss", "size", "lr", "grad_norm"}
+    assert result.history[-1]["loss"] < result.history[0]["loss"]
+    assert result.steps == 6
+    assert not result.interrupted
+    assert lines[-1].startswith("step 6/6  loss")
+
+
+@pytest.mark.parametrize("step", [1, 3, 5])
+def test_killed_run_goes_on_bit_identical(run_ranks, tmp_path, uninterrupted, step):
+    def crash():
+        return _train(tmp_path, kill=(1, step))
+
+    with pytest.raises(RankError, match="rank 1 was killed by SIGKILL"):
+        run_ranks(crash, ranks=2)
+    resumed = run_ranks(_train, tmp_path, ranks=2)[0]
+    assert resumed[0].resumed_from == step // 2 * 2
+    _assert_same(resumed, uninterrupted)
+
+
+def test_stopped_run_saves_and_goes_on_bit_identical(run_ranks, tmp_path, uninterrupted):
+    def stopped():
+        return _train(tmp_path, stop=(0, 2))
+
+    first, second = run_ranks(stopped, ranks=2)
+    assert (first[0].interrupted, first[0].steps) == (second[0].interrupted, second[0].steps)
+    assert first[0].interrupted
+    assert "run the same command again to go on" in first[2][-1]
+    resumed = run_ranks(_train, tmp_path, ranks=2)[0]
+    assert resumed[0].resumed_from == first[0].steps
+    _assert_same(resumed, uninterrupted)
+
+
+def test_another_run_key_starts_clean(run_ranks, tmp_path):
+    run_ranks(_train, tmp_path, ranks=2)
+
+    def other():
+        return _train(tmp_path, run_key="other")
+
+    assert run_ranks(other, ranks=2)[0][0].resumed_from == 0
+
+
+def test_damaged_checkpoint_falls_back_to_the_one_before(run_ranks, tmp_path, uninterrupted):
+    run_ranks(_train, tmp_path, ranks=2)
+    folders = sorted((tmp_path / "checkpoints").iterdir())
+    assert [folder.name for folder in folders] == ["step-00000004", "step-00000006"]
+    victim = max(folders[-1].iterdir(), key=lambda file: file.stat().st_size)
+    victim.write_bytes(victim.read_bytes()[:-100])
+    resumed = run_ranks(_train, tmp_path, ranks=2)[0]
+    assert resumed[0].resumed_from == 4
+    assert "step-00000006 is damaged" in resumed[2][0]
+    _assert_same(resumed, uninterrupted)
+
+
+def test_finished_run_does_nothing(run_ranks, tmp_path, uninterrupted):
+    run_ranks(_train, tmp_path, ranks=2)
+    again = run_ranks(_train, tmp_path, ranks=2)[0]
+    assert again[0].resumed_from == 6
+    _assert_same(again, uninterrupted)
+
+
+def test_goes_on_with_another_number_of_ranks(run_ranks, tmp_path, uninterrupted):
+    def stopped():
+        return _train(tmp_path, stop=(0, 3))
+
+    run_ranks(stopped, ranks=2)
+
+    def alone():
+        return _train(tmp_path, layout=Layout())
+
+    result, _, lines = run_ranks(alone, ranks=1)[0]
+    assert result.resumed_from == 4
+    assert any("2 ranks wrote this checkpoint" in line for line in lines)
+    # Dropout differs now, hence only close.
+    np.testing.assert_allclose(
+        result.history[-1]["loss"], uninterrupted[0].history[-1]["loss"], rtol=0.3
+    )
+
+
+def test_frozen_parameters_stay(run_ranks, tmp_path, uninterrupted):
+    def frozen():
+        before = _train(tmp_path / "none", TrainConfig(steps=1, batch_samples=8, lr=1e-30))[1]
+        after = _train(tmp_path / "some", frozen="decoder.layers.0")[1]
+        return before, after
+
+    before, after = run_ranks(frozen, ranks=2)[0]
+    same = {name for name in before if np.array_equal(before[name], after[name])}
+    assert same == {name for name in before if name.startswith("decoder.layers.0")}
+
+
+def test_times_stay_out_of_the_history(run_ranks, tmp_path):
+    run_ranks(_train, tmp_path, ranks=2)
+    rows = [json.loads(line) for line in (tmp_path / "steps.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(6))
+    assert set(rows[0]) == {"step", "data_s", "step_s", "cpu_s", "samples_per_s"}
+
+
+def test_loss_that_is_not_finite_is_an_error(run_ranks, tmp_path):
+    def diverge():
+        from infra.backend.parallel import parallel
+        from infra.train.loop import fit
+
+        def objective(model, batch):
+            loss, terms = tower.objective(model, batch)
+            return loss * math.nan, terms
+
+        with parallel(Layout()):
+            fit(
+                tower.build(), objective, tower.batch_at, CONFIG,
+                work=tmp_path, run_key="key", layout=Layout(),
+            )  # fmt: skip
+
+    with pytest.raises(UserError, match=r"the loss is nan at step 0; lower train.lr"):
+        run_ranks(diverge, ranks=1)
+
+
+def test_unknown_lr_scale_is_an_error(run_ranks, tmp_path):
+    def wrong():
+        return _train(
+            tmp_path, TrainConfig(steps=1, batch_samples=8, lr=1e-3, lr_scale={"vison.": 0.1})
+        )
+
+    with pytest.raises(ConfigError, match=r"no parameter begins with 'vison.'; the model has"):
+        run_ranks(wrong, ranks=2)
+
+
+def test_parameter_groups(run_ranks):
+    def groups():
+        from infra.backend import device_literals
+        from infra.backend.parallel import parallel
+        from infra.train.loop import _wrap
+        from infra.train.optim import build_optimizer, set_step
+
+        with parallel(Layout()), device_literals():
+            optimizer = build_optimizer(_wrap(tower.build()), CONFIG)
+            set_step(optimizer, 1, CONFIG)
+            return sorted(
+                (group["lr"], group["weight_decay"], sum(p.numel() for p in group["params"]))
+                for group in optimizer.param_groups
+            )
+
+    (found,) = run_ranks(groups, ranks=1)
+    assert [(lr, decay) for lr, decay, _ in found] == [
+        (5e-3, 0.0), (5e-3, 0.1), (1e-2, 0.0), (1e-2, 0.1)
+    ]  # fmt: skip
+    # One layer's matrices: qkv, projection, two of the MLP.
+    assert found[1][2] == 40 * 40 * 4 + 2 * 40 * 80
+
+
+def test_learning_rate_schedule():
+    config = TrainConfig(steps=10, batch_samples=8, lr=1.0, warmup_steps=4, min_lr_ratio=0.1)
+    rates = [lr_at(step, config) for step in range(11)]
+    assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert rates[7] == pytest.approx(0.55)
+    assert rates[10] == pytest.approx(0.1)
+    constant = TrainConfig(steps=10, batch_samples=8, lr=1.0, schedule="constant")
+    assert [lr_at(step, constant) for step in range(10)] == [1.0] * 10
+
+
+def test_batch_must_divide():
+    config = TrainConfig(steps=1, batch_samples=10, lr=1.0)
+    assert config.samples_per_rank(5) == 2
+    with pytest.raises(ConfigError, match="batch_samples 10 does not divide by 4"):
+        config.samples_per_rank(4)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("steps", 0), ("lr", 0.0), ("beta2", 1.0), ("warmup_steps", 99)]
+)
+def test_nonsense_is_refused(field, value):
+    with pytest.raises(ConfigError, match=rf"train.{field}"):
+        TrainConfig(**({"steps": 6, "batch_samples": 8, "lr": 1.0} | {field: value}))
