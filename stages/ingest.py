@@ -148,7 +148,9 @@ def run(config: Config, context: Context) -> None:
     write_table(context.output(f"{OUT}/classes.parquet"), _classes_table(config, concepts, split))
     identical = identical_pairs(sources[config.ingest.test_source])
     context.write_json(f"{OUT}/identical.json", {"pairs": identical})
-    context.write_json(f"{OUT}/metrics.json", _metrics(split, records, identical))
+    metrics = _metrics(split, records, identical)
+    metrics["test_source"] = config.ingest.test_source
+    context.write_json(f"{OUT}/metrics.json", metrics)
 
 
 def choose_classes(

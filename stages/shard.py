@@ -1,0 +1,122 @@
+"""Write the survivors as WebDataset shards: `stage1` (all) and `stage2` (the best, by name).
+
+Stage 1 learns from everything that is left; stage 2 from records that fit well and whose caption
+is a name. Rows are in the order of their number, which `ingest` has mixed; the loader permutes.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from infra.errors import ConfigError, DataError
+from infra.progress import Progress
+from infra.shards import Sample, write_shards
+from infra.stage import Context, Stage, main
+from infra.tables import read_table
+
+INGEST = "artifacts/ingest"
+BEFORE = "artifacts/decontaminate/kept.parquet"
+OUT = "artifacts/shard"
+META = ("caption", "lang", "kind", "source", "concept")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardConfig:
+    """What goes into which shards."""
+
+    samples_per_shard: int = 4096
+    """Samples in one tar file."""
+    stage2_share: float = 0.9
+    """Share of the name captions, best similarity first, that stage 2 keeps."""
+
+    def __post_init__(self) -> None:
+        if self.samples_per_shard < 1 or not 0 < self.stage2_share <= 1:
+            raise ConfigError(
+                "shard: expected samples_per_shard >= 1 and 0 < stage2_share <= 1, "
+                f"got {self.samples_per_shard} and {self.stage2_share}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What `shard` reads from params.yaml."""
+
+    shard: ShardConfig = field(default_factory=ShardConfig)
+
+
+def run(config: Config, context: Context) -> None:
+    """Select, write the two shard folders, count."""
+    kept = read_table(context.path(BEFORE), ["row", "similarity"])
+    records = read_table(context.path(f"{INGEST}/records.parquet")).take(kept["row"])
+    table = read_table(context.path(f"{INGEST}/images.parquet"), ["image_id", "bytes"])
+    stored = dict(zip(*(column.to_pylist() for column in table.columns), strict=True))
+    columns = {name: records[name].to_pylist() for name in ("row", "image_id", *META)}
+    similarity = kept["similarity"].to_numpy()
+    if not len(similarity):
+        raise DataError("no record survived the funnel; loosen the limits under `filter`")
+    chosen = {
+        "stage1": np.arange(len(similarity)),
+        "stage2": best_names(columns["kind"], similarity, config.shard.stage2_share),
+    }
+    metrics: dict[str, Any] = {}
+    for name, indices in chosen.items():
+        folder = context.output(f"{OUT}/{name}")
+        with Progress(len(indices), unit="samples", label=f"shard {name}") as progress:
+            samples = _samples(columns, similarity, stored, indices, progress)
+            write_shards(folder, samples, config.shard.samples_per_shard)
+        metrics[name] = _counts(columns, indices)
+    context.write_json(f"{OUT}/metrics.json", metrics)
+
+
+def best_names(kinds: list[str], similarity: np.ndarray, share: float) -> np.ndarray:
+    """Rows with a name caption and a similarity in the upper `share`, in their order."""
+    names = np.flatnonzero(np.array(kinds) == "name")
+    if not len(names):
+        return names
+    limit = np.quantile(similarity[names], 1.0 - share, method="lower")
+    return names[similarity[names] >= limit]
+
+
+def _samples(
+    columns: dict[str, list[Any]],
+    similarity: np.ndarray,
+    stored: dict[str, bytes],
+    indices: np.ndarray,
+    progress: Progress,
+) -> Iterator[Sample]:
+    for i in indices.tolist():
+        row = columns["row"][i]
+        meta = {name: columns[name][i] for name in META}
+        meta |= {"row": row, "similarity": round(float(similarity[i]), 4)}
+        image_bytes = stored[columns["image_id"][i]]
+        yield Sample(key=f"{row:08d}", image_bytes=image_bytes, meta=meta)
+        progress.update()
+
+
+def _counts(columns: dict[str, list[Any]], indices: np.ndarray) -> dict[str, Any]:
+    def count(name: str) -> dict[str, int]:
+        return dict(Counter(columns[name][i] for i in indices))
+
+    return {
+        "samples": len(indices),
+        "pictures": len({columns["image_id"][i] for i in indices}),
+        "concepts": len({columns["concept"][i] for i in indices}),
+        "by_language": count("lang"),
+        "by_kind": count("kind"),
+        "by_source": count("source"),
+    }
+
+
+STAGE = Stage(
+    name="shard",
+    config=Config,
+    inputs=(f"{INGEST}/records.parquet", f"{INGEST}/images.parquet", BEFORE),
+    outputs=(f"{OUT}/stage1", f"{OUT}/stage2", f"{OUT}/metrics.json"),
+    run=run,
+)
+
+if __name__ == "__main__":
+    raise SystemExit(main(STAGE))
