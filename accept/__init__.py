@@ -1,0 +1,1 @@
+"""Long acceptance checks of the issues: `make accept`."""

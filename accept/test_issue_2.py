@@ -1,0 +1,129 @@
+"""Issue 2: the whole pipeline, end to end, on the embedded data, in a fresh clone."""
+
+import json
+import math
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from accept.meter import Measured, measure
+
+pytestmark = pytest.mark.accept
+
+ROOT = Path(__file__).parents[1]
+LANGUAGES = ("en", "zh", "ja", "ar", "it")
+MINUTE = 60.0
+Record = Callable[[str, Any], None]
+
+
+@pytest.fixture(scope="session")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fresh clone of HEAD with its environment made (downloads are not part of any limit)."""
+    place = tmp_path_factory.mktemp("accept") / "vlfoundry"
+    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(place)], check=True)
+    subprocess.run(["make", "setup"], cwd=place, check=True)
+    return place
+
+
+@pytest.fixture(scope="session")
+def first(clone: Path) -> Measured:
+    """The first `make run`."""
+    return measure(["make", "run"], clone, 60 * MINUTE)
+
+
+@pytest.fixture(scope="session")
+def scores(clone: Path, first: Measured) -> Callable[[str], dict[str, dict[str, Any]]]:
+    """Scores of a model by `suite/name/lang`."""
+    assert first.code == 0, first.output[-3000:]
+
+    def of(model: str) -> dict[str, dict[str, Any]]:
+        path = clone / "artifacts" / "evaluate" / model / "scores.json"
+        entries = json.loads(path.read_text("utf-8"))["scores"]
+        return {"/".join(filter(None, (e["suite"], e["name"], e["lang"]))): e for e in entries}
+
+    return of
+
+
+def test_make_run_ends_in_20_minutes_and_8_gb(
+    clone: Path, first: Measured, record_property: Record
+) -> None:
+    record_property("wall_s", first.wall_s)
+    record_property("cpu_s", first.cpu_s)
+    record_property("peak_mib", first.peak_mib)
+    assert first.code == 0, first.output[-3000:]
+    assert first.wall_s <= 20 * MINUTE
+    assert first.peak_mib < 8 * 1024
+    assert "work/report/index.html" in first.output
+    assert (clone / "work" / "report" / "index.html").is_file()
+
+
+def test_a_second_run_takes_a_minute_of_cpu(
+    clone: Path, first: Measured, record_property: Record
+) -> None:
+    lock = (clone / "dvc.lock").read_bytes()
+    again = measure(["make", "run"], clone, 10 * MINUTE)
+    record_property("wall_s", again.wall_s)
+    record_property("cpu_s", again.cpu_s)
+    assert again.code == 0, again.output[-3000:]
+    assert "nothing to do" in again.output
+    assert again.cpu_s <= 60
+    assert (clone / "dvc.lock").read_bytes() == lock
+
+
+def test_dvc_alone_agrees(clone: Path, first: Measured) -> None:
+    lock = (clone / "dvc.lock").read_bytes()
+    ended = measure([".venv/bin/dvc", "repro"], clone, 10 * MINUTE)
+    assert ended.code == 0, ended.output[-3000:]
+    assert (clone / "dvc.lock").read_bytes() == lock
+
+
+def test_zero_shot_on_the_unseen_vendor(scores: Callable, record_property: Record) -> None:
+    found = scores("internvl_c")
+    for name, least in (("top1", 0.08), ("top5", 0.25)):
+        score = found[f"zero_shot/{name}/ensemble"]
+        record_property(name, score["value"])
+        record_property(f"{name}_untrained", score["untrained"])
+        assert score["value"] >= least
+        control = math.hypot(score["untrained_stderr"], 1 / score["n"])
+        assert abs(score["untrained"] - score["chance"]) <= 4 * control
+    for lang in LANGUAGES:
+        score = found[f"zero_shot/top5/{lang}"]
+        record_property(f"top5_{lang}", score["value"])
+        assert score["interval"][0] > score["chance"]
+
+
+@pytest.mark.parametrize("model", ["chat_simple", "chat_full"])
+def test_colours_and_boxes(scores: Callable, model: str, record_property: Record) -> None:
+    found = scores(model)
+    colour, box = found["colour/accuracy"], found["box/accuracy_iou50"]
+    record_property("colour", colour["value"])
+    record_property("box_iou50", box["value"])
+    assert colour["value"] >= 0.95
+    assert box["value"] >= 0.5
+
+
+def test_contrastive_starts_at_ln_batch(
+    clone: Path, first: Measured, record_property: Record
+) -> None:
+    history = json.loads((clone / "artifacts/contrastive/history.json").read_text("utf-8"))
+    losses, guessing = [s["loss"] for s in history["steps"]], math.log(history["batch_samples"])
+    record_property("first_loss_over_ln_batch", losses[0] / guessing)
+    assert losses[0] == pytest.approx(guessing, rel=0.02)
+    assert min(losses[: len(losses) // 4]) < 0.95 * guessing
+
+
+def test_a_changed_parameter_runs_what_depends_on_it(clone: Path, first: Measured) -> None:
+    path = clone / "params.yaml"
+    before = path.read_text("utf-8")
+    assert "examples: 12" in before
+    path.write_text(before.replace("examples: 12", "examples: 11"), "utf-8")
+    try:
+        changed = measure(["make", "run"], clone, 10 * MINUTE)
+        assert changed.code == 0, changed.output[-3000:]
+        assert "1 of " in changed.output
+        assert "report: ran" in changed.output
+    finally:
+        path.write_text(before, "utf-8")

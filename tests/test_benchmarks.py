@@ -1,0 +1,57 @@
+"""The harness: one JSON line a measurement, with all that a number needs beside it."""
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from accept.meter import measure as measure_command
+from benchmarks import harness
+
+
+@pytest.fixture
+def registry(monkeypatch: pytest.MonkeyPatch) -> dict[str, harness.Benchmark]:
+    """An empty registry of benchmarks for one test."""
+    empty: dict[str, harness.Benchmark] = {}
+    monkeypatch.setattr(harness, "REGISTRY", empty)
+    return empty
+
+
+def test_a_line_has_all_that_a_number_needs(registry: dict[str, harness.Benchmark]) -> None:
+    @harness.benchmark("naps")
+    def naps() -> Iterator[harness.Case | harness.LeftOut]:
+        yield harness.Case(
+            name="nap", call=lambda: time.sleep(0.02), items=10, unit="naps",
+            packages=("numpy",), repetitions=3,
+        )  # fmt: skip
+        yield harness.LeftOut(name="peer", reason="not installed")
+
+    nap, peer = (json.loads(json.dumps(line)) for line in harness.run("naps"))
+    assert 0.02 <= nap["median_s"] < 1
+    assert nap["cpu_s"] < nap["median_s"]
+    assert nap["items_per_s"] == pytest.approx(10 / nap["median_s"], rel=0.01)
+    assert nap["versions"].keys() == {"numpy"}
+    assert nap["machine"]["cores"] >= 1
+    assert nap.keys() >= {"format", "benchmark", "case", "commit", "dirty", "min_s", "max_s"}
+    assert peer["left_out"] == "not installed"
+    assert "median_s" not in peer
+
+
+def test_every_benchmark_yields_cases() -> None:
+    harness.load_all()
+    assert {"shards", "start"} <= harness.REGISTRY.keys()
+    for benchmark in harness.REGISTRY.values():
+        case = next(iter(benchmark()))
+        assert case.name
+
+
+def test_a_command_is_measured_with_its_children(tmp_path: Path) -> None:
+    burn = "import time; x = bytearray(64 << 20); x[::4096] = b'1' * len(x[::4096])\n"
+    burn += "end = time.process_time() + 0.5\nwhile time.process_time() < end: pass\ntime.sleep(1.5)"
+    measured = measure_command(["sh", "-c", f''{sys.executable}' -c "{burn}"; echo done'], tmp_path, 60)
+    assert (measured.code, measured.output) == (0, "done\n")
+    assert 0.5 <= measured.cpu_s <= measured.wall_s + 1
+    assert 64 <= measured.peak_mib < 400
