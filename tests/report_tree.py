@@ -7,7 +7,6 @@ import types
 from pathlib import Path
 
 import numpy as np
-from eval_fakes import CAN, Guesser
 
 from eval import questions
 from eval.datasets import ConceptSet, read_folder
@@ -18,6 +17,7 @@ from eval.variants import MODELS
 from infra.config import build
 from infra.stage import Context
 from infra.tables import write_table
+from tests.eval_fakes import CAN, Guesser
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 LANGUAGES = ("en", "zh", "ja", "ar", "it")
@@ -27,9 +27,14 @@ SEED = 3
 RECORD = {
     "wall_s": 61.2,
     "cpu_s": 118.4,
-    "samples_per_s": 271.5,
-    "device": "cpu",
-    "mfu": {"mfu": 0.41, "model_flops_per_cpu_s": 2.3e10, "gemm_flops_per_s": 5.6e10},
+    "samples": 600 * 128,
+    "steps": 600,
+    "throughput": {
+        "samples_per_s": 271.5,
+        "gflops_per_cpu_s": 23.0,
+        "gemm_gflops_per_cpu_s": 56.0,
+        "mfu_cpu": 0.41,
+    },
 }
 
 
@@ -170,6 +175,8 @@ def _funnel(root: Path) -> None:
                 "detail": ["0.12 below 0.20"] * len(dropped),
             },
         )
+        measured = {"target": "shuffled", "precision": 0.9, "recall": 0.96}
+        _write(folder / "metrics.json", {"rules": {"similarity": measured}})
         left = [(row, noise) for row, noise in left if row in {r for r, _ in kept}]
     for name, share in (("stage1", 1.0), ("stage2", 0.4)):
         _write(root / f"artifacts/shard/{name}/index.json", {"samples": int(share * len(left))})
@@ -200,7 +207,7 @@ def _histories(root: Path) -> None:
                 else {}
             )
             steps.append({"step": i + 1, "loss": loss, "lr": 1e-3, **terms})
-        _write(root / artefact(stage) / "history.json", {"steps": steps, "batch_samples": 128})
+        _write(root / artefact(stage) / "history.json", {"steps": steps})
         _write(
             root / "work" / stage.replace("@", "-") / "record.json",
             {"stage": stage, "run_key": "ab" * 32, **RECORD},

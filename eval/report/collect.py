@@ -54,7 +54,11 @@ def funnel(root: Path) -> dict[str, Any]:
             continue
         rows = read_table(dropped, ["row", "rule"]).to_pydict()
         left = read_table(kept, ["row"]).num_rows
-        rules = [_rule(step, rule, rows, truth) for rule, _ in Counter(rows["rule"]).most_common()]
+        measured = (_json(root / artefact(step) / "metrics.json") or {}).get("rules", {})
+        rules = [
+            _rule(step, rule, rows, truth, measured.get(rule, {}))
+            for rule, _ in Counter(rows["rule"]).most_common()
+        ]
         steps.append(
             {"step": step, "before": left + len(rows["row"]), "kept": left, "rules": rules}
         )
@@ -118,14 +122,14 @@ def histories(root: Path) -> dict[str, dict[str, list[tuple[float, float]]]]:
 def guessing_loss(root: Path, stage: str) -> float | None:
     """ln(batch), where a contrastive loss starts that has learnt nothing; None for other losses.
 
-    The history (or the bootstrap's metrics) says how many samples a batch had.
+    The stage's record or metrics say how many samples a batch had.
     """
     if stage == "bootstrap":
         folds = (_json(root / "artifacts/bootstrap/metrics.json") or {}).get("folds") or [{}]
         batch = folds[0].get("batch_samples")
     else:
-        document = _json(root / artefact(stage) / "history.json") or {}
-        batch = document.get("batch_samples") if stage == "contrastive" else None
+        record = work_records(root).get(stage, {}) if stage == "contrastive" else {}
+        batch = record["samples"] / record["steps"] if record.get("steps") else None
     return math.log(batch) if batch else None
 
 
@@ -174,13 +178,20 @@ def _truth(root: Path) -> dict[int, str] | None:
 
 
 def _rule(
-    step: str, rule: str, rows: dict[str, list[Any]], truth: dict[int, str]
+    step: str,
+    rule: str,
+    rows: dict[str, list[Any]],
+    truth: dict[int, str],
+    measured: dict[str, Any],
 ) -> dict[str, Any]:
     hit = [truth[row] for row, name in zip(rows["row"], rows["rule"], strict=True) if name == rule]
     noisy = sum(noise != "" for noise in hit)
     return {
         "rule": rule,
         "dropped": len(hit),
+        "target": measured.get("target", ""),
+        "target_precision": measured.get("precision"),
+        "target_recall": measured.get("recall"),
         "precision": None if step == "decontaminate" else round(noisy / len(hit), 4),
         "noise": dict(sorted(Counter(noise or "clean" for noise in hit).items())),
     }

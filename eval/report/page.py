@@ -1,7 +1,6 @@
 """Renders the report as one HTML file that needs nothing else: pictures and charts lie inside."""
 
 import base64
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -277,26 +276,20 @@ def _work(root: Path) -> list[dict[str, Any]]:
     """Times and rates of each stage, with both terms of MFU(CPU) where it was measured."""
     rows = []
     for stage, record in collect.work_records(root).items():
-        mfu = record.get("mfu") or {}
-        rate = record.get("samples_per_s")
+        rates = record.get("throughput") or {}
         rows.append(
             {
                 "stage": stage,
                 "run_key": record.get("run_key", ""),
                 "wall_s": record.get("wall_s"),
                 "cpu_s": record.get("cpu_s"),
-                "samples_per_s": rate if rate is None or math.isfinite(rate) else None,
-                "mfu": mfu.get("mfu"),
-                "model_gflops": _giga(mfu.get("model_flops_per_cpu_s")),
-                "gemm_gflops": _giga(mfu.get("gemm_flops_per_s")),
-                "device": record.get("device", ""),
+                "samples_per_s": rates.get("samples_per_s"),
+                "mfu": rates.get("mfu_cpu"),
+                "model_gflops": rates.get("gflops_per_cpu_s"),
+                "gemm_gflops": rates.get("gemm_gflops_per_cpu_s"),
             }
         )
     return rows
-
-
-def _giga(value: float | None) -> float | None:
-    return None if value is None else value / 1e9
 
 
 assert set(MODEL_NAMES) == set(MODELS)

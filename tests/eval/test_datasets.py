@@ -4,12 +4,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from eval_fakes import drawing, encoded, write_concept_set, write_pair_set
 from PIL import Image
 
 from eval.datasets import ConceptSet, PairSet, read_folder
 from eval.pictures import decode_squares
 from infra.errors import DataError
+from tests.eval_fakes import drawing, encoded, write_concept_set, write_pair_set
 
 
 def pair(index, **changes):

@@ -2,7 +2,16 @@
 
 import numpy as np
 import pytest
-from eval_fakes import (
+
+from eval.datasets import read_folder
+from eval.embedding import Setting
+from eval.questions import KINDS, ask
+from eval.reference import NearestPicture
+from eval.run import choose_languages, score_model
+from eval.scores import read_items
+from eval.suites import NEEDS, suite_run, why_not
+from infra.errors import DataError, ModelError
+from tests.eval_fakes import (
     LANGUAGES,
     Constant,
     Guesser,
@@ -13,16 +22,13 @@ from eval_fakes import (
     write_pair_set,
 )
 
-from eval.datasets import read_folder
-from eval.embedding import Setting
-from eval.questions import KINDS, ask
-from eval.reference import NearestPicture
-from eval.run import choose_languages, score_model
-from eval.scores import read_items
-from eval.suites import NEEDS, suite_run, why_not
-from infra.errors import DataError, ModelError
-
 SCENES = 40
+
+
+@pytest.fixture(autouse=True)
+def fewer_training_scenes(monkeypatch):
+    """The reference answers of scenes cost most of the time here and need no large pool."""
+    monkeypatch.setattr("eval.questions.TRAINING_SCENES", 60)
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ import sys
 import types
 
 import pytest
-from eval_fakes import LANGUAGES, Guesser, Oracle, write_concept_set
 
 from eval.datasets import read_folder
 from eval.questions import KINDS, ask
@@ -17,8 +16,15 @@ from infra.errors import ConfigError, DataError, ModelError
 from infra.stage import Context
 from infra.tables import write_table
 from stages.evaluate import STAGE, Config
+from tests.eval_fakes import LANGUAGES, Guesser, Oracle, write_concept_set
 
 SCENES = 30
+
+
+@pytest.fixture(autouse=True)
+def fewer_training_scenes(monkeypatch):
+    """The reference answers of scenes cost most of the time here and need no large pool."""
+    monkeypatch.setattr("eval.questions.TRAINING_SCENES", 60)
 
 
 @pytest.fixture

@@ -8,13 +8,13 @@ import shutil
 import subprocess
 
 import pytest
-from report_tree import CLASSES, build_tree
 
 from eval.report import charts, collect, page
 from infra.config import build
 from infra.fingerprint import fingerprint
 from infra.stage import Context
 from stages.report import OUT, STAGE, Config
+from tests.report_tree import CLASSES, build_tree
 
 MAX_PAGE_BYTES = 3_000_000
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -102,6 +102,7 @@ def test_the_page_shows_every_part(html):
         assert f"Training loss of {stage} by step" in html
     for text in (
         "near_duplicate",
+        "guessing, ln(batch) = 4.85",
         "gate not passed",
         "MFU(CPU)",
         "56.0",
