@@ -27,8 +27,8 @@ class DecoderConfig:
     """of all norms"""
     rope_base: float = 10000.0
     """of the rotary position embedding"""
-    init_std: float = 0.02
-    """of the initial matrices (truncated normal)"""
+    init_std: float | None = None
+    """of the initial matrices (truncated normal); None: 1 / sqrt(width)"""
     embedding_init_std: float = 1.0
     """of the initial token embeddings; at 0.02 a small text tower hardly starts to learn"""
 
@@ -44,6 +44,11 @@ class DecoderConfig:
             raise ValueError(
                 f"heads {self.heads} does not divide by key_value_heads {self.key_value_heads}"
             )
+
+    @property
+    def matrix_std(self) -> float:
+        """`init_std` with None resolved."""
+        return self.width**-0.5 if self.init_std is None else self.init_std
 
     @property
     def head_size(self) -> int:

@@ -16,8 +16,8 @@ class ConnectorConfig:
     """order of merged tokens: v1 (old checkpoints) leaves rows and columns swapped"""
     select_layer: int = -1
     """hidden state of the vision tower to take; -4 for the 48-layer 6B"""
-    init_std: float = 0.02
-    """of the initial matrices"""
+    init_std: float | None = None
+    """of the initial matrices; None: 1 / sqrt(width) of what each takes in"""
 
     @property
     def merge(self) -> int:

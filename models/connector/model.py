@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu
 
 from infra.errors import ModelError
-from models.common.canonical import set_init
+from models.common.canonical import set_init, set_rule
 from models.common.megatron import TransformerConfig
 from models.common.norms import LayerNorm
 from models.common.parallel import Part
@@ -29,7 +29,13 @@ class Connector(Part):
         self.norm = LayerNorm(stack, inner, eps=1e-5) if config.kind == "pixel_shuffle" else None
         self.linear1 = nn.Linear(inner, width, **make)
         self.linear2 = nn.Linear(width, width, **make)
-        set_init(self, config.init_std)
+        for linear in (self.linear1, self.linear2):
+            set_init(
+                linear, linear.in_features**-0.5 if config.init_std is None else config.init_std
+            )
+        if self.norm is not None:
+            set_rule(self.norm.weight, "constant", 1.0)
+            set_rule(self.norm.bias, "constant", 0.0)
 
     def forward(self, tokens: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """[B, T, V] -> [B, T / merge**2, D]. `grid` is (rows, columns); None: square."""

@@ -123,8 +123,8 @@ class InternViT(Part):
 
     def _set_init_rules(self) -> None:
         config = self.vit_config
-        set_init(self, config.init_std)
-        set_rule(self.class_embedding, "trunc_normal", config.init_std)
+        set_init(self, config.matrix_std)
+        set_rule(self.class_embedding, "trunc_normal", config.matrix_std)
         for layer in self.decoder.layers:
             set_rule(layer.ls1, "constant", config.layerscale_init)
             set_rule(layer.ls2, "constant", config.layerscale_init)

@@ -50,8 +50,9 @@ class InternVLConfig:
     """channels of the shared space of images and texts"""
     pool_heads: int = 4
     """heads of the attention pooling"""
-    head_init_std: float = 0.02
-    """of the initial matrices of pooling, projection and matching head"""
+    head_init_std: float | None = None
+    """of the initial matrices of pooling, projection and matching head; None: as the text
+    tower's"""
     temperature: float = 0.07
     """initial temperature of the contrastive loss"""
 
@@ -78,6 +79,11 @@ class InternVLConfig:
         return self.language or self.text
 
     @property
+    def head_std(self) -> float:
+        """`head_init_std` with None resolved."""
+        return self.text.matrix_std if self.head_init_std is None else self.head_init_std
+
+    @property
     def logit_scale(self) -> float:
         """Initial logarithm of the inverse temperature."""
         return math.log(1 / self.temperature)
@@ -93,7 +99,7 @@ def _paper() -> InternVLConfig:
         vision=internvit("6b"),
         text=llama("chinese-alpaca-7b"),
         queries=PAPER,
-        connector=ConnectorConfig(kind="mlp2x", select_layer=-4),
+        connector=ConnectorConfig(kind="mlp2x", select_layer=-4, init_std=0.02),
         language=llama("vicuna-7b"),
         embed_dim=768,
         pool_heads=16,

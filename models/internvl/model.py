@@ -197,7 +197,7 @@ class InternVL(Part):
             torch.zeros(config.text.width, config.embed_dim, **make)
         )
         self.logit_scale = nn.Parameter(torch.zeros((), **make))
-        set_rule(self.text_projection, "trunc_normal", config.head_init_std)
+        set_rule(self.text_projection, "trunc_normal", config.head_std)
         set_rule(self.logit_scale, "constant", config.logit_scale)
         new: list[nn.Module] = [self.clip_projector]
         if with_queries:
@@ -205,7 +205,7 @@ class InternVL(Part):
             self.itm_head = nn.Linear(config.text.width, 2, **make)
             new += [self.clip_projector2, self.itm_head]
         for module in new:
-            set_init(module, config.head_init_std)
+            set_init(module, config.head_std)
 
     def _add_connectors(self, config: InternVLConfig, *, with_queries: bool) -> None:
         self.connector = Connector(

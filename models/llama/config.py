@@ -16,6 +16,7 @@ _7B = LlamaConfig(
     heads=32,
     mlp_hidden=11008,
     max_tokens=80,
+    init_std=0.02,
     embedding_init_std=0.02,
 )
 FLAVOURS: dict[str, LlamaConfig] = {

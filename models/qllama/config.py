@@ -13,8 +13,8 @@ class QLlamaConfig:
     """learnable query tokens in front of the text"""
     cross_attention_frequency: int = 2
     """every so many layers, from the first, the queries look at the image"""
-    init_std: float = 0.02
-    """of the initial queries and cross-attention matrices"""
+    init_std: float | None = None
+    """of the initial queries and cross-attention matrices; None: as the base's matrices"""
 
     def __post_init__(self) -> None:
         if self.num_queries < 1 or self.cross_attention_frequency < 1:

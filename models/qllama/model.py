@@ -36,10 +36,11 @@ class QLlama(Decoder):
         self.query_tokens = nn.Parameter(
             torch.zeros(queries.num_queries, config.width, dtype=self.config.params_dtype)
         )
-        set_rule(self.query_tokens, "trunc_normal", queries.init_std)
+        std = config.matrix_std if queries.init_std is None else queries.init_std
+        set_rule(self.query_tokens, "trunc_normal", std)
         for module in self.modules():
             if isinstance(module, QueryCrossAttention):
-                set_init(module, queries.init_std)
+                set_init(module, std)
 
     @property
     def num_queries(self) -> int:

@@ -1,0 +1,168 @@
+"""The losses: where they start, what they ignore, how they average."""
+
+import math
+
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+from infra.errors import ConfigError
+from models.common.config import DecoderConfig
+from models.internvit.config import internvit
+from models.internvl.config import InternVLConfig
+from models.internvl.freeze import freeze
+from models.internvl.model import build
+from models.objectives.contrastive import Contrastive, ContrastiveConfig, embed_distinct, info_nce
+from models.objectives.generative import Generative, GenerativeConfig, hard_negatives
+from models.objectives.next_token import IGNORE, NextTokenConfig, next_token, token_weights
+from tests.models_helpers import stage2_batch, texts, tiny_config
+
+
+def test_contrastive_starts_near_ln_batch_and_learns():
+    torch.manual_seed(0)
+    config = InternVLConfig(
+        vision=internvit("small", image_px=32, init_std=0.06),
+        text=DecoderConfig(init_std=0.06),
+        head_init_std=0.06,
+    )
+    model = build("internvl_c", config)
+    ids = torch.randint(12, 4096, (32, 6))
+    ids[:, -1] = 2
+    squares = torch.rand(32, 3, 1, 1).expand(-1, -1, 16, 16)
+    batch = {
+        "pixels": torch.nn.functional.pad(squares, (8, 8, 8, 8), value=1.0),
+        "ids": ids,
+        "mask": torch.ones_like(ids),
+    }
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    losses: list[float] = []
+    for _ in range(25):
+        loss, metrics = Contrastive()(model, batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(math.log(32), rel=0.02)
+    assert losses[-1] < 0.95 * math.log(32)
+    assert metrics["logit_scale"] == pytest.approx(1 / 0.07, rel=0.1)
+
+
+def test_each_distinct_caption_is_encoded_once():
+    model = build("internvl_c", tiny_config())
+    seen = []
+    encode = model.embed_texts
+    model.embed_texts = lambda ids, mask: (seen.append(len(ids)), encode(ids, mask))[1]
+    ids, mask = texts(4)
+    ids[2], mask[2] = ids[0], mask[0]
+    got = embed_distinct(model, ids, mask)
+    assert seen == [3]
+    assert torch.allclose(got, encode(ids, mask), atol=1e-6)
+
+
+def unit(rows: int, width: int = 5) -> torch.Tensor:
+    return normalize(torch.randn(rows, width, generator=torch.Generator().manual_seed(rows)), dim=1)
+
+
+def test_info_nce_by_hand():
+    images, captions, scale = unit(3), unit(4)[:3], torch.tensor(1.5)
+    logits = scale.exp() * images @ captions.T
+    rows, columns = logits.log_softmax(1).diagonal(), logits.log_softmax(0).diagonal()
+    loss, _ = info_nce(images, captions, scale, ContrastiveConfig())
+    assert loss == pytest.approx(-(rows.mean() + columns.mean()).item() / 2, rel=1e-5)
+    alone, _ = info_nce(
+        images, captions, scale, ContrastiveConfig(), valid=torch.tensor([True, False, True])
+    )
+    expected = -(rows[[0, 2]].mean() + columns[[0, 2]].mean()) / 2
+    assert alone == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_one_group_shares_its_target():
+    images, captions, scale = unit(3), unit(4)[:3], torch.tensor(0.5)
+    grouped, _ = info_nce(
+        images, captions, scale, ContrastiveConfig(), group=torch.tensor([7, 8, 7])
+    )
+    target = torch.tensor([[0.5, 0, 0.5], [0, 1, 0], [0.5, 0, 0.5]])
+    logits = scale.exp() * images @ captions.T
+    by_hand = -((target * logits.log_softmax(1)).sum(1) + (target * logits.T.log_softmax(1)).sum(1))
+    assert grouped == pytest.approx(by_hand.mean().item() / 2, rel=1e-5)
+    plain, _ = info_nce(images, captions, scale, ContrastiveConfig())
+    own, _ = info_nce(images, captions, scale, ContrastiveConfig(), group=torch.arange(3))
+    assert own == pytest.approx(plain.item(), rel=1e-6)
+
+
+def test_temperature_ceiling():
+    images, captions = unit(3), unit(4)[:3]
+    free, _ = info_nce(images, captions, torch.tensor(9.0), ContrastiveConfig(max_logit_scale=None))
+    capped, _ = info_nce(images, captions, torch.tensor(9.0), ContrastiveConfig())
+    at_ceiling, _ = info_nce(images, captions, torch.tensor(100.0).log(), ContrastiveConfig())
+    assert capped == pytest.approx(at_ceiling.item(), rel=1e-5)
+    assert free != pytest.approx(capped.item(), rel=1e-2)
+
+
+def test_stage_2_gives_gradients_to_what_it_trains():
+    model = build("internvl_g", tiny_config())
+    trained = freeze(model, "stage2")
+    loss, metrics = Generative()(model, stage2_batch(5))
+    loss.backward()
+    assert loss.item() == pytest.approx(sum(metrics[k].item() for k in ("itm", "itc", "itg")))
+    with_gradient = {n for n, p in model.named_parameters() if p.grad is not None}
+    assert with_gradient == set(trained)
+
+
+def test_hard_negatives_are_similar_but_not_the_same():
+    model = build("internvl_g", tiny_config())
+    batch = stage2_batch(4)
+    similarity = torch.tensor([[0.9, 0.1, 0.5, 0.3], [0.2, 0.9, 0.8, 0.1]])
+    model.stage1_similarity = lambda *_: similarity.clone()
+    assert hard_negatives(model, batch, 2)[0].tolist() == [2, 2]
+    batch["positive_ids"][2] = batch["positive_ids"][0]  # the same words: no negative
+    assert hard_negatives(model, batch, 2)[0].tolist() == [3, 2]
+    batch["group"] = torch.tensor([0, 1, 2, 0])
+    index, there_is = hard_negatives(model, batch, 2)
+    assert index.tolist() == [1, 2]
+    assert there_is.tolist() == [True, True]
+    batch["group"] = torch.tensor([0, 0, 0, 0])
+    assert hard_negatives(model, batch, 2)[1].tolist() == [False, False]
+
+
+def test_empty_texts_are_ignored():
+    model = build("internvl_g", tiny_config()).eval()
+    config = GenerativeConfig(negatives="given", empty_summary_tokens=5)
+    batch = stage2_batch(4)
+    batch["positive_mask"][3] = torch.tensor([1, 1, 0, 0, 0, 0, 0])
+    batch["summary_mask"][1] = torch.tensor([1, 1, 1, 1, 1, 0, 0])
+    objective = Generative(config)
+    matching, is_match, counts = objective._matching(model, batch)
+    assert is_match.tolist() == [0, 0, 1, 1]
+    assert counts.tolist() == [True, True, True, False]
+    assert torch.equal(matching[0][0], batch["negative_ids"][0])
+    assert torch.equal(matching[0][3], batch["positive_ids"][3])
+    assert torch.isfinite(objective(model, batch)[0])
+    with pytest.raises(ConfigError, match="negative_ids"):
+        objective(model, {n: t for n, t in batch.items() if not n.startswith("negative")})
+
+
+def test_averaging_of_tokens():
+    learnt = torch.tensor([[True] * 4, [True, False, False, False]])
+    assert token_weights(learnt, "token")[:, 0].tolist() == [1.0, 1.0]
+    assert token_weights(learnt, "sample")[:, 0].tolist() == [0.25, 1.0]
+    assert token_weights(learnt, "square")[:, 0].tolist() == [0.5, 1.0]
+
+    hidden = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([[IGNORE, 0, 1, 2, 0], [IGNORE, 2, IGNORE, IGNORE, IGNORE]])
+    by_row = [
+        torch.nn.functional.cross_entropy(hidden[i, :-1], labels[i, 1:], ignore_index=IGNORE)
+        for i in range(2)
+    ]
+    token, _ = next_token(hidden, labels, lambda x: x, NextTokenConfig())
+    sample, _ = next_token(hidden, labels, lambda x: x, NextTokenConfig(averaging="sample"))
+    assert token == pytest.approx((4 * by_row[0] + by_row[1]).item() / 5, rel=1e-5)
+    assert sample == pytest.approx((by_row[0] + by_row[1]).item() / 2, rel=1e-5)
+
+
+def test_a_batch_without_labels_costs_nothing():
+    hidden = torch.randn(1, 3, 4, requires_grad=True)
+    loss, metrics = next_token(hidden, torch.full((1, 3), IGNORE), lambda x: x, NextTokenConfig())
+    loss.backward()
+    assert loss.item() == 0.0
+    assert metrics["token_accuracy"] == 0.0

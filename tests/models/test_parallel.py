@@ -1,0 +1,94 @@
+"""What must not depend on how many ranks there are."""
+
+import numpy as np
+import pytest
+import torch
+
+from infra.backend import Layout
+from infra.backend.parallel import parallel
+from infra.backend.ranks import run_ranks
+from infra.train.weights import gather_weights
+from models.common.parallel import data_group
+from models.internvl.config import PARTS
+from models.internvl.model import build
+from models.objectives.contrastive import Contrastive
+from models.objectives.generative import Generative
+from models.objectives.next_token import ChatObjective, NextTokenConfig, TextObjective
+from tests.models_helpers import chat_batch, pixels, stage2_batch, texts, tiny_config
+
+# A bias on keys shifts all scores of a query alike, so its gradient is zero but for rounding.
+ZERO_GRADIENT = ("norm_k.bias", "linear_k.bias")
+
+
+def loss_of(kind: str, model, part: slice = slice(None)) -> torch.Tensor:
+    config = model.model_config
+    if kind == "text":
+        ids, mask = texts(4)
+        return TextObjective()(model, {"ids": ids[part], "mask": mask[part]})[0]
+    if kind == "internvl_c":
+        ids, mask = texts(4)
+        ids[3], mask[3] = ids[0], mask[0]  # one caption of two images
+        batch = {"pixels": pixels(4), "ids": ids, "mask": mask}
+        objective = Contrastive()
+    elif kind == "internvl_g":
+        batch, objective = stage2_batch(4), Generative()
+    else:
+        batch = chat_batch(config, kind, 4)
+        objective = ChatObjective(NextTokenConfig(averaging="square"))
+    return objective(model, {name: value[part] for name, value in batch.items()})[0]
+
+
+def weights_and_gradients(kind: str, tensor: int):
+    """Rank 0: loss, whole weights, whole gradients."""
+    with parallel(Layout(tensor=tensor)):
+        model = build(kind, tiny_config(), seed=3)
+        loss = loss_of(kind, model)
+        loss.backward()
+        weights = gather_weights(model)
+        for parameter in model.parameters():
+            gradient = parameter.grad
+            parameter.data = torch.zeros_like(parameter) if gradient is None else gradient
+        gradients = gather_weights(model)
+    if weights is None:
+        return None
+    as_numpy = [{n: t.numpy() for n, t in part.items()} for part in (weights, gradients)]
+    return loss.item(), *as_numpy
+
+
+@pytest.mark.parametrize("kind", PARTS)
+def test_two_tensor_ranks_equal_one(kind):
+    one = run_ranks(weights_and_gradients, kind, 1, ranks=1)[0]
+    two = run_ranks(weights_and_gradients, kind, 2, ranks=2)[0]
+
+    assert abs(one[0] - two[0]) < 1e-5
+    for name, weight in one[1].items():
+        assert np.array_equal(weight, two[1][name]), name
+    for name, gradient in one[2].items():
+        if name.endswith(ZERO_GRADIENT):
+            continue
+        scale = np.abs(gradient).max()
+        assert np.abs(gradient - two[2][name]).max() <= 1e-4 * scale + 1e-6, name
+
+
+def mean_gradients(kind: str, ranks: int):
+    """Loss and gradients averaged over data-parallel ranks, as Megatron does."""
+    with parallel(Layout(data=ranks)):
+        model = build(kind, tiny_config(), seed=3)
+        size = 4 // ranks
+        start = data_group().rank() * size
+        loss = loss_of(kind, model, slice(start, start + size))
+        loss.backward()
+        values = [loss.detach()] + [p.grad for p in model.parameters() if p.grad is not None]
+        for value in values:
+            torch.distributed.all_reduce(value, group=data_group())
+            value /= ranks
+        return [value.numpy() for value in values]
+
+
+@pytest.mark.parametrize("kind", ["text", "internvl_c", "chat_simple"])
+def test_the_loss_is_that_of_the_whole_batch(kind):
+    one = run_ranks(mean_gradients, kind, 1, ranks=1)[0]
+    for rank in run_ranks(mean_gradients, kind, 2, ranks=2):
+        assert len(one) == len(rank)
+        for expected, got in zip(one, rank, strict=True):
+            assert np.abs(expected - got).max() < 1e-5 * max(1.0, np.abs(expected).max())
