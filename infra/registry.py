@@ -76,7 +76,12 @@ def read_registry(root: Path) -> Registry:
     for tag in tags:
         if tag.action is Action.REGISTER and (facts := _facts(tag.message)):
             version = Version(
-                name=tag.name, version=tag.version, commit=tag.commit, created=tag.created, **facts
+                name=tag.name,
+                version=tag.version,
+                commit=tag.commit,
+                created=tag.created,
+                path=facts["path"],
+                md5=facts["md5"],
             )
             versions[version.ref] = version
             by_commit[tag.name, tag.commit] = version.ref

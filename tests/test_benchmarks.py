@@ -49,9 +49,17 @@ def test_every_benchmark_yields_cases() -> None:
 
 
 def test_a_command_is_measured_with_its_children(tmp_path: Path) -> None:
-    burn = "import time; x = bytearray(64 << 20); x[::4096] = b'1' * len(x[::4096])\n"
-    burn += "end = time.process_time() + 0.5\nwhile time.process_time() < end: pass\ntime.sleep(1.5)"
-    measured = measure_command(["sh", "-c", f''{sys.executable}' -c "{burn}"; echo done'], tmp_path, 60)
+    burn = tmp_path / "burn.py"
+    burn.write_text(
+        "import time\n"
+        "held = bytearray(64 << 20)\n"
+        "held[::4096] = b'1' * len(held[::4096])\n"
+        "end = time.process_time() + 0.5\n"
+        "while time.process_time() < end: pass\n"
+        "time.sleep(1.5)\n"
+    )
+    command = ["sh", "-c", f"{sys.executable} {burn}; echo done"]
+    measured = measure_command(command, tmp_path, 60)
     assert (measured.code, measured.output) == (0, "done\n")
     assert 0.5 <= measured.cpu_s <= measured.wall_s + 1
     assert 64 <= measured.peak_mib < 400
