@@ -11,6 +11,7 @@ Pair set: Parquet files with `id`, `image` {bytes, path}, `captions` [{lang, tex
 Where `bytes` is empty the picture is read from `path`, relative to the folder.
 """
 
+import abc
 import dataclasses
 from collections.abc import Collection, Iterator, Sequence
 from functools import cached_property
@@ -64,8 +65,15 @@ class Concept:
     """Finer class, empty if unknown."""
 
 
-class DataFolder:
+class DataFolder(abc.ABC):
     """Pictures of one folder, in the order of the files and their rows."""
+
+    kind: str
+
+    @property
+    @abc.abstractmethod
+    def languages(self) -> tuple[str, ...]:
+        """Languages of the texts, those with most texts first."""
 
     def __init__(self, folder: Path, pictures: Sequence[Picture]) -> None:
         self.folder, self.pictures = folder, tuple(pictures)
@@ -196,6 +204,14 @@ def read_folder(folder: str | Path, *, sources: Sequence[str] | None = None) -> 
             f"{pictures[0].concept!r}) in {CONCEPTS_FILE}"
         )
     return ConceptSet(folder, named, concepts)
+
+
+def read_concept_set(folder: str | Path, *, sources: Sequence[str] | None = None) -> ConceptSet:
+    """`read_folder` where only a concept set will do. Raises DataError for a pair set."""
+    data = read_folder(folder, sources=sources)
+    if not isinstance(data, ConceptSet):
+        raise DataError(f"{folder} is a {data.kind}, expected a concept set: no {CONCEPTS_FILE}")
+    return data
 
 
 def _read_pictures(folder: Path, file: Path, with_concepts: bool) -> Iterator[Picture]:

@@ -43,7 +43,7 @@ def square(picture: Image.Image, side_px: int, *, keep_alpha: bool = False) -> n
     Returns uint8 [S, S, 3] on white, or [S, S, 4] with a transparent border.
     """
     scale = side_px / max(picture.size)
-    size = tuple(max(1, round(length * scale)) for length in picture.size)
+    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
     if size != picture.size:
         # premultiplied alpha: or the hidden colour of clear pixels bleeds into the edges
         picture = picture.convert("RGBa").resize(size, Image.Resampling.BICUBIC).convert("RGBA")

@@ -9,14 +9,15 @@ from pathlib import Path
 
 import numpy as np
 
-from eval.datasets import ConceptSet, DataFolder
+from eval.datasets import ConceptSet, DataFolder, Picture
 from eval.embedding import Model, Setting
 from eval.reference import squared_distances
 from infra.errors import DataError
+from infra.scenes import Drawing, compose, conversation
 
 SCENE_PX = 64
 BATCH = 50
-TRAINING_SCENES = 500
+TRAINING_SCENES: int = 500
 KINDS = ("colour", "box", "caption")
 SCENES_KEPT = 24
 
@@ -51,18 +52,14 @@ def ask(
     Question i depends on (seed, kind, i) and the set alone, so that all models get the same ones.
     Raises DataError if the set has no drawing with a name in each language.
     """
-    from infra.scenes import Drawing, compose, conversation
-
     usable = _usable(data, languages)
     questions = []
     for index in range(count):
         rng = np.random.default_rng([seed, KINDS.index(kind), index])
-        picture, rgba = usable[int(rng.integers(len(usable)))]
-        names = data.concepts[picture.concept].names
-        drawing = Drawing(concept=picture.concept, rgba=rgba, names=names)
+        picture, drawing = usable[int(rng.integers(len(usable)))]
         scene = compose(rng, [drawing], SCENE_PX)
         turns = {
-            lang: conversation(scene, kind, lang, {picture.concept: names[lang]})
+            lang: conversation(scene, kind, lang, {drawing.concept: drawing.names[lang]})
             for lang in languages
         }
         lang = languages[index % len(languages)]
@@ -158,7 +155,7 @@ def best_constant(
     return worth
 
 
-def _usable(data: DataFolder, languages: Sequence[str]) -> list:
+def _usable(data: DataFolder, languages: Sequence[str]) -> list[tuple[Picture, Drawing]]:
     if not isinstance(data, ConceptSet):
         raise DataError(
             f"{data.folder} is a {data.kind}; questions on scenes need drawings with names, "
@@ -174,4 +171,8 @@ def _usable(data: DataFolder, languages: Sequence[str]) -> list:
     pixels = ConceptSet(data.folder, named, data.concepts).squares(SCENE_PX, keep_alpha=True)
     # a drawing without solid pixels at the smallest size in a scene has no box to ask for
     solid = (pixels[..., 3] >= 250).sum(axis=(1, 2)) >= 64
-    return [(p, pixels[i]) for i, p in enumerate(named) if solid[i]]
+    return [
+        (p, Drawing(concept=p.concept, rgba=rgba, names=data.concepts[p.concept].names))
+        for p, rgba, is_solid in zip(named, pixels, solid, strict=True)
+        if is_solid
+    ]

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.datasets import ConceptSet, DataFolder, PairSet, read_folder
+from eval.datasets import ConceptSet, DataFolder, PairSet, read_concept_set, read_folder
 from eval.embedding import Model, Setting
 from eval.reference import NearestPicture
 from eval.scores import Score, write_scores
@@ -44,7 +44,7 @@ def evaluate_folder(
         raise ModelError(f"there is no suite {suite!r}; there are {list(NEEDS)}")
     out = Path(json_out)
     data = read_folder(data_dir, sources=sources)
-    train = _train_set(data_dir, train_sources)
+    train = read_concept_set(data_dir, sources=train_sources) if train_sources else None
     folder = resolve_model(str(model_ref))
     model = load_model(folder)
     reason = why_not(model, suite)
@@ -95,7 +95,6 @@ def choose_languages(
     """The languages to score. Raises DataError for one that was asked for and is not there."""
     if suite == "zero_shot" and isinstance(data, PairSet):
         return ()  # classes are labels, which have no language
-    assert isinstance(data, ConceptSet | PairSet)
     available = data.languages
     if asked:
         missing = [lang for lang in asked if lang not in available]
@@ -119,15 +118,6 @@ def model_facts(model: Model, folder: Path) -> dict[str, Any]:
     from infra.fingerprint import fingerprint
 
     return {"kind": model.kind, "fingerprint": fingerprint(folder), "folder": folder.as_posix()}
-
-
-def _train_set(data_dir: str | Path, sources: Sequence[str] | None) -> ConceptSet | None:
-    if not sources:
-        return None
-    train = read_folder(data_dir, sources=sources)
-    if not isinstance(train, ConceptSet):
-        raise DataError(f"{data_dir} is a {PairSet.kind}; training sources need a concept set")
-    return train
 
 
 def _nearest(train: ConceptSet | None, data: DataFolder) -> NearestPicture | None:

@@ -7,10 +7,13 @@ import dataclasses
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from eval.stats import bootstrap_interval, standard_error, wilson_interval
 from infra.errors import DataError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 FORMAT = "vlfoundry.scores.v1"
 DECIMALS = 6
@@ -54,7 +57,7 @@ class Score:
 def mean_score(
     suite: str,
     name: str,
-    values: Sequence[float],
+    values: "Sequence[float] | np.ndarray",
     *,
     lang: str = "",
     chance: float | None = None,
@@ -135,10 +138,10 @@ def read_document(file: Path) -> dict[str, Any]:
 
 def read_scores(file: Path) -> list[Score]:
     """The scores of a score file."""
-    return [
-        Score(**{**entry, "interval": tuple(entry["interval"])})
-        for entry in read_document(file)["scores"]
-    ]
+    entries: list[dict[str, Any]] = read_document(file)["scores"]
+    for entry in entries:
+        entry["interval"] = tuple(entry["interval"])
+    return [Score(**entry) for entry in entries]
 
 
 def write_items(folder: Path, name: str, items: Iterable[dict[str, Any]]) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 Z_95 = 1.959963984540054
 
 
-def standard_error(values: Sequence[float]) -> float:
+def standard_error(values: Sequence[float] | np.ndarray) -> float:
     """Standard error of the mean; for shares the binomial sqrt(p (1 - p) / n)."""
     return float(np.std(values) / math.sqrt(len(values)))
 
@@ -25,7 +25,7 @@ def wilson_interval(share: float, n: int, z: float = Z_95) -> tuple[float, float
 
 
 def bootstrap_interval(
-    values: Sequence[float], *, seed: int = 0, rounds: int = 1000, level: float = 0.95
+    values: Sequence[float] | np.ndarray, *, seed: int = 0, rounds: int = 1000, level: float = 0.95
 ) -> tuple[float, float]:
     """Percentile interval of the mean over `rounds` seeded resamplings of the items."""
     numbers = np.asarray(values, np.float64)

@@ -8,14 +8,14 @@ reason.
 import shutil
 from dataclasses import dataclass
 
-from eval.datasets import ConceptSet, read_folder
+from eval.datasets import ConceptSet, read_concept_set
 from eval.embedding import Setting
 from eval.reference import NearestPicture
 from eval.run import choose_languages, model_facts, score_model
 from eval.scores import with_untrained, write_scores
 from eval.suites import NEEDS
 from eval.variants import MODELS
-from infra.errors import ConfigError, DataError
+from infra.errors import ConfigError
 from infra.progress import Progress
 from infra.stage import Context, Stage, main
 from infra.tables import read_table
@@ -117,10 +117,8 @@ def read_sets(config: Config, context: Context) -> tuple[ConceptSet, ConceptSet,
     classes = read_table(context.path(CLASSES), ["concept", "split"]).to_pylist()
     held_out = frozenset(row["concept"] for row in classes if row["split"] == "held_out")
     known = {row["concept"] for row in classes}
-    data = read_folder(context.path(DATA), sources=[test_source])
-    train = read_folder(context.path(DATA), sources=sources)
-    if not isinstance(data, ConceptSet) or not isinstance(train, ConceptSet):
-        raise DataError(f"{DATA} is no concept set: concepts.parquet is missing")
+    data = read_concept_set(context.path(DATA), sources=[test_source])
+    train = read_concept_set(context.path(DATA), sources=sources)
     return data.only(known), train.only(known - held_out), held_out
 
 

@@ -12,6 +12,7 @@ from infra.stage import Context, Stage, main
 
 OUT = "artifacts/report/report.json"
 ARTWORK = ("emojitwo", "fluent", "fluent_flat", "fxemoji", "noto", "noto_v1", "twemoji")
+FUNNEL_FILES = ("kept.parquet", "dropped.parquet", "metrics.json")
 INGESTED = ("records", "images", "truth")
 
 
@@ -44,7 +45,7 @@ STAGE = Stage(
         "data/concepts.parquet",
         *(f"data/{name}.parquet" for name in ARTWORK),
         *(f"artifacts/ingest/{name}.parquet" for name in INGESTED),
-        *(f"{artefact(step)}/{name}.parquet" for step in FUNNEL for name in ("kept", "dropped")),
+        *(f"{artefact(step)}/{name}" for step in FUNNEL for name in FUNNEL_FILES),
         "artifacts/bootstrap/metrics.json",
         "artifacts/shard/stage1/index.json",
         "artifacts/shard/stage2/index.json",

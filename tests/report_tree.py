@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from eval import questions
-from eval.datasets import ConceptSet, read_folder
+from eval.datasets import ConceptSet, read_concept_set
 from eval.questions import KINDS, ask
 from eval.report.collect import STAGES, artefact
 from eval.suites.retrieval import keyword_caption
@@ -94,7 +94,7 @@ def build_tree(root: Path) -> Path:
     """Fill `root` with the artefacts of every stage but `report`, and link the data there."""
     root.mkdir(parents=True, exist_ok=True)
     (root / "data").symlink_to(REPOSITORY / "data")
-    train, test = (read_folder(root / "data", sources=[name]) for name in ("noto", "twemoji"))
+    train, test = (read_concept_set(root / "data", sources=[name]) for name in ("noto", "twemoji"))
     concepts = [
         c
         for c in test.drawn

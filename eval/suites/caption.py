@@ -130,7 +130,7 @@ def _picture_tasks(data: DataFolder, setting: Setting, is_chat: bool, side_px: i
     chosen = pool[: setting.scenes]
     pictures = [data.pictures[index] for index, _, _ in chosen]
     images = decode_squares([p.data for p in pictures], side_px, names=[p.id for p in pictures])
-    near = _nearest_concepts(data, setting)
+    near = _nearest_names(data, setting)
     return [
         Task(
             id=f"{NAME}-{row:03d}",
@@ -139,7 +139,7 @@ def _picture_tasks(data: DataFolder, setting: Setting, is_chat: bool, side_px: i
             prompt=_prompt(lang, is_chat),
             answer=texts[0],
             references=texts,
-            near=data.concepts[near[index]].names.get(lang) if near else None,
+            near=near[index].get(lang) if near else None,
             picture=pictures[row].id,
         )
         for row, (index, lang, texts) in enumerate(chosen)
@@ -156,12 +156,13 @@ def _true_captions(data: DataFolder, picture: Picture, lang: str) -> tuple[str, 
     return (concept.names[lang], keywords) if keywords else (concept.names[lang],)
 
 
-def _nearest_concepts(data: DataFolder, setting: Setting) -> list[str]:
-    """Concept of the nearest training picture of each picture; [] without training pictures."""
+def _nearest_names(data: DataFolder, setting: Setting) -> list[dict[str, str]]:
+    """Names of the nearest training picture of each picture; [] without training pictures."""
     if setting.nearest is None or not isinstance(data, ConceptSet):
         return []
     concepts = setting.nearest.concepts
-    return [concepts[index] for index in setting.nearest.scores(concepts).argmax(axis=1)]
+    best = setting.nearest.scores(concepts).argmax(axis=1)
+    return [data.concepts[concepts[index]].names for index in best]
 
 
 def _prompt(lang: str, is_chat: bool) -> str:

@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from eval.datasets import ConceptSet, PairSet, read_folder
+from eval.datasets import ConceptSet, PairSet, read_concept_set, read_folder
 from eval.pictures import decode_squares
 from infra.errors import DataError
 from tests.eval_fakes import drawing, encoded, write_concept_set, write_pair_set
@@ -61,7 +61,7 @@ def test_concept_set_with_several_files_and_a_choice_of_sources(tmp_path):
     assert isinstance(both, ConceptSet)
     assert both.sources == ("a", "b")
     assert len(both) == 10
-    one = read_folder(folder, sources=["b"])
+    one = read_concept_set(folder, sources=["b"])
     assert {picture.source for picture in one.pictures} == {"b"}
     assert one.classes("zh") == ("c00", "c01", "c02", "c03", "c04")
     with pytest.raises(DataError, match=r"no source \['c'\]; it has \['a', 'b'\]"):
@@ -75,7 +75,7 @@ def test_classes_need_a_drawing_and_a_name(tmp_path):
     table[2]["name"] = [{"lang": "en", "text": " "}, {"lang": None, "text": "x"}]
     table.append({**table[0], "concept": "drawn nowhere"})
     pq.write_table(pa.Table.from_pylist(table), tmp_path / "concepts.parquet")
-    data = read_folder(tmp_path)
+    data = read_concept_set(tmp_path)
     assert data.classes("en") == ("c00", "c01", "c03")
     assert data.classes("zh") == ("c00", "c03")
     assert data.classes("xx") == ()

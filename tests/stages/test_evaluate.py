@@ -5,7 +5,7 @@ import types
 
 import pytest
 
-from eval.datasets import read_folder
+from eval.datasets import read_concept_set
 from eval.questions import KINDS, ask
 from eval.run import evaluate_folder
 from eval.scores import read_document, read_scores
@@ -50,7 +50,7 @@ def models(monkeypatch, root):
         kind = next(kind for kind, path in MODELS.items() if folder == root / path)
         if untrained_seed is not None:
             return Guesser(kind)
-        data = read_folder(root / "data", sources=["test"])
+        data = read_concept_set(root / "data", sources=["test"])
         data = data.only([f"c{i:02d}" for i in range(16)])
         asked = [q for k in KINDS for q in ask(data, k, languages=LANGUAGES, count=SCENES, seed=7)]
         return Oracle(data, asked, kind)

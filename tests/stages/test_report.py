@@ -178,12 +178,13 @@ def test_a_browser_shows_the_page(root, html, tmp_path, width):
     from PIL import Image
 
     colours = Image.open(picture).convert("RGB").resize((300, 300)).getcolors(90_000)
-    assert len(colours) > 200, "the page is nearly blank"
+    assert colours is None or len(colours) > 200, "the page is nearly blank"
 
 
 def _browse(file, folder, width, action):
     command = [
-        BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+        str(BROWSER),
+        "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
         "--disable-background-networking", "--disable-component-update", "--disable-sync",
         "--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={folder / 'profile'}",
         "--virtual-time-budget=20000", f"--window-size={width},3000", action, file.as_uri(),
