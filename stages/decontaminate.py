@@ -35,7 +35,7 @@ class DecontaminateConfig:
     """Bits of 64 in which the perceptual hashes of near-duplicates differ at most."""
     max_levels: float = 12.0
     """Mean difference of the colour grids, of 255, below which colours count as the same."""
-    copy_bits: int = 14
+    copy_bits: int = 24
     """The same for pictures whose colours are those of a copy."""
     copy_levels: float = 3.0
     """Mean difference below which the colours are those of a copy, not merely alike."""
