@@ -16,9 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from models.common.parallel import tensor_group
+from models.tokenizer import EOS_ID
 
 Rule = tuple[str, float]
-"""("normal", std), ("trunc_normal", std) or ("constant", value)"""
+"""("normal", std), ("trunc_normal", std), ("token_embedding", std) or ("constant", value).
+
+A token embedding is normal but for the end token, which starts at zero: the feature of a text is
+read there, so that it starts as a mean of what the other tokens say. With a random end token all
+texts start (and for hundreds of steps stay) nearly the same vector.
+"""
 
 
 def set_init(module: nn.Module, std: float) -> None:
@@ -96,6 +102,8 @@ def initialise(model: nn.Module, seed: int) -> None:
             _trunc_normal(full, value, generator)
         else:
             full.normal_(0.0, value, generator=generator)
+        if kind == "token_embedding":
+            full[EOS_ID] = 0.0
         parameter.copy_(cut(full, parameter))
 
 

@@ -126,7 +126,7 @@ class Decoder(Part):
     def _set_init_rules(self, vocabulary: int) -> None:
         config = self.decoder_config
         set_init(self, config.matrix_std)
-        set_rule(self.embedding.weight, "normal", config.embedding_init_std)
+        set_rule(self.embedding.weight, "token_embedding", config.embedding_init_std)
         if vocabulary != config.vocab_size:
             set_true_shape(self.embedding.weight, config.vocab_size, config.width)
             if self.head is not None:

@@ -45,8 +45,8 @@ def decoder_from_official(
         prefix = f"decoder.layers.{index}."
         stem = rest.removesuffix(".weight")
         if stem == "self_attn.q_proj":
-            siblings = [weights[name.replace("q_proj", part)] for part in ("k_proj", "v_proj")]
-            fused = _fuse_qkv(tensor, *siblings, config)
+            key, value = (weights[name.replace("q_proj", part)] for part in ("k_proj", "v_proj"))
+            fused = _fuse_qkv(tensor, key, value, config)
             result[prefix + "self_attention.linear_qkv.weight"] = fused
         elif stem == "mlp.gate_proj":
             up = weights[name.replace("gate_proj", "up_proj")]

@@ -47,7 +47,8 @@ class PlainLayer(TransformerLayer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.bias_dropout_add_exec_handler = contextlib.nullcontext
+        handler: Callable = contextlib.nullcontext
+        self.bias_dropout_add_exec_handler = handler  # pyrefly: ignore[bad-assignment]
 
 
 class ScaledLayer(PlainLayer):

@@ -45,7 +45,11 @@ def process_groups() -> ProcessGroupCollection:
 
 def tensor_group() -> torch.distributed.ProcessGroup | SoloGroup:
     """Ranks that share each layer's matrices."""
-    return parallel_state.get_tensor_model_parallel_group() if is_distributed() else _SOLO
+    if not is_distributed():
+        return _SOLO
+    group = parallel_state.get_tensor_model_parallel_group()
+    assert group is not None, "Megatron says it is initialised, but has no tensor group"
+    return group
 
 
 def data_group() -> torch.distributed.ProcessGroup | SoloGroup:

@@ -1,14 +1,14 @@
 """The attention pooling head of InternVL-C and -G (their `clip_projector`s).
 
-Letters: B batch, T tokens, D width, E output width, N heads.
+Letters: B batch, T tokens, D width, E output width, N heads (of D/N channels).
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import layer_norm
 
-from models.common.canonical import set_init
 from models.common.megatron import TransformerConfig
 from models.common.norms import LayerNorm
 from models.common.parallel import Part
@@ -30,20 +30,26 @@ class AttentionPool(Part):
             setattr(self, f"linear_{name}", nn.Linear(width, width, **make))
         self.linear_proj = nn.Linear(width, out_width, **make)
 
-    def init_rules(self, std: float) -> None:
-        set_init(self, std)
-
     def forward(self, tokens: Tensor) -> Tensor:
-        """[B, T, D] -> [B, E], not normalised."""
-        batch, _length, width = tokens.shape
-        query = tokens.mean(1, keepdim=True)  # [B, 1, D]
+        """[B, T, D] -> [B, E], not normalised.
 
-        def split(x: Tensor) -> Tensor:  # [B, T, D] -> [B, N, T, D/N]
-            return x.view(batch, -1, self.heads, width // self.heads).transpose(1, 2)
+        There is one query, so keys and values of the tokens need not be made: the query goes
+        through the key matrix backwards, and the value matrix is applied to the weighted mean.
+        The same numbers for a fraction of the work (N*D instead of D*D a token, twice).
+        """
+        size = tokens.shape[-1] // self.heads
+        unit = layer_norm(tokens, tokens.shape[-1:], eps=self.norm_k.eps)  # keys' and values'
+        query = self.linear_q(self.norm_q(tokens.mean(1))).unflatten(-1, (self.heads, size))
+        query = query * size**-0.5  # [B, N, D/N]
+        key_matrix = self.linear_k.weight.view(self.heads, size, -1)
+        asked = torch.einsum("bnh,nhd->bnd", query, key_matrix)
+        shift = asked @ self.norm_k.bias + (query * self._by_head(self.linear_k.bias)).sum(-1)
+        scores = (asked * self.norm_k.weight) @ unit.transpose(1, 2) + shift[..., None]
+        mean = scores.softmax(-1) @ unit  # [B, N, D]
+        value = mean * self.norm_v.weight + self.norm_v.bias
+        value_matrix = self.linear_v.weight.view(self.heads, size, -1)
+        found = torch.einsum("bnd,nhd->bnh", value, value_matrix)
+        return self.linear_proj((found + self._by_head(self.linear_v.bias)).flatten(1))
 
-        out = scaled_dot_product_attention(
-            split(self.linear_q(self.norm_q(query))),
-            split(self.linear_k(self.norm_k(tokens))),
-            split(self.linear_v(self.norm_v(tokens))),
-        )
-        return self.linear_proj(out.reshape(batch, width))
+    def _by_head(self, bias: Tensor) -> Tensor:
+        return bias.view(self.heads, -1)

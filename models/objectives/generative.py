@@ -133,4 +133,4 @@ def _match_loss(logits: Tensor, is_match: Tensor, counts: Tensor) -> Tensor:
 def _widen(task: tuple[Tensor, Tensor], length: int) -> tuple[Tensor, Tensor]:
     """Pad ids (with 0) and mask on the right to `length`."""
     more = length - task[0].shape[1]
-    return tuple(pad(part, (0, more)) for part in task) if more else task
+    return (pad(task[0], (0, more)), pad(task[1], (0, more))) if more else task
