@@ -103,7 +103,8 @@ class Checkpoints:
         import torch
         import torch.distributed as dist
         from megatron.core import parallel_state, tensor_parallel
-        from megatron.core.dist_checkpointing.mapping import ShardedObject
+        from megatron.core.dist_checkpointing.dict_utils import nested_values
+        from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 
         metadata = {
             # The only kind that can be read in another layout.
@@ -113,6 +114,11 @@ class Checkpoints:
             "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
         }
         model = self._model.sharded_state_dict(metadata=metadata)
+        for sharded in nested_values(model):
+            if isinstance(sharded, ShardedTensor):
+                # Heads padded for tensor parallelism make another whole shape in every layout.
+                # That it is the same model otherwise, the run key says.
+                sharded.allow_shape_mismatch = True
         random = {
             "torch": torch.get_rng_state(),
             "megatron": tensor_parallel.get_cuda_rng_tracker().get_states(),

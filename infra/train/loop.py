@@ -81,47 +81,45 @@ def fit(
         saved = _agree(newest(work / "checkpoints", run_key, log) if is_first else None)
         if saved is None:
             _dry_run(model, objective, batch_at)
-        run = _Run(model, objective, config, layout)
+        run = _Run(model, objective, config)
         checkpoints = Checkpoints(work / "checkpoints", run_key, model, run.optimizer)
         if saved is not None:
             _resume(checkpoints, saved, config, log)
         history = list(saved.history) if saved else []
-        first = saved.step if saved else 0
+        first = len(history)
         timings = _Timings(work / "steps.jsonl", config.batch_samples, enabled=is_first)
-        with (
-            timings,
-            Progress(
-                config.steps, unit="steps", label=label, start=first, enabled=is_first
-            ) as progress,
-        ):
+        bar = Progress(config.steps, unit="steps", label=label, start=first, enabled=is_first)
+        with timings, bar:
             for step in range(first, config.steps):
                 timings.start()
                 batch = batch_at(step)
                 timings.loaded()
                 row, asked_to_stop = run.step(step, batch, stop.asked)
+                timings.stepped(step)
                 history.append(row)
                 done = step + 1
-                timings.stepped(step)
                 if done % config.save_every_steps == 0 or done == config.steps or asked_to_stop:
                     checkpoints.save(done, history)
-                progress.update(1, loss=f"{row['loss']:.4f}")
+                bar.update(1, loss=f"{row['loss']:.4f}")
                 if done % config.log_every_steps == 0 or done == config.steps:
                     log(_line(row, config, timings.samples_per_s))
-                if asked_to_stop and done < config.steps:
-                    log(f"stopped after step {done} of {config.steps}, saved; "
-                        "run the same command again to go on")  # fmt: skip
-                    return FitResult(
-                        steps=done, history=history, interrupted=True, resumed_from=first
-                    )
-    return FitResult(steps=config.steps, history=history, interrupted=False, resumed_from=first)
+                if asked_to_stop:
+                    break
+    interrupted = len(history) < config.steps
+    if interrupted:
+        log(
+            f"stopped after step {len(history)} of {config.steps}, saved; "
+            "run the same command again to go on"
+        )
+    return FitResult(
+        steps=len(history), history=history, interrupted=interrupted, resumed_from=first
+    )
 
 
 class _Run:
     """The wrapped model, its optimizer, and one step of both."""
 
-    def __init__(
-        self, model: Any, objective: Objective, config: TrainConfig, layout: Layout
-    ) -> None:
+    def __init__(self, model: Any, objective: Objective, config: TrainConfig) -> None:
         from megatron.core.distributed import finalize_model_grads
         from megatron.core.pipeline_parallel import get_forward_backward_func
 

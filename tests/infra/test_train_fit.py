@@ -21,7 +21,17 @@ CONFIG = TrainConfig(
 )  # fmt: skip
 
 
-def _train(work, config=CONFIG, *, layout=None, run_key="key", kill=None, stop=None, frozen=""):
+def _train(
+    work,
+    config=CONFIG,
+    *,
+    layout=None,
+    run_key="key",
+    kill=None,
+    stop=None,
+    frozen="",
+    drop_path=0.3,
+):
     """On each rank: fit the tower. `kill` and `stop` are (rank, step) of SIGKILL and SIGTERM."""
     from infra.backend.parallel import parallel
     from infra.train.loop import fit
@@ -39,7 +49,7 @@ def _train(work, config=CONFIG, *, layout=None, run_key="key", kill=None, stop=N
         return tower.data_batch_at(step)
 
     with parallel(layout, seed=config.seed):
-        model = tower.build(drop_path=0.3)
+        model = tower.build(drop_path=drop_path)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(not (frozen and name.startswith(frozen)))
         result = fit(
@@ -141,6 +151,30 @@ def test_goes_on_with_another_number_of_ranks(run_ranks, tmp_path, uninterrupted
     np.testing.assert_allclose(
         result.history[-1]["loss"], uninterrupted[0].history[-1]["loss"], rtol=0.3
     )
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (Layout(tensor=2), Layout()),
+        (Layout(data=2), Layout(tensor=2)),
+        (Layout(), Layout(data=2)),
+    ],
+)
+def test_goes_on_in_another_layout(run_ranks, tmp_path, first, second):
+    """Without dropout every layout gives the same losses; five heads are padded under tensor 2."""
+
+    def run(work, layout, stop=None):
+        return _train(work, layout=layout, stop=stop, drop_path=0.0)
+
+    run_ranks(run, tmp_path / "split", first, (0, 2), ranks=first.ranks)
+    split = run_ranks(run, tmp_path / "split", second, ranks=second.ranks)[0]
+    whole = run_ranks(run, tmp_path / "whole", Layout(), ranks=1)[0]
+    assert split[0].resumed_from == 3
+    for got, expected in zip(split[0].history, whole[0].history, strict=True):
+        assert got == pytest.approx(expected, rel=1e-4)
+    for name, weight in whole[1].items():
+        np.testing.assert_allclose(split[1][name], weight, rtol=1e-2, atol=1e-4, err_msg=name)
 
 
 def test_frozen_parameters_stay(run_ranks, tmp_path, uninterrupted):
