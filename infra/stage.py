@@ -191,8 +191,8 @@ def _run(bound: Bound, config: Any, context: Context, facts: dict[str, Any]) -> 
     cpu_s = sum(now[:4]) - sum(cpu[:4])
     wall_s = time.perf_counter() - wall
     context.record(
-        stage=bound.address, run_key=context.run_key, wall_s=round(wall_s, 2), cpu_s=round(cpu_s, 2),
-        versions=_versions(), machine=platform.machine(),
+        stage=bound.address, run_key=context.run_key, wall_s=round(wall_s, 2),
+        cpu_s=round(cpu_s, 2), versions=_versions(), machine=platform.machine(),
     )  # fmt: skip
     context.log(f"{bound.address}: done in {wall_s:.0f} s ({cpu_s:.0f} CPU-s)")
 

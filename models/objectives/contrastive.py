@@ -28,8 +28,10 @@ class ContrastiveConfig:
 class Contrastive:
     """Stage 1: images against their captions.
 
-    The batch holds `pixels` [B, 3, H, W], `ids` and `mask` [B, T] (prefixed), and may hold `kept`
-    [B, K] (FLIP) and `group` [B] (samples of one group are each other's positives).
+    The batch holds `pixels` [B, 3, H, W], `ids` and `mask` [M*B, T] (prefixed; M captions a
+    picture: all first ones, then all second ones, ...), and may hold `kept` [B, K] (FLIP) and
+    `group` [B] (samples of one group are each other's positives). The loss is the mean over the M
+    pairings, each of which is the usual one.
     """
 
     def __init__(self, config: ContrastiveConfig | None = None):
@@ -38,10 +40,12 @@ class Contrastive:
     def __call__(self, model, batch: Batch) -> tuple[Tensor, Metrics]:
         model = unwrap(model)
         images = model.embed_images(batch["pixels"], batch.get("kept"))
-        texts = embed_distinct(model, batch["ids"], batch["mask"])
-        loss, accuracy = info_nce(
-            images, texts, model.logit_scale, self.config, group=batch.get("group")
-        )
+        texts = embed_distinct(model, batch["ids"], batch["mask"]).split(len(images))
+        pairings = [
+            info_nce(images, text, model.logit_scale, self.config, group=batch.get("group"))
+            for text in texts
+        ]
+        loss, accuracy = (torch.stack(terms).mean() for terms in zip(*pairings, strict=True))
         scale = model.logit_scale.detach().exp()
         return loss, {"loss": loss.detach(), "accuracy": accuracy, "logit_scale": scale}
 

@@ -1,0 +1,141 @@
+"""Stage 1: InternViT from scratch and the LLaMA text tower, contrastively. Makes InternVL-C.
+
+As in the paper half of the patches are masked (FLIP) for most of the run and none for the last
+part; the text tower starts from text pre-training at a lower learning rate.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from infra.errors import ConfigError
+from infra.images import AugmentConfig, augment, uniforms
+from infra.loader import ShardSet
+from infra.pairs import PairStream
+from infra.stage import Context, Stage, main
+from infra.train.config import TrainConfig
+from infra.train.session import Job, Place, train
+from models.internvl.config import InternVLConfig
+from models.objectives.contrastive import ContrastiveConfig
+
+SHARDS = "artifacts/shard/stage1"
+TEXT_MODEL = "artifacts/pretrain_text/model"
+MODEL = "artifacts/contrastive/model"
+HISTORY = "artifacts/contrastive/history.json"
+MASK_STREAM = 1 << 32
+"""added to the seed, so that masks do not follow the augmentation's numbers"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContrastiveStageConfig:
+    """Options of stage 1."""
+
+    train: TrainConfig
+    """optimizer and schedule; a sample is one picture with its captions"""
+    captions: int = 4
+    """captions that each picture learns from in one step, each beside all other pictures' """
+    mask_ratio: float = 0.5
+    """share of the patches left out (FLIP)"""
+    unmasked_share: float = 0.1
+    """last share of the steps, in which nothing is masked"""
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    """how pictures vary"""
+    objective: ContrastiveConfig = field(default_factory=ContrastiveConfig)
+    """options of the loss"""
+
+    def __post_init__(self) -> None:
+        for name in ("mask_ratio", "unmasked_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"contrastive.{name} is {getattr(self, name)}, expected 0 to 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What `contrastive` reads from params.yaml."""
+
+    seed: int
+    model: InternVLConfig
+    contrastive: ContrastiveStageConfig
+
+
+def run(config: Config, context: Context) -> None:
+    """Train both towers on the funnel's pairs."""
+    train(
+        context,
+        config.contrastive.train,
+        lambda place: _job(config, context, place),
+        model_folder=MODEL,
+        history=HISTORY,
+    )
+
+
+def kept_patches(
+    seed: int, positions: list[tuple[int, int]], patches: int, mask_ratio: float
+) -> np.ndarray:
+    """Which patches each sample keeps: ascending indices, int64 [N, K].
+
+    Depends on (seed, epoch, index) alone, as everything random about a sample does.
+    """
+    kept = max(1, round(patches * (1 - mask_ratio)))
+    draws = uniforms(seed + MASK_STREAM, positions, patches)
+    return np.sort(draws.argsort(1)[:, :kept], axis=1)
+
+
+def _job(config: Config, context: Context, place: Place) -> Job:
+    import torch
+
+    from models.internvl.load import load_parts, save_model
+    from models.internvl.model import build
+    from models.internvl.prompts import SUMMARIZE
+    from models.objectives.contrastive import Contrastive
+    from models.preprocess import standardise
+    from models.tokenizer import Tokenizer
+
+    options, vision = config.contrastive, config.model.vision
+    pairs = PairStream(
+        ShardSet(context.path(SHARDS)),
+        seed=config.seed,
+        size_px=vision.image_px,
+        captions=options.captions,
+    )
+    tokenizer = Tokenizer.load(context.path(TEXT_MODEL) / "tokenizer.json")
+    model = build("internvl_c", config.model, seed=config.seed)
+    load_parts(model, context.path(TEXT_MODEL), {"text": "text"})
+    unmasked_from = round(options.train.steps * (1 - options.unmasked_share))
+
+    def batch_at(step: int) -> dict[str, torch.Tensor]:
+        batch = pairs.take(step, options.train.batch_samples, place.rank, place.ranks)
+        pictures = augment(batch.rgba, config.seed, batch.positions, options.augment)
+        ids, mask = tokenizer.encode_batch(
+            batch.captions, prefix=SUMMARIZE, max_tokens=config.model.text.max_tokens
+        )
+        tensors = {
+            "pixels": standardise(pictures),
+            "ids": torch.from_numpy(ids),
+            "mask": torch.from_numpy(mask),
+        }
+        if options.mask_ratio and step < unmasked_from:
+            kept = kept_patches(config.seed, batch.positions, vision.patches, options.mask_ratio)
+            tensors["kept"] = torch.from_numpy(kept)
+        return tensors
+
+    return Job(
+        model=model,
+        objective=Contrastive(options.objective),
+        batch_at=batch_at,
+        save=lambda folder: save_model(folder, "internvl_c", config.model, model, tokenizer),
+    )
+
+
+STAGE = Stage(
+    name="contrastive",
+    config=Config,
+    inputs=(SHARDS, TEXT_MODEL),
+    outputs=(MODEL, HISTORY),
+    run=run,
+)
+
+if __name__ == "__main__":
+    raise SystemExit(main(STAGE))

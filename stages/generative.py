@@ -1,0 +1,120 @@
+"""Stage 2: QLLaMA's queries and cross-attention learn to read frozen InternViT. Makes InternVL-G.
+
+Three losses of equal weight: image-text contrast, matching, and captioning, on the curated pairs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from infra.images import AugmentConfig, augment
+from infra.loader import ShardSet
+from infra.pairs import PairStream
+from infra.stage import Context, Stage, main
+from infra.train.config import TrainConfig
+from infra.train.session import Job, Place, train
+from models.internvl.config import InternVLConfig
+from models.objectives.generative import GenerativeConfig
+
+SHARDS = "artifacts/shard/stage2"
+STAGE1 = "artifacts/contrastive/model"
+TEXT_MODEL = "artifacts/pretrain_text/model"
+MODEL = "artifacts/generative/model"
+HISTORY = "artifacts/generative/history.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerativeStageConfig:
+    """Options of stage 2."""
+
+    train: TrainConfig
+    """optimizer and schedule; a sample is one picture with one caption"""
+    trainable: tuple[str, ...] = ("stage2",)
+    """what is trained (models.internvl.freeze): as in the paper only what is new"""
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    """how pictures vary"""
+    objective: GenerativeConfig = field(default_factory=GenerativeConfig)
+    """options of the three losses"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What `generative` reads from params.yaml."""
+
+    seed: int
+    model: InternVLConfig
+    generative: GenerativeStageConfig
+
+
+def run(config: Config, context: Context) -> None:
+    """Train the new parts on top of stage 1's frozen towers."""
+    train(
+        context,
+        config.generative.train,
+        lambda place: _job(config, context, place),
+        model_folder=MODEL,
+        history=HISTORY,
+    )
+
+
+def _job(config: Config, context: Context, place: Place) -> Job:
+    from models.internvl.freeze import freeze
+    from models.internvl.load import load_parts, save_model
+    from models.internvl.model import build
+    from models.objectives.generative import Generative
+    from models.preprocess import standardise
+    from models.tokenizer import Tokenizer
+
+    options, size_px = config.generative, config.model.vision.image_px
+    pairs = PairStream(ShardSet(context.path(SHARDS)), seed=config.seed, size_px=size_px)
+    tokenizer = Tokenizer.load(context.path(STAGE1) / "tokenizer.json")
+    model = build("internvl_g", config.model, seed=config.seed)
+    load_parts(model, context.path(TEXT_MODEL), {"text.head": "text.head"})
+    shared = ("vision", "text", "clip_projector", "text_projection", "logit_scale")
+    load_parts(model, context.path(STAGE1), {part: part for part in shared})
+    freeze(model, options.trainable)
+
+    def batch_at(step: int) -> dict[str, Any]:
+        batch = pairs.take(step, options.train.batch_samples, place.rank, place.ranks)
+        pictures = augment(batch.rgba, config.seed, batch.positions, options.augment)
+        texts = text_rows(tokenizer, batch.metas[0], config.model.text.max_tokens)
+        return {"pixels": standardise(pictures), **texts}
+
+    return Job(
+        model=model,
+        objective=Generative(options.objective),
+        batch_at=batch_at,
+        save=lambda folder: save_model(folder, "internvl_g", config.model, model, tokenizer),
+    )
+
+
+def text_rows(tokenizer: Any, metas: list[dict[str, Any]], max_tokens: int) -> dict[str, Any]:
+    """The three forms in which stage 2 sees each caption: alone, summarised, and to be written."""
+    import torch
+
+    from models.internvl.prompts import SUMMARIZE, caption_rows
+
+    captions = [meta["caption"] for meta in metas]
+    rows = {
+        "positive": tokenizer.encode_batch(captions, max_tokens=max_tokens),
+        "summary": tokenizer.encode_batch(captions, prefix=SUMMARIZE, max_tokens=max_tokens),
+    }
+    langs = [meta["lang"] for meta in metas]
+    ids, mask, labels = caption_rows(tokenizer, captions, langs, max_tokens=max_tokens)
+    tensors = {"caption_ids": ids, "caption_mask": mask, "caption_labels": labels}
+    for name, (row_ids, row_mask) in rows.items():
+        tensors |= {f"{name}_ids": row_ids, f"{name}_mask": row_mask}
+    return {name: torch.from_numpy(array) for name, array in tensors.items()}
+
+
+STAGE = Stage(
+    name="generative",
+    config=Config,
+    inputs=(SHARDS, STAGE1, TEXT_MODEL),
+    outputs=(MODEL, HISTORY),
+    run=run,
+)
+
+if __name__ == "__main__":
+    raise SystemExit(main(STAGE))

@@ -1,0 +1,186 @@
+"""Stage 3: the vision tower joins a language model through an MLP. Makes the two chat models.
+
+`simple` gives the language model InternViT's tokens; `full` also QLLaMA's query outputs. Questions
+are asked about scenes composed from the funnel's pictures, so every answer is known exactly.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from infra.errors import ConfigError, DataError
+from infra.images import decode_rgba, uniforms
+from infra.loader import ShardSet
+from infra.scenes import KINDS, Drawing, Scene, compose, conversation
+from infra.stage import Context, Stage, main
+from infra.train.config import TrainConfig
+from infra.train.session import Job, Place, train
+from models.internvl.config import InternVLConfig
+from models.objectives.next_token import NextTokenConfig
+
+SHARDS = "artifacts/shard/stage2"
+TEXT_MODEL = "artifacts/pretrain_text/model"
+BASES = {"simple": "artifacts/contrastive/model", "full": "artifacts/generative/model"}
+KIND = {"simple": "chat_simple", "full": "chat_full"}
+SCENE_STREAM = 1 << 33
+"""added to the seed, so that scenes do not repeat another stage's numbers"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SftStageConfig:
+    """Options of stage 3."""
+
+    train: TrainConfig
+    """optimizer and schedule; a sample is one scene with one question"""
+    trainable: tuple[str, ...] = ("sft", "vision")
+    """what is trained (models.internvl.freeze)"""
+    mix: dict[str, float] = field(default_factory=lambda: {"colour": 1, "box": 2, "caption": 1})
+    """kinds of questions and how often each comes, relatively"""
+    objects: tuple[float, ...] = (1.0,)
+    """how often a scene has 1, 2, ... objects, relatively; box and position always ask about one"""
+    objective: NextTokenConfig = field(default_factory=NextTokenConfig)
+    """how answer tokens are weighted"""
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.mix) - set(KINDS))
+        if unknown:
+            raise ConfigError(f"sft.mix: no question kind {unknown}; known: {list(KINDS)}")
+        if not self.mix or sum(self.mix.values()) <= 0 or sum(self.objects) <= 0:
+            raise ConfigError("sft.mix and sft.objects need at least one positive weight")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What `sft` reads from params.yaml."""
+
+    seed: int
+    languages: tuple[str, ...]
+    model: InternVLConfig
+    sft: SftStageConfig
+
+
+def run(config: Config, context: Context) -> None:
+    """Train one of the chat models."""
+    assert context.variant
+    folder = f"artifacts/sft/{context.variant}"
+    train(
+        context,
+        config.sft.train,
+        lambda place: _job(config, context, place),
+        model_folder=f"{folder}/model",
+        history=f"{folder}/history.json",
+    )
+
+
+class SceneQuestions:
+    """The endless supply of scenes with questions; sample g depends on (seed, g) alone."""
+
+    def __init__(
+        self, shards: ShardSet, config: SftStageConfig, languages: tuple[str, ...], *, seed: int
+    ) -> None:
+        self._config, self._languages, self._seed = config, languages, seed
+        self._names: dict[str, dict[str, str]] = {}
+        pictures: dict[tuple[str, str], bytes] = {}
+        for i in range(len(shards)):
+            meta = shards.meta(i)
+            self._names.setdefault(meta["concept"], {}).setdefault(meta["lang"], meta["caption"])
+            pictures.setdefault((meta["concept"], meta["source"]), shards.image_bytes(i))
+        self._drawings = [
+            Drawing(concept=concept, rgba=rgba, names=self._names[concept])
+            for (concept, _), data in sorted(pictures.items())
+            if (rgba := decode_rgba(data))[..., 3].any()
+        ]
+        if not self._drawings:
+            raise DataError(f"{shards.folder} has no picture to compose scenes from")
+
+    def sample(self, index: int, size_px: int) -> tuple[Scene, str, str]:
+        """Scene, question and answer number `index`."""
+        draws = uniforms(self._seed + SCENE_STREAM, [(0, index)], 3)[0]
+        rng = np.random.Generator(np.random.Philox(key=[self._seed + SCENE_STREAM, index]))
+        kind = _weighted(list(self._config.mix), list(self._config.mix.values()), draws[0])
+        one = kind in ("box", "position")
+        count = 1 if one else 1 + _weighted_index(self._config.objects, draws[1])
+        drawings = [self._drawings[int(i)] for i in rng.integers(len(self._drawings), size=count)]
+        spoken = [
+            lang for lang in self._languages if all(lang in drawing.names for drawing in drawings)
+        ]
+        scene = compose(rng, drawings, size_px)
+        if not spoken:  # no language names them all: ask what needs no name
+            kind, spoken = "colour", list(self._languages)
+        lang = spoken[int(draws[2] * len(spoken))]
+        names = {drawing.concept: drawing.names.get(lang, "") for drawing in drawings}
+        return scene, *conversation(scene, kind, lang, names)
+
+
+def _weighted_index(weights: tuple[float, ...] | list[float], draw: float) -> int:
+    edges = np.cumsum(weights) / sum(weights)
+    return min(int(np.searchsorted(edges, draw, side="right")), len(weights) - 1)
+
+
+def _weighted(values: list[str], weights: list[float], draw: float) -> str:
+    return values[_weighted_index(weights, draw)]
+
+
+def _job(config: Config, context: Context, place: Place) -> Job:
+    import torch
+
+    from models.internvl.freeze import freeze
+    from models.internvl.load import load_parts, save_model
+    from models.internvl.model import build
+    from models.internvl.prompts import chat_rows
+    from models.objectives.next_token import ChatObjective
+    from models.preprocess import normalise
+    from models.tokenizer import Tokenizer
+
+    assert context.variant
+    options, kind, base = config.sft, KIND[context.variant], context.path(BASES[context.variant])
+    questions = SceneQuestions(
+        ShardSet(context.path(SHARDS)), options, config.languages, seed=config.seed
+    )
+    tokenizer = Tokenizer.load(base / "tokenizer.json")
+    model = build(kind, config.model, seed=config.seed)
+    parts = ("vision",) if kind == "chat_simple" else ("vision", "text")
+    load_parts(model, base, {part: part for part in parts})
+    load_parts(model, context.path(TEXT_MODEL), {"language": "text"})
+    freeze(model, options.trainable)
+    share = options.train.samples_per_rank(place.ranks)
+
+    def batch_at(step: int) -> dict[str, Any]:
+        first = step * options.train.batch_samples + place.rank * share
+        samples = [questions.sample(first + i, config.model.vision.image_px) for i in range(share)]
+        ids, _, labels = chat_rows(
+            tokenizer,
+            [question for _, question, _ in samples],
+            [answer for _, _, answer in samples],
+            visual_tokens=config.model.visual_tokens(kind),
+        )
+        pictures = np.stack([scene.image for scene, _, _ in samples])
+        return {
+            "pixels": normalise(pictures),
+            "ids": torch.from_numpy(ids),
+            "labels": torch.from_numpy(labels),
+        }
+
+    return Job(
+        model=model,
+        objective=ChatObjective(options.objective),
+        batch_at=batch_at,
+        save=lambda folder: save_model(folder, kind, config.model, model, tokenizer),
+    )
+
+
+STAGE = Stage(
+    name="sft",
+    config=Config,
+    inputs=(SHARDS, TEXT_MODEL),
+    outputs=("artifacts/sft/{variant}/model", "artifacts/sft/{variant}/history.json"),
+    run=run,
+    variants=tuple(KIND),
+    variant_inputs={variant: (base,) for variant, base in BASES.items()},
+)
+
+if __name__ == "__main__":
+    raise SystemExit(main(STAGE))
