@@ -28,10 +28,10 @@ class Variation:
 
     profile: str | None = None
     """File of profiles/, without its ending, laid over params.yaml."""
-    overrides: tuple[str, ...] = ()
-    """KEY=VALUE assignments, laid over that."""
     start: str = "scratch"
-    """`warm` sets the parameter `start`: training goes on from the shipped checkpoint."""
+    """`warm` lays profiles/warm.yaml over that: training goes on from the shipped checkpoint."""
+    overrides: tuple[str, ...] = ()
+    """KEY=VALUE assignments, laid over all."""
 
     def __post_init__(self) -> None:
         if self.start not in STARTS:
@@ -54,10 +54,8 @@ class Variation:
     def apply(self, root: Path) -> dict[str, Any]:
         """The parameters of the run. Raises ConfigError for what does not exist in params.yaml."""
         params = load_params(root / PARAMS_FILE)
-        if self.profile:
-            params = merge(params, load_params(profile_path(root, self.profile)))
-        if self.start != "scratch":
-            params = apply_overrides(params, [f"start={self.start}"])
+        for name in filter(None, (self.profile, self.start if self.start != "scratch" else None)):
+            params = merge(params, load_params(profile_path(root, name)))
         return apply_overrides(params, self.overrides)
 
 

@@ -54,7 +54,7 @@ install_uv() {
     base=$(find_any_python "$1")
     [ -n "$base" ] || die "no uv on the PATH and no Python to install it with; install Python 3.12"
     say "uv is not on the PATH: installing it into .cache/uv"
-    "$base" -m pip install --quiet --disable-pip-version-check --require-hashes \
+    PIP_ROOT_USER_ACTION=ignore "$base" -m pip install --quiet --disable-pip-version-check --require-hashes \
         --no-warn-script-location --target .cache/uv -r requirements/bootstrap.lock >&2 ||
         die "pip could not install uv; check the network, or put uv on the PATH"
 }

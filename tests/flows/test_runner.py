@@ -86,10 +86,10 @@ def test_kill_9_of_the_guard_ends_the_group(tmp_path: Path, mark: str) -> None:
     async def scenario() -> int:
         def kill_guard(line: str) -> None:
             assert line == "started"
-            guard = next(c for c in _children(os.getpid()) if "guard.py" in c[1])
+            guard = next(c for c in _children(os.getpid()) if "sleep 300" in c[1])
             os.kill(guard[0], signal.SIGKILL)
 
-        command = ["sh", "-c", "echo started; sleep 300"]
+        command = ["sh", "-c", "echo started; sleep 300; true"]
         code, _ = await run_guarded(
             command, tmp_path, timeout_s=60, stop=asyncio.Event(), on_line=kill_guard, grace_s=0.2
         )

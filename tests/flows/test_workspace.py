@@ -44,7 +44,7 @@ def test_a_second_run_goes_on_in_the_same_workspace(toy: Path) -> None:
 
 
 def test_mistakes_are_messages(toy: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"no profile 'big': expected one of \['base'\]"):
+    with pytest.raises(ConfigError, match=r"no profile 'big': expected one of \['base', 'warm'\]"):
         prepare(toy, Variation(profile="big"))
     with pytest.raises(ConfigError, match=r"'train\.lrr' does not exist; did you mean 'lr'"):
         prepare(toy, Variation(overrides=("train.lrr=1",)))
