@@ -26,7 +26,8 @@ def test_contrastive_starts_near_ln_batch_and_learns():
         head_init_std=0.06,
     )
     model = build("internvl_c", config)
-    ids = torch.randint(12, 4096, (32, 6))
+    ids = torch.randint(12, 4096, (32, 8))
+    ids[:, :4] = torch.tensor([1, 20, 21, 22])  # begin and "summarize:"
     ids[:, -1] = 2
     squares = torch.rand(32, 3, 1, 1).expand(-1, -1, 16, 16)
     batch = {
@@ -42,7 +43,7 @@ def test_contrastive_starts_near_ln_batch_and_learns():
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[0] == pytest.approx(math.log(32), rel=0.02)
+    assert losses[0] == pytest.approx(math.log(32), rel=0.1)
     assert losses[-1] < 0.95 * math.log(32)
     assert metrics["logit_scale"] == pytest.approx(1 / 0.07, rel=0.1)
 
