@@ -15,25 +15,26 @@ ORDERS = (1, 2, 3)
 TEMPER = float(len(ORDERS))
 """The n-grams of three orders overlap: each letter is counted about three times."""
 SMOOTHING = 0.1
-VOTE_SMOOTHING = 0.05
+NGRAM_VOTES = 1.0
+"""The n-grams' opinion weighs as much as that many other records with the same text."""
 
 
 def tag_probability(captions: Sequence[str], tags: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """Probability of each record's own tag, and the most probable language. [N] float64, [N] str.
 
-    Raises nothing for a language with few captions: it only gets less certain.
+    A text that two languages share (a loan word) keeps both tags, as its other records show.
     """
     languages, tag = np.unique(np.asarray(tags), return_inverse=True)
     texts, text = np.unique(np.asarray(captions, dtype=object), return_inverse=True)
     votes = np.zeros((len(texts), len(languages)))
     np.add.at(votes, (text, tag), 1.0)
-    score = _ngram_scores(texts.tolist(), votes)[text]
+    guess = _ngram_scores(texts.tolist(), votes)
+    guess = np.exp(guess - np.logaddexp.reduce(guess, axis=1, keepdims=True))[text]
     others = votes[text]
     others[np.arange(len(tag)), tag] -= 1.0
-    score += np.log(others + VOTE_SMOOTHING)
-    score -= np.logaddexp.reduce(score, axis=1, keepdims=True)
-    own = np.exp(score[np.arange(len(tag)), tag])
-    return own, languages[score.argmax(axis=1)]
+    posterior = others + NGRAM_VOTES * guess
+    posterior /= posterior.sum(axis=1, keepdims=True)
+    return posterior[np.arange(len(tag)), tag], languages[posterior.argmax(axis=1)]
 
 
 def _ngram_scores(texts: list[str], votes: np.ndarray) -> np.ndarray:

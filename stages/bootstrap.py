@@ -10,6 +10,7 @@ shuffled caption it is spread evenly over 0..1, for a true one it is close to 1.
 threshold a meaning (see `stages/filter.py`).
 """
 
+import importlib
 import math
 from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor
@@ -103,8 +104,11 @@ def run(config: Config, context: Context) -> None:
     records = read_table(context.path(f"{INGEST}/records.parquet"), columns).to_pydict()
     fold = assign_folds(records["family"])
     corpus = _corpus(config, context, records)
+    # Imported before the fork, so that it is paid once; nothing is computed with it here, for
+    # torch's threads would not survive the fork.
+    importlib.import_module("models.scorer.model")
     executor = ProcessPoolExecutor(FOLDS, get_context("fork"), initializer=die_with_parent)
-    with executor:  # forked before this process computes with torch, whose threads do not survive
+    with executor:
         jobs = [executor.submit(_fold, config, corpus, fold, number) for number in range(FOLDS)]
         results = [job.result() for job in jobs]
     scores = {name: np.empty(len(fold), np.float32) for name in SCORES}
@@ -196,6 +200,7 @@ def _train(
 ) -> tuple[Any, dict[str, Any]]:
     import torch
 
+    from models.scorer.adamw import AdamW
     from models.scorer.model import Scorer, ScorerConfig
 
     settings = config.bootstrap
@@ -204,12 +209,9 @@ def _train(
         width=settings.width, dropout=settings.dropout,
     )  # fmt: skip
     model = Scorer(shape, corpus.features.shape[1], corpus.vocabulary)
-    optimizer = torch.optim.AdamW(
-        _parameter_groups(model),
-        lr=settings.lr,
-        weight_decay=settings.weight_decay,
-        betas=(0.9, 0.98),
-    )
+    # The temperature starts at 1, where the loss is ln(batch), and must get to about 15 soon.
+    scales = [20.0 if name == "logit_scale" else 1.0 for name, _ in model.named_parameters()]
+    optimizer = AdamW(list(model.parameters()), settings.weight_decay)
     features = torch.from_numpy(corpus.features)
     rng = np.random.default_rng(hash64(config.seed, "bootstrap order", number))
     batch, losses = min(settings.batch_samples, len(rows)), []
@@ -220,14 +222,12 @@ def _train(
             if len(order) < batch:
                 order = rng.permutation(rows)
             chosen, order = order[:batch], order[batch:]
-            for group in optimizer.param_groups:
-                group["lr"] = settings.lr * group["lr_scale"] * _schedule(step, settings)
             images = model.embed_images(features[corpus.image[chosen]])
             texts = model.embed_texts(*_bag(corpus, corpus.caption[chosen]))
             loss = model.loss(images, texts, _same(corpus, chosen))
-            optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            optimizer.step()
+            lr = settings.lr * _schedule(step, settings)
+            optimizer.step([lr * scale for scale in scales])
             losses.append(loss.item())
             progress.update(loss=f"{losses[-1]:.3f}")
     return model, {
@@ -235,15 +235,6 @@ def _train(
         "loss": [round(value, 5) for value in losses],
         "trained_on_records": len(rows),
     }
-
-
-def _parameter_groups(model: Any) -> list[dict[str, Any]]:
-    """The temperature starts at 1, where the loss is ln(batch), and must get to about 15 soon."""
-    towers = [p for name, p in model.named_parameters() if name != "logit_scale"]
-    return [
-        {"params": towers, "lr_scale": 1.0},
-        {"params": [model.logit_scale], "lr_scale": 20.0, "weight_decay": 0.0},
-    ]
 
 
 def _schedule(step: int, settings: BootstrapConfig) -> float:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from infra.errors import ConfigError
+from infra.errors import ConfigError, DataError
 from infra.funnel import Verdict, any_drop, dropped_table, funnel_metrics
 from infra.images import decode_rgba
 from infra.langid import tag_probability
@@ -40,7 +40,7 @@ class FilterConfig:
     """Longest caption."""
     max_repeats: int = 5
     """How often one word may stand in a caption."""
-    min_tag_probability: float = 0.05
+    min_tag_probability: float = 0.2
     """Smallest probability of the declared language."""
     similarity_precision: float = 0.85
     """Estimated share of mismatches among those dropped for their score (0: keep all)."""
@@ -75,6 +75,12 @@ def run(config: Config, context: Context) -> None:
     mismatch, estimate = similarity(limits, measured["score"], ~any_drop(verdicts))
     verdicts.append(mismatch)
     drop = any_drop(verdicts)
+    if drop.all():
+        by_rule = {verdict.rule: int(verdict.drop.sum()) for verdict in verdicts}
+        raise DataError(
+            f"no record of {len(rows)} survived the filter: rejected by {by_rule}; "
+            "loosen the limits under `filter` in params.yaml"
+        )
     kept = {"row": rows[~drop], **{name: values[~drop] for name, values in measured.items()}}
     write_table(context.output(f"{OUT}/kept.parquet"), kept)
     write_table(context.output(f"{OUT}/dropped.parquet"), dropped_table(rows, verdicts))

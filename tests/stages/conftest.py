@@ -1,0 +1,56 @@
+"""A small funnel, run once for all tests that look at its parts."""
+
+from pathlib import Path
+
+import pytest
+
+from infra.config import build
+from infra.stage import Context
+
+ROOT = Path(__file__).parents[2]
+FUNNEL = ("ingest", "bootstrap", "filter", "dedup", "decontaminate", "shard")
+FUNNEL_PARAMS = {
+    "seed": 1,
+    "languages": ["en", "zh", "it"],
+    "ingest": {
+        "train_sources": ["noto", "fluent", "fluent_flat", "fxemoji"],
+        "families": {"fluent_flat": "fluent"},
+        "test_source": "twemoji",
+        "classes": 40,
+        "min_drawings": 4,
+        "held_out": 0.15,
+    },
+    "bootstrap": {"steps": 120, "hidden": 128, "width": 64, "token_width": 96, "vocabulary": 800},
+    "filter": {},
+    "dedup": {},
+    "decontaminate": {"planted": 20},
+    "shard": {"samples_per_shard": 100},
+}
+
+
+def run_stage(stage, root: Path, params: dict = FUNNEL_PARAMS) -> None:
+    """Run one stage in this process, in the workspace `root`."""
+    needed = {name: params[name] for name in stage.parameters}
+    stage.run(build(stage.config, needed), Context(stage.bind(None), root, "test"))
+
+
+@pytest.fixture(scope="session")
+def run_one():
+    return run_stage
+
+
+@pytest.fixture(scope="session")
+def funnel_params() -> dict:
+    return FUNNEL_PARAMS
+
+
+@pytest.fixture(scope="session")
+def funnel(tmp_path_factory) -> Path:
+    """A workspace in which the funnel has run; tests read it and must not change it."""
+    import importlib
+
+    root = tmp_path_factory.mktemp("funnel")
+    (root / "data").symlink_to(ROOT / "data")
+    for name in FUNNEL:
+        run_stage(importlib.import_module(f"stages.{name}").STAGE, root)
+    return root
