@@ -25,6 +25,7 @@ from pathlib import Path
 
 PR_SET_CHILD_SUBREAPER = 36
 POLL_S = 0.1
+COLLECT_LIMIT_S = 5.0
 
 
 def command_line(command: list[str], grace_s: float) -> list[str]:
@@ -71,13 +72,25 @@ def stop_descendants(grace_s: float) -> None:
         while time.monotonic() < deadline:
             reap()
             if not descendants(os.getpid()):
+                collect()
                 return
             time.sleep(POLL_S)
     while remaining := descendants(os.getpid()):
         send(signal.SIGKILL, remaining)
         reap()
         time.sleep(POLL_S / 10)
-    reap()
+    collect()
+
+
+def collect() -> None:
+    """Reap children that are ending: uncollected, their CPU time would be in nobody's account."""
+    deadline = time.monotonic() + COLLECT_LIMIT_S
+    while time.monotonic() < deadline:
+        try:
+            if os.waitpid(-1, os.WNOHANG)[0] == 0:
+                time.sleep(POLL_S / 10)
+        except ChildProcessError:
+            return
 
 
 def reap() -> dict[int, int]:
