@@ -37,12 +37,8 @@ class ShardSet(Sequence[Sample]):
         self._names: list[str] = [shard["name"] for shard in index["shards"]]
         counts = [len(shard["keys"]) for shard in index["shards"]]
         self._first = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
-        self._keys: list[str] = [
-            key for shard in index["shards"] for key in shard["keys"]
-        ]
-        tables = [
-            np.asarray(s["offsets"], np.int64).reshape(-1, 4) for s in index["shards"]
-        ]
+        self._keys: list[str] = [key for shard in index["shards"] for key in shard["keys"]]
+        tables = [np.asarray(s["offsets"], np.int64).reshape(-1, 4) for s in index["shards"]]
         self._spans = np.concatenate(tables) if tables else np.empty((0, 4), np.int64)
         if len(self._spans) != len(self._keys) or index["samples"] != len(self._keys):
             raise DataError(f"{where}: counts disagree; run the shard stage again")
@@ -85,9 +81,7 @@ class ShardSet(Sequence[Sample]):
         reader = self._reader(shard)
         if reader.is_local:
             return reader.read(image_at, image_size), reader.read(meta_at, meta_size)
-        start = min(
-            image_at, meta_at
-        )  # one request over the network for the two members
+        start = min(image_at, meta_at)  # one request over the network for the two members
         end = max(image_at + image_size, meta_at + meta_size)
         both = reader.read(start, end - start)
         image = both[image_at - start : image_at - start + image_size]
@@ -163,7 +157,7 @@ def _read_text(path: str, options: dict[str, Any]) -> str:
 
     try:
         with fsspec.open(path, "r", encoding="utf-8", **options) as file:
-            return file.read()
+            return file.read()  # pyrefly: ignore[missing-attribute]
     except FileNotFoundError as error:
         raise DataError(
             f"{path} does not exist; expected a folder of shards with {INDEX_FILE}: "
@@ -194,9 +188,7 @@ class SampleStream:
             result.append((epoch, int(self._order(epoch)[position])))
         return result
 
-    def rank_indices(
-        self, step: int, batch: int, rank: int, ranks: int
-    ) -> list[tuple[int, int]]:
+    def rank_indices(self, step: int, batch: int, rank: int, ranks: int) -> list[tuple[int, int]]:
         """The contiguous slice of global batch `step` that belongs to `rank` of `ranks`."""
         if batch % ranks:
             raise DataError(
@@ -208,9 +200,7 @@ class SampleStream:
 
     def _order(self, epoch: int) -> np.ndarray:
         if epoch not in self._orders:
-            if (
-                len(self._orders) >= 2
-            ):  # a batch spans at most the end of one epoch and the next
+            if len(self._orders) >= 2:  # a batch spans at most the end of one epoch and the next
                 del self._orders[min(self._orders)]
             self._orders[epoch] = global_order(self.n, self.seed, epoch)
         return self._orders[epoch]

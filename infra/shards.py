@@ -81,9 +81,7 @@ def parse_index(text: str, where: str) -> dict[str, Any]:
     try:
         index = json.loads(text)
     except json.JSONDecodeError as error:
-        raise DataError(
-            f"{where} is no JSON: {error}; run the shard stage again"
-        ) from error
+        raise DataError(f"{where} is no JSON: {error}; run the shard stage again") from error
     if not isinstance(index, dict) or index.get("format") != INDEX_FORMAT:
         got = index.get("format") if isinstance(index, dict) else type(index).__name__
         raise DataError(f"{where}: format is {got!r}, expected {INDEX_FORMAT!r}")
@@ -133,13 +131,9 @@ def _scan_shard(path: Path) -> dict[str, Any]:
     with tarfile.open(path, "r:") as archive:
         members = [member for member in archive if member.isfile()]
     if len(members) % 2:
-        raise DataError(
-            f"{path} holds {len(members)} files, expected pairs of picture and .json"
-        )
+        raise DataError(f"{path} holds {len(members)} files, expected pairs of picture and .json")
     for first, second in zip(members[::2], members[1::2], strict=True):
-        image, meta = (
-            (second, first) if first.name.endswith(META_SUFFIX) else (first, second)
-        )
+        image, meta = (second, first) if first.name.endswith(META_SUFFIX) else (first, second)
         key = meta.name.removesuffix(META_SUFFIX)
         if not meta.name.endswith(META_SUFFIX) or image.name.rpartition(".")[0] != key:
             raise DataError(
@@ -159,13 +153,9 @@ def _scan_shard(path: Path) -> dict[str, Any]:
 
 def _check_key(key: str, seen: set[str]) -> None:
     if not key or "." in key or "/" in key or len(key) > 90:
-        raise DataError(
-            f"sample key {key!r}: expected 1-90 characters without '.' and '/'"
-        )
+        raise DataError(f"sample key {key!r}: expected 1-90 characters without '.' and '/'")
     if key in seen:
-        raise DataError(
-            f"sample key {key!r} occurs twice; keys must be unique in a shard folder"
-        )
+        raise DataError(f"sample key {key!r} occurs twice; keys must be unique in a shard folder")
     seen.add(key)
 
 
