@@ -36,6 +36,8 @@ class ContrastiveStageConfig:
     """optimizer and schedule; a sample is one picture with its captions"""
     captions: int = 4
     """captions that each picture learns from in one step, each beside all other pictures' """
+    max_tokens: int = 32
+    """longest caption, special tokens included (80 in the paper); a longer one is cut"""
     mask_ratio: float = 0.5
     """share of the patches left out (FLIP)"""
     unmasked_share: float = 0.1
@@ -109,7 +111,7 @@ def _job(config: Config, context: Context, place: Place) -> Job:
         batch = pairs.take(step, options.train.batch_samples, place.rank, place.ranks)
         pictures = augment(batch.rgba, config.seed, batch.positions, options.augment)
         ids, mask = tokenizer.encode_batch(
-            batch.captions, prefix=SUMMARIZE, max_tokens=config.model.text.max_tokens
+            batch.captions, prefix=SUMMARIZE, max_tokens=options.max_tokens
         )
         tensors = {
             "pixels": standardise(pictures),

@@ -30,6 +30,8 @@ class GenerativeStageConfig:
 
     train: TrainConfig
     """optimizer and schedule; a sample is one picture with one caption"""
+    max_tokens: int = 32
+    """longest caption, prompt and special tokens included; a longer one is cut"""
     trainable: tuple[str, ...] = ("stage2",)
     """what is trained (models.internvl.freeze): as in the paper only what is new"""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -78,7 +80,7 @@ def _job(config: Config, context: Context, place: Place) -> Job:
     def batch_at(step: int) -> dict[str, Any]:
         batch = pairs.take(step, options.train.batch_samples, place.rank, place.ranks)
         pictures = augment(batch.rgba, config.seed, batch.positions, options.augment)
-        texts = text_rows(tokenizer, batch.metas[0], config.model.text.max_tokens)
+        texts = text_rows(tokenizer, batch.metas[0], options.max_tokens)
         return {"pixels": standardise(pictures), **texts}
 
     return Job(

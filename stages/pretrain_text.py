@@ -75,6 +75,15 @@ def wordings(lang: str) -> list[str]:
     return list(dict.fromkeys(text.strip() for pair in pairs for text in pair))
 
 
+def prefixed(lines: list[str]) -> list[str]:
+    """Each line behind each fixed prompt, so that the tokenizer learns these as few tokens."""
+    from models.internvl.prompts import CAPTION_PROMPTS, SUMMARIZE
+
+    return [
+        f"{prompt} {line}" for prompt in (SUMMARIZE, *CAPTION_PROMPTS.values()) for line in lines
+    ]
+
+
 def _job(config: Config, lines: list[str], place: Place) -> Job:
     import torch
 
@@ -84,7 +93,7 @@ def _job(config: Config, lines: list[str], place: Place) -> Job:
     from models.objectives.next_token import TextObjective
 
     options, text = config.pretrain_text, config.model.text
-    tokenizer = tokenizers.train(lines, text.vocab_size)
+    tokenizer = tokenizers.train([*prefixed(lines), *lines], text.vocab_size)
     model = build("text", config.model, seed=config.seed)
     order = SampleStream(len(lines), config.seed)
 

@@ -13,7 +13,7 @@ from infra.tables import read_table
 FUNNEL = ("filter", "dedup", "decontaminate")
 TRAINED = ("bootstrap", "pretrain_text", "contrastive", "generative", "sft@simple", "sft@full")
 STAGES = (
-    "ingest", "bootstrap", "filter", "dedup", "decontaminate", "shard", "tokenizer",
+    "ingest", "bootstrap", "filter", "dedup", "decontaminate", "shard",
     "pretrain_text", "contrastive", "generative", "sft@simple", "sft@full",
     *(f"evaluate@{variant}" for variant in MODELS), "gate", "report",
 )  # fmt: skip
