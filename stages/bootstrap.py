@@ -205,9 +205,11 @@ def _train(
 
     settings = config.bootstrap
     shape = ScorerConfig(
-        vocabulary=settings.vocabulary, token_width=settings.token_width, hidden=settings.hidden,
-        width=settings.width, dropout=settings.dropout,
-    )  # fmt: skip
+        token_width=settings.token_width,
+        hidden=settings.hidden,
+        width=settings.width,
+        dropout=settings.dropout,
+    )
     model = Scorer(shape, corpus.features.shape[1], corpus.vocabulary)
     # The temperature starts at 1, where the loss is ln(batch), and must get to about 15 soon.
     scales = [20.0 if name == "logit_scale" else 1.0 for name, _ in model.named_parameters()]

@@ -16,8 +16,6 @@ from torch import nn
 class ScorerConfig:
     """Size of the scorer."""
 
-    vocabulary: int = 4000
-    """Largest number of tokens of its byte-level BPE."""
     token_width: int = 192
     """Width of a token embedding."""
     hidden: int = 512
