@@ -6,9 +6,8 @@ SHELL := bash
 
 # The lock file that .venv is made from: dev, core, gpu or bench.
 LOCK ?= dev
-# `make run PROFILE=base`, `make run START=warm`, `make run SET="seed=1 contrastive.train.lr=1e-3"`
+# `make run PROFILE=base`, `make run SET="seed=1 contrastive.train.lr=1e-3"`
 PROFILE ?=
-START ?= scratch
 SET ?=
 # `make test TESTS=tests/flows`, `make accept ISSUE=2`
 TESTS ?= tests
@@ -24,8 +23,8 @@ help: ## print this list
 setup: ## make .venv from requirements/$(LOCK).lock (every other target does it when needed)
 	@scripts/bootstrap.sh $(LOCK)
 
-run: setup ## run the whole pipeline (PROFILE=base, START=warm, SET="key=value ...")
-	@exec vlfoundry run --start $(START) $(if $(PROFILE),--profile $(PROFILE)) $(foreach s,$(SET),--set $(s))
+run: setup ## run the whole pipeline (PROFILE=base, SET="key=value ...")
+	@exec vlfoundry run $(if $(PROFILE),--profile $(PROFILE)) $(foreach s,$(SET),--set $(s))
 
 test: setup ## run all tests (TESTS=path for some)
 	@python -m pytest $(TESTS)

@@ -54,9 +54,6 @@ def run(
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="KEY=VALUE: change a parameter for this run")
     ] = None,
-    start: Annotated[
-        str, typer.Option(help="scratch, or warm: go on from the shipped checkpoint")
-    ] = "scratch",
     workspace: Annotated[
         Path | None,
         typer.Option(help="where a run with its own parameters lives; named after them by default"),
@@ -64,13 +61,13 @@ def run(
 ) -> None:
     """Run what changed, from the raw pairs to the report.
 
-    With --profile, --set, --start warm or --workspace the run gets a copy of the sources of its
+    With --profile, --set or --workspace the run gets a copy of the sources of its
     own with its own params.yaml, and shares DVC's cache; params.yaml here stays as it is.
     """
     from flows.launch import run_pipeline
     from flows.workspace import Variation
 
-    variation = Variation(profile=profile, overrides=tuple(set_ or ()), start=start)
+    variation = Variation(profile=profile, overrides=tuple(set_ or ()))
     raise typer.Exit(
         run_pipeline(
             find_root(), stages=tuple(stage or ()), variation=variation, workspace=workspace

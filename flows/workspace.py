@@ -17,7 +17,6 @@ from infra.git import git, snapshot
 from infra.registry import cache_folder
 
 PROFILES = "profiles"
-STARTS = ("scratch", "warm")
 KEPT_FILES = ("dvc.lock",)
 """What a workspace keeps of its own when it is brought up to date."""
 
@@ -28,14 +27,8 @@ class Variation:
 
     profile: str | None = None
     """File of profiles/, without its ending, laid over params.yaml."""
-    start: str = "scratch"
-    """`warm` lays profiles/warm.yaml over that: training goes on from the shipped checkpoint."""
     overrides: tuple[str, ...] = ()
     """KEY=VALUE assignments, laid over all."""
-
-    def __post_init__(self) -> None:
-        if self.start not in STARTS:
-            raise ConfigError(f"--start: got {self.start!r}, expected one of {list(STARTS)}")
 
     def __bool__(self) -> bool:
         return self != Variation()
@@ -44,8 +37,6 @@ class Variation:
     def name(self) -> str:
         """A folder name: readable, and another one for other parameters."""
         parts = [self.profile or "default"]
-        if self.start != "scratch":
-            parts.append(self.start)
         if self.overrides:
             digest = hashlib.sha256(canonical_json(sorted(self.overrides)).encode()).hexdigest()
             parts.append(digest[:8])
@@ -54,8 +45,8 @@ class Variation:
     def apply(self, root: Path) -> dict[str, Any]:
         """The parameters of the run. Raises ConfigError for what does not exist in params.yaml."""
         params = load_params(root / PARAMS_FILE)
-        for name in filter(None, (self.profile, self.start if self.start != "scratch" else None)):
-            params = merge(params, load_params(profile_path(root, name)))
+        if self.profile:
+            params = merge(params, load_params(profile_path(root, self.profile)))
         return apply_overrides(params, self.overrides)
 
 

@@ -49,7 +49,6 @@ FILES = {
     ".gitignore": "/work/\n/artifacts/\n",
     ".dvcignore": "/work\n",
     "profiles/base.yaml": "train:\n  lr: 0.1\n",
-    "profiles/warm.yaml": "start: warm\n",
     ".dvc/config": "[core]\n    analytics = false\n    autostage = false\n",
     ".dvc/.gitignore": "/config.local\n/tmp\n/cache\n",
 }
