@@ -68,7 +68,14 @@ def train(
     result: FitResult = results[0]["result"]
     if result.interrupted:
         raise Interrupted("run it again to go on")
-    context.write_json(history, {"format": HISTORY_FORMAT, "steps": result.history})
+    context.write_json(
+        history,
+        {
+            "format": HISTORY_FORMAT,
+            "batch_samples": config.batch_samples,
+            "steps": result.history,
+        },
+    )
     context.record(
         train_s=round(time.perf_counter() - started, 2),
         resumed_from=result.resumed_from,
