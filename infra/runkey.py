@@ -20,6 +20,7 @@ def import_closure(module: str, root: str | Path = ".") -> list[Path]:
     """Our own source files that importing `module` may reach, relative to `root`, sorted.
 
     Found by reading the source: imports inside functions count, other people's packages do not.
+    A JSON file beside a module and named like it (`scenes.json`) is part of that module.
     """
     root = Path(root)
     waiting, found = [module], {}
@@ -31,7 +32,8 @@ def import_closure(module: str, root: str | Path = ".") -> list[Path]:
         found[name] = path
         waiting += [name.rpartition(".")[0]] if "." in name else []
         waiting += _imported_names(root / path)
-    return sorted(set(found.values()))
+    tables = [path.with_suffix(".json") for path in found.values()]
+    return sorted({*found.values(), *(path for path in tables if (root / path).is_file())})
 
 
 def run_key(

@@ -16,6 +16,7 @@ def sources(tmp_path: Path) -> Path:
         (tmp_path / package / "__init__.py").write_text("")
     (tmp_path / "infra/io.py").write_text("import os\n")
     (tmp_path / "infra/lazy.py").write_text("X = 1\n")
+    (tmp_path / "infra/lazy.json").write_text("{}")
     (tmp_path / "infra/other.py").write_text("X = 2\n")
     (tmp_path / "stages/one.py").write_text(
         "from infra import io\n\n\ndef run():\n    import infra.lazy\n"
@@ -28,6 +29,7 @@ def test_the_closure_follows_lazy_imports_and_nothing_else(sources: Path) -> Non
     assert names == [
         "infra/__init__.py",
         "infra/io.py",
+        "infra/lazy.json",
         "infra/lazy.py",
         "stages/__init__.py",
         "stages/one.py",
