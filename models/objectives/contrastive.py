@@ -5,6 +5,7 @@ Letters: B samples of this rank, U distinct captions, R ranks, E embedding.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,10 @@ from torch.nn.functional import cross_entropy
 
 from models.common.parallel import data_group
 from models.objectives.common import Batch, Metrics, gather_rows, unwrap
+from models.tokenizer import PAD_ID
+
+LENGTH_GROUPS = 4
+"""text batches that the captions of one step are split into, by length"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,13 +56,22 @@ class Contrastive:
 
 
 def embed_distinct(model, ids: Tensor, mask: Tensor) -> Tensor:
-    """Text embeddings [B, E]; a caption that occurs twice is encoded once."""
+    """Text embeddings [B, E] of right-padded rows; a caption that occurs twice is encoded once.
+
+    Captions of similar length go through the tower together, cut to the longest of them: most are
+    a few tokens long, and padding to the longest of all would cost more than the pictures.
+    """
     distinct, inverse = torch.unique(ids, dim=0, return_inverse=True)
-    if len(distinct) == len(ids):
-        return model.embed_texts(ids, mask)
-    first = torch.full((len(distinct),), len(ids), device=ids.device)
-    first.scatter_reduce_(0, inverse, torch.arange(len(ids), device=ids.device), "amin")
-    return model.embed_texts(ids[first], mask[first])[inverse]
+    lengths = (distinct != PAD_ID).sum(1)
+    order = lengths.argsort(stable=True)
+    parts = []
+    for rows in order.split(math.ceil(len(order) / LENGTH_GROUPS)):
+        longest = int(lengths[rows].max())
+        real = torch.arange(longest, device=ids.device) < lengths[rows, None]
+        parts.append(model.embed_texts(distinct[rows, :longest], real.to(mask.dtype)))
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order), device=ids.device)
+    return torch.cat(parts)[place[inverse]]
 
 
 def info_nce(

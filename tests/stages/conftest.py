@@ -1,4 +1,4 @@
-"""A small funnel, run once for all tests that look at its parts."""
+"""A small funnel and a tiny training project, each run once for all tests that look at parts."""
 
 from pathlib import Path
 
@@ -26,6 +26,13 @@ FUNNEL_PARAMS = {
     "decontaminate": {"planted": 20},
     "shard": {"samples_per_shard": 100},
 }
+TRAINING = (
+    ("pretrain_text",),
+    ("contrastive",),
+    ("generative",),
+    ("sft", "variant=simple"),
+    ("sft", "variant=full"),
+)
 
 
 def run_stage(stage, root: Path, params: dict = FUNNEL_PARAMS) -> None:
@@ -53,4 +60,33 @@ def funnel(tmp_path_factory) -> Path:
     (root / "data").symlink_to(ROOT / "data")
     for name in FUNNEL:
         run_stage(importlib.import_module(f"stages.{name}").STAGE, root)
+    return root
+
+
+@pytest.fixture(scope="session")
+def warm(run_ranks) -> None:
+    """Import, in the process that forks stages, what a training stage imports."""
+    import importlib
+
+    for name in (
+        "megatron.core.dist_checkpointing",
+        "megatron.core.distributed",
+        "infra.train.session",
+        "models.internvl.load",
+        "models.objectives.contrastive",
+        "models.objectives.generative",
+        "models.objectives.next_token",
+        "models.preprocess",
+    ):
+        importlib.import_module(name)
+
+
+@pytest.fixture(scope="session")
+def trained(warm, tmp_path_factory) -> Path:
+    """A tiny project in which all training stages have run; tests read it, and copy to change."""
+    from tests.tiny import make_project, run_stage
+
+    root = make_project(tmp_path_factory.mktemp("trained"))
+    for stage, *arguments in TRAINING:
+        run_stage(root, stage, *arguments)
     return root
