@@ -1,0 +1,106 @@
+"""Pictures with their captions: a sample knows nothing of ranks, and has captions of its own."""
+
+import numpy as np
+import pytest
+
+from infra.errors import DataError
+from infra.images import encode_webp
+from infra.loader import ShardSet
+from infra.pairs import PairStream
+from infra.shards import Sample, write_shards
+
+SIDE = 8
+CAPTIONS = {0: 5, 1: 1, 2: 2, 3: 4, 4: 3, 5: 5, 6: 2}
+"""captions of each picture"""
+LEVELS = {picture: 10 + 30 * picture for picture in CAPTIONS}
+"""grey level of each picture, by which it is recognised"""
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> ShardSet:
+    """Samples of one picture do not stand together."""
+    folder = tmp_path_factory.mktemp("pairs")
+    facts = [(k, picture) for picture, count in CAPTIONS.items() for k in range(count)]
+    samples = [
+        Sample(
+            key=f"{picture}-{k}",
+            image_bytes=encode_webp(np.full((SIDE, SIDE, 4), LEVELS[picture], np.uint8)),
+            meta={"caption": f"{picture}-{k}", "picture": picture},
+        )
+        for k, picture in sorted(facts)
+    ]
+    write_shards(folder, samples, samples_per_shard=6)
+    return ShardSet(folder)
+
+
+def stream(shards: ShardSet, captions: int = 1, seed: int = 4) -> PairStream:
+    return PairStream(shards, seed=seed, size_px=SIDE, captions=captions)
+
+
+def epoch_captions(shards: ShardSet, epoch: int, captions: int = 1) -> dict[int, list[str]]:
+    """Captions drawn for each picture in one epoch."""
+    batch = stream(shards, captions).take(epoch, len(CAPTIONS), 0, 1)
+    assert {e for e, _ in batch.positions} == {epoch}
+    return {
+        column[0]["picture"]: [meta["caption"] for meta in column]
+        for column in zip(*batch.metas, strict=True)
+    }
+
+
+def test_a_picture_that_samples_share_is_one_sample(shards: ShardSet) -> None:
+    assert len(shards) == sum(CAPTIONS.values())
+    assert len(stream(shards)) == len(CAPTIONS)
+    assert set(epoch_captions(shards, 0)) == set(CAPTIONS)
+
+
+def test_picture_and_captions_belong_together(shards: ShardSet) -> None:
+    batch = stream(shards, captions=3).take(0, len(CAPTIONS), 0, 1)
+    assert batch.rgba.shape == (len(CAPTIONS), SIDE, SIDE, 4)
+    for metas in batch.metas:
+        assert [LEVELS[meta["picture"]] for meta in metas] == batch.rgba[:, 0, 0, 0].tolist()
+    first = [meta["caption"] for meta in batch.metas[0]]
+    assert batch.captions[: len(CAPTIONS)] == first
+    assert len(batch.captions) == 3 * len(CAPTIONS)
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 6])
+def test_the_ranks_share_the_batch_that_one_rank_has(shards: ShardSet, ranks: int) -> None:
+    """Also over the end of an epoch: batches of six, seven pictures."""
+    pairs = stream(shards, captions=2)
+    for step in range(5):
+        whole = pairs.take(step, 6, 0, 1)
+        parts = [stream(shards, captions=2).take(step, 6, rank, ranks) for rank in range(ranks)]
+        assert [p for part in parts for p in part.positions] == whole.positions
+        assert np.array_equal(np.concatenate([part.rgba for part in parts]), whole.rgba)
+        for k in range(2):
+            assert [meta for part in parts for meta in part.metas[k]] == whole.metas[k]
+
+
+def test_a_batch_that_ranks_cannot_share_is_refused(shards: ShardSet) -> None:
+    with pytest.raises(DataError, match="6 samples cannot be split over 4 ranks"):
+        stream(shards).take(0, 6, 0, 4)
+
+
+def test_captions_are_drawn_anew_in_each_epoch(shards: ShardSet) -> None:
+    epochs = [epoch_captions(shards, epoch) for epoch in range(40)]
+    assert epochs[0] == epoch_captions(shards, 0)
+    for picture, count in CAPTIONS.items():
+        drawn = {epoch[picture][0] for epoch in epochs}
+        assert drawn == {f"{picture}-{k}" for k in range(count)}
+
+
+def test_another_seed_draws_other_captions(shards: ShardSet) -> None:
+    def drawn(seed: int) -> set[str]:
+        return {
+            c for step in range(3) for c in stream(shards, 1, seed).take(step, 7, 0, 1).captions
+        }
+
+    assert drawn(4) != drawn(5)
+
+
+def test_captions_of_one_sample_differ_and_start_again_if_too_few(shards: ShardSet) -> None:
+    for epoch in range(5):
+        for picture, drawn in epoch_captions(shards, epoch, captions=4).items():
+            count = min(4, CAPTIONS[picture])
+            assert len(set(drawn)) == count
+            assert drawn == (drawn[:count] * 4)[:4]

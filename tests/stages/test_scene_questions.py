@@ -1,0 +1,141 @@
+"""Stage 3's samples: scenes with questions, each a function of its number alone."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from infra.errors import ConfigError, DataError
+from infra.images import encode_webp
+from infra.loader import ShardSet
+from infra.scenes import background_names, caption_question, conversation, parse_box
+from infra.shards import Sample, write_shards
+from infra.train.config import TrainConfig
+from stages.sft import SceneQuestions, SftStageConfig
+
+LANGUAGES = ("en", "zh", "ar")
+NAMES = {
+    "sun": {"en": "sun", "zh": "太阳", "ar": "شمس"},
+    "cat": {"en": "cat", "zh": "猫"},
+    "tree": {"en": "tree", "ar": "شجرة"},
+    "hat": {"it": "cappello"},
+}
+TRAIN = TrainConfig(steps=1, batch_samples=8, lr=1e-3)
+SIDE = 32
+
+
+def shard_set(folder, names=NAMES, alpha: int = 255) -> ShardSet:
+    samples = [
+        Sample(
+            key=f"{concept}-{source}-{lang}",
+            image_bytes=encode_webp(np.full((16, 16, 4), (200, 30, 40 * i, alpha), np.uint8)),
+            meta={"caption": name, "lang": lang, "concept": concept, "source": source},
+        )
+        for i, (concept, by_lang) in enumerate(names.items())
+        for source in ("noto", "fluent")
+        for lang, name in by_lang.items()
+    ]
+    write_shards(folder, samples)
+    return ShardSet(folder)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> ShardSet:
+    return shard_set(tmp_path_factory.mktemp("scenes"))
+
+
+def questions(shards: ShardSet, seed: int = 1, **options) -> SceneQuestions:
+    return SceneQuestions(shards, SftStageConfig(train=TRAIN, **options), LANGUAGES, seed=seed)
+
+
+def test_a_sample_depends_on_seed_and_number_alone(shards: ShardSet) -> None:
+    supply = questions(shards)
+    forward = [supply.sample(i, SIDE) for i in range(12)]
+    backward = [questions(shards).sample(i, SIDE) for i in reversed(range(12))][::-1]
+    for (scene, *texts), (other, *other_texts) in zip(forward, backward, strict=True):
+        assert texts == other_texts
+        assert scene.objects == other.objects
+        assert np.array_equal(scene.image, other.image)
+    assert len({scene.image.tobytes() for scene, _, _ in forward}) == 12
+    others = [questions(shards, seed=2).sample(i, SIDE) for i in range(12)]
+    assert [texts for _, *texts in others] != [texts for _, *texts in forward]
+
+
+def test_box_questions_are_about_the_only_object(shards: ShardSet) -> None:
+    supply = questions(shards, mix={"box": 1.0}, objects=(0.0, 1.0, 1.0))
+    boxes = 0
+    for i in range(60):
+        scene, _, answer = supply.sample(i, SIDE)
+        assert len(scene.objects) == 1
+        if (box := parse_box(answer)) is not None:  # what has no name is asked for its colour
+            boxes += 1
+            assert box == scene.objects[0][1]
+    assert boxes > 30
+
+
+def test_other_questions_are_about_as_many_objects_as_asked_for(shards: ShardSet) -> None:
+    supply = questions(shards, mix={"colour": 1.0}, objects=(1.0, 0.0, 1.0))
+    counts = Counter(len(supply.sample(i, 64)[0].objects) for i in range(80))
+    assert set(counts) == {1, 3}
+    assert min(counts.values()) > 20
+
+
+def test_questions_come_in_the_languages_that_name_the_objects(shards: ShardSet) -> None:
+    supply = questions(shards, mix={"caption": 1.0})
+    asked: dict[str, set[str]] = {concept: set() for concept in NAMES}
+    by_question = {caption_question(lang): lang for lang in LANGUAGES}
+    for i in range(150):
+        scene, question, answer = supply.sample(i, SIDE)
+        concept = scene.objects[0][0]
+        if lang := by_question.get(question):
+            asked[concept].add(lang)
+            names = {concept: NAMES[concept][lang]}
+            assert (question, answer) == conversation(scene, "caption", lang, names)
+    spoken = {concept: set(names) & set(LANGUAGES) for concept, names in NAMES.items()}
+    assert asked == spoken
+
+
+def test_what_no_language_names_is_asked_for_its_background(tmp_path) -> None:
+    supply = questions(shard_set(tmp_path, {"hat": NAMES["hat"]}), mix={"box": 1.0})
+    for i in range(10):
+        scene, *texts = supply.sample(i, SIDE)
+        possible = [conversation(scene, "colour", lang, {"hat": ""}) for lang in LANGUAGES]
+        assert tuple(texts) in possible
+
+
+def test_the_mix_decides_how_often_a_kind_comes(shards: ShardSet) -> None:
+    supply = questions(shards, mix={"colour": 3.0, "caption": 1.0, "box": 0.0})
+    kinds = Counter()
+    for i in range(400):
+        scene, *texts = supply.sample(i, 16)
+        colours = [
+            conversation(scene, "colour", lang, {c: "" for c, _ in scene.objects})
+            for lang in LANGUAGES
+        ]
+        kinds["colour" if tuple(texts) in colours else "other"] += 1
+    # A quarter of the drawings have no name here, and are asked for their colour.
+    assert kinds["colour"] / 400 == pytest.approx(0.75 + 0.25 * 0.25, abs=0.06)
+
+
+def test_every_background_comes(shards: ShardSet) -> None:
+    supply = questions(shards)
+    seen = {supply.sample(i, 16)[0].background for i in range(200)}
+    assert seen == set(background_names())
+
+
+def test_pictures_without_a_visible_pixel_are_refused(tmp_path) -> None:
+    with pytest.raises(DataError, match="has no picture to compose scenes from"):
+        questions(shard_set(tmp_path, alpha=0))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mix": {"colors": 1.0}}, r"sft.mix: no question kind \['colors'\]; known: \['colour'"),
+        ({"mix": {}}, "at least one positive weight"),
+        ({"objects": (0.0,)}, "at least one positive weight"),
+    ],
+)
+def test_nonsense_is_refused(options, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        SftStageConfig(train=TRAIN, **options)
