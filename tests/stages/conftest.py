@@ -33,6 +33,23 @@ TRAINING = (
     ("sft", "variant=simple"),
     ("sft", "variant=full"),
 )
+TRAINING_IMPORTS = (
+    "fsspec.implementations.local",
+    "infra.backend.parallel",
+    "infra.train.session",
+    "megatron.core.dist_checkpointing.strategies.fully_parallel",
+    "megatron.core.distributed",
+    "megatron.core.models.backends",
+    "megatron.core.transformer.multi_token_prediction",
+    "models.internvl.load",
+    "models.objectives.contrastive",
+    "models.objectives.generative",
+    "models.objectives.next_token",
+    "models.preprocess",
+    "safetensors.torch",
+    "tokenizers",
+    "torch.utils.flop_counter",
+)
 
 
 def run_stage(stage, root: Path, params: dict = FUNNEL_PARAMS) -> None:
@@ -65,20 +82,16 @@ def funnel(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def warm(run_ranks) -> None:
-    """Import, in the process that forks stages, what a training stage imports."""
+    """Import, in the process that forks stages, what their ranks would import one by one."""
     import importlib
+    import warnings
 
-    for name in (
-        "megatron.core.dist_checkpointing",
-        "megatron.core.distributed",
-        "infra.train.session",
-        "models.internvl.load",
-        "models.objectives.contrastive",
-        "models.objectives.generative",
-        "models.objectives.next_token",
-        "models.preprocess",
-    ):
-        importlib.import_module(name)
+    from PIL import Image
+
+    Image.init()
+    with warnings.catch_warnings(action="ignore"):  # Megatron tells of packages that it lacks
+        for name in TRAINING_IMPORTS:
+            importlib.import_module(name)
 
 
 @pytest.fixture(scope="session")
@@ -90,3 +103,9 @@ def trained(warm, tmp_path_factory) -> Path:
     for stage, *arguments in TRAINING:
         run_stage(root, stage, *arguments)
     return root
+
+
+@pytest.fixture(scope="session")
+def training_stages() -> tuple[tuple[str, ...], ...]:
+    """Stage and arguments of each training stage, in order."""
+    return TRAINING
