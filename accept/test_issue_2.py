@@ -1,5 +1,6 @@
 """Issue 2: the whole pipeline, end to end, on the embedded data, in a fresh clone."""
 
+import dataclasses
 import json
 import math
 import subprocess
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from accept import crash
 from accept.meter import Measured, measure
 
 pytestmark = pytest.mark.accept
@@ -127,3 +129,17 @@ def test_a_changed_parameter_runs_what_depends_on_it(clone: Path, first: Measure
         assert "report: ran" in changed.output
     finally:
         path.write_text(before, "utf-8")
+
+
+def test_kills_at_any_moment_do_not_change_a_bit(
+    tmp_path_factory: pytest.TempPathFactory, record_property: Record
+) -> None:
+    """`ACCEPT_KILLS` and `ACCEPT_SEED` choose how many and which; alone: `-k kills`."""
+    root = tmp_path_factory.mktemp("crash")
+    crash.make_place(root)
+    siege = crash.besiege(root)
+    for name, value in dataclasses.asdict(siege).items():
+        record_property(name, value)
+    assert len(siege.kills) == crash.KILLS
+    assert any(kill.checkpoint for kill in siege.kills), "no kill met a checkpoint"
+    assert siege.same

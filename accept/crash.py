@@ -1,0 +1,109 @@
+"""Kills a training stage again and again at random moments, and lets it go on each time."""
+
+import dataclasses
+import json
+import os
+import random
+import shutil
+import time
+from pathlib import Path
+
+from infra.config import load_params
+from tests.tiny import ROOT, Running, artifacts, make_project, run_stage, start_process
+
+STAGE = "contrastive"
+STEPS = 24
+CHECKPOINT_STEPS = 3
+CONCEPTS = 60
+KILLS = int(os.environ.get("ACCEPT_KILLS", "10"))
+SEED = int(os.environ.get("ACCEPT_SEED", "0"))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Kill:
+    """One kill -9, and what lay there afterwards."""
+
+    after_s: float
+    """Seconds after the stage had claimed its work folder."""
+    checkpoint: int
+    """Step of the newest complete checkpoint; 0: none."""
+    torn: bool
+    """Whether it struck while a checkpoint was being written."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Siege:
+    """All kills of one check."""
+
+    whole_s: float
+    """Seconds that the stage takes when nobody kills it, imports not counted."""
+    kills: list[Kill]
+    resumed_from: list[int]
+    """For each run that came to its end: the step from which its last part began."""
+    same: bool
+    """Whether all of these made the bytes of the run that was never killed."""
+
+
+def make_place(root: Path) -> None:
+    """A project with the default profile's model and batch on a few drawings."""
+    params = load_params(ROOT / "params.yaml")
+    params["pretrain_text"]["train"] |= {"steps": 10, "warmup_steps": 1}
+    params[STAGE]["train"] |= {
+        "steps": STEPS, "warmup_steps": 10,
+        "save_every_steps": CHECKPOINT_STEPS, "log_every_steps": CHECKPOINT_STEPS,
+    }  # fmt: skip
+    make_project(root, params, CONCEPTS)
+    run_stage(root, "pretrain_text", start=start_process)
+
+
+def besiege(root: Path, kills: int = KILLS, seed: int = SEED) -> Siege:
+    """Kill the stage `kills` times; whenever it ends before its kill, compare and begin again."""
+    running, began = _begun(root)
+    assert running.wait() == 0, running.output
+    whole_s = time.monotonic() - began
+    expected = artifacts(root, STAGE)
+    _clear(root)
+    moments, done = random.Random(seed), list[Kill]()
+    resumed_from, same = list[int](), True
+    while True:
+        after_s = moments.uniform(0, whole_s)
+        running, began = _begun(root)
+        last = len(done) == kills
+        while running.collect() is None and (last or time.monotonic() < began + after_s):
+            time.sleep(0.002)
+        if running.collect() is None and f"{STAGE}: done" not in running.output:
+            running.kill_9()
+            done.append(_traces(root, after_s))
+            continue
+        assert running.wait() == 0, running.output
+        resumed_from.append(_resumed_from(root))
+        same = same and artifacts(root, STAGE) == expected
+        if last:
+            return Siege(
+                whole_s=round(whole_s, 1), kills=done, resumed_from=resumed_from, same=same
+            )
+        _clear(root)
+
+
+def _begun(root: Path) -> tuple[Running, float]:
+    """Started, and the time at which it had said its run key: imports are not worth a kill."""
+    running = start_process(root, STAGE)
+    while "run key" not in running.output and running.collect() is None:
+        time.sleep(0.005)
+    return running, time.monotonic()
+
+
+def _clear(root: Path) -> None:
+    shutil.rmtree(root / "work" / STAGE)
+    shutil.rmtree(root / "artifacts" / STAGE)
+
+
+def _traces(root: Path, after_s: float) -> Kill:
+    checkpoints = root / "work" / STAGE / "checkpoints"
+    steps = [int(path.name.partition("-")[2]) for path in checkpoints.glob("step-*")]
+    torn = bool(list(checkpoints.glob(".step-*.part")))
+    return Kill(after_s=round(after_s, 2), checkpoint=max(steps, default=0), torn=torn)
+
+
+def _resumed_from(root: Path) -> int:
+    return json.loads((root / "work" / STAGE / "record.json").read_text("utf-8"))["resumed_from"]
