@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from infra.loader import SampleStream, ShardSet
-from infra.scenes import KINDS, Scene, background_names, conversation
+from infra.scenes import BOX_UNITS, KINDS, Scene, background_names, conversation, format_box
 from infra.stage import Context, Stage, main
 from infra.train.config import TrainConfig
 from infra.train.session import Job, Place, train
@@ -44,7 +44,7 @@ class Config:
 
 def run(config: Config, context: Context) -> None:
     """Train tokenizer and language model on the captions that the funnel kept."""
-    lines = corpus(context.path(SHARDS), config.languages)
+    lines = corpus(context.path(SHARDS), config.languages, config.model.vision.image_px)
     context.log(f"{len(lines)} distinct lines")
     train(
         context,
@@ -55,11 +55,16 @@ def run(config: Config, context: Context) -> None:
     )
 
 
-def corpus(shards: Path, languages: tuple[str, ...]) -> list[str]:
-    """Distinct captions in shard order, then the wordings of questions and answers."""
+def corpus(shards: Path, languages: tuple[str, ...], scene_px: int) -> list[str]:
+    """Distinct captions in shard order, then the wordings of stage 3 and the numbers of its boxes.
+
+    A coordinate that the tokenizer has seen is one token, not three digits.
+    """
     shard_set = ShardSet(shards)
     captions = [shard_set.meta(i)["caption"] for i in range(len(shard_set))]
-    return list(dict.fromkeys(captions + [text for lang in languages for text in wordings(lang)]))
+    spoken = [text for lang in languages for text in wordings(lang)]
+    edges = [round(edge * BOX_UNITS / scene_px) for edge in range(scene_px + 1)]
+    return list(dict.fromkeys(captions + spoken + [format_box((edge,) * 4) for edge in edges]))
 
 
 def wordings(lang: str) -> list[str]:
