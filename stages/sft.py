@@ -1,7 +1,8 @@
 """Stage 3: the vision tower joins a language model through an MLP. Makes the two chat models.
 
-`simple` gives the language model InternViT's tokens; `full` also QLLaMA's query outputs. Questions
-are asked about scenes composed from the funnel's pictures, so every answer is known exactly.
+`simple` gives the language model InternViT's tokens; `full` goes on from there and gives it
+QLLaMA's query outputs as well. Questions are asked about scenes composed from the funnel's
+pictures, so every answer is known exactly.
 """
 
 from __future__ import annotations
@@ -22,8 +23,17 @@ from models.internvl.config import InternVLConfig
 from models.objectives.next_token import NextTokenConfig
 
 SHARDS = "artifacts/shard/stage2"
-TEXT_MODEL = "artifacts/pretrain_text/model"
-BASES = {"simple": "artifacts/contrastive/model", "full": "artifacts/generative/model"}
+PARTS = {
+    "simple": {
+        "artifacts/contrastive/model": {"vision": "vision"},
+        "artifacts/pretrain_text/model": {"language": "text"},
+    },
+    "full": {
+        "artifacts/generative/model": {"text": "text"},
+        "artifacts/sft/simple/model": {part: part for part in ("vision", "connector", "language")},
+    },
+}
+"""what each variant starts from: folder -> {part of the new model: part in the folder}"""
 KIND = {"simple": "chat_simple", "full": "chat_full"}
 SCENE_STREAM = 1 << 33
 """added to the seed, so that scenes do not repeat another stage's numbers"""
@@ -33,8 +43,8 @@ SCENE_STREAM = 1 << 33
 class SftStageConfig:
     """Options of stage 3."""
 
-    train: TrainConfig
-    """optimizer and schedule; a sample is one scene with one question"""
+    train: dict[str, TrainConfig]
+    """for each variant optimizer and schedule; a sample is one scene with one question"""
     trainable: tuple[str, ...] = ("sft", "vision")
     """what is trained (models.internvl.freeze)"""
     mix: dict[str, float] = field(default_factory=lambda: {"colour": 1, "box": 2, "caption": 1})
@@ -48,6 +58,8 @@ class SftStageConfig:
         unknown = sorted(set(self.mix) - set(KINDS))
         if unknown:
             raise ConfigError(f"sft.mix: no question kind {unknown}; known: {list(KINDS)}")
+        if set(self.train) != set(KIND):
+            raise ConfigError(f"sft.train has {sorted(self.train)}, expected {sorted(KIND)}")
         if not self.mix or sum(self.mix.values()) <= 0 or sum(self.objects) <= 0:
             raise ConfigError("sft.mix and sft.objects need at least one positive weight")
 
@@ -68,7 +80,7 @@ def run(config: Config, context: Context) -> None:
     folder = f"artifacts/sft/{context.variant}"
     train(
         context,
-        config.sft.train,
+        config.sft.train[context.variant],
         lambda place: _job(config, context, place),
         model_folder=f"{folder}/model",
         history=f"{folder}/history.json",
@@ -136,20 +148,20 @@ def _job(config: Config, context: Context, place: Place) -> Job:
     from models.tokenizer import Tokenizer
 
     assert context.variant
-    options, kind, base = config.sft, KIND[context.variant], context.path(BASES[context.variant])
+    options, kind, starts = config.sft, KIND[context.variant], PARTS[context.variant]
+    batch = options.train[context.variant].batch_samples
     questions = SceneQuestions(
         ShardSet(context.path(SHARDS)), options, config.languages, seed=config.seed
     )
-    tokenizer = Tokenizer.load(base / "tokenizer.json")
+    tokenizer = Tokenizer.load(context.path(next(iter(starts))) / "tokenizer.json")
     model = build(kind, config.model, seed=config.seed)
-    parts = ("vision",) if kind == "chat_simple" else ("vision", "text")
-    load_parts(model, base, {part: part for part in parts})
-    load_parts(model, context.path(TEXT_MODEL), {"language": "text"})
+    for folder, parts in starts.items():
+        load_parts(model, context.path(folder), parts)
     freeze(model, options.trainable)
-    share = options.train.samples_per_rank(place.ranks)
+    share = batch // place.ranks
 
     def batch_at(step: int) -> dict[str, Any]:
-        first = step * options.train.batch_samples + place.rank * share
+        first = step * batch + place.rank * share
         samples = [questions.sample(first + i, config.model.vision.image_px) for i in range(share)]
         ids, _, labels = chat_rows(
             tokenizer,
@@ -175,11 +187,11 @@ def _job(config: Config, context: Context, place: Place) -> Job:
 STAGE = Stage(
     name="sft",
     config=Config,
-    inputs=(SHARDS, TEXT_MODEL),
+    inputs=(SHARDS,),
     outputs=("artifacts/sft/{variant}/model", "artifacts/sft/{variant}/history.json"),
     run=run,
     variants=tuple(KIND),
-    variant_inputs={variant: (base,) for variant, base in BASES.items()},
+    variant_inputs={variant: tuple(folders) for variant, folders in PARTS.items()},
 )
 
 if __name__ == "__main__":

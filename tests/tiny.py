@@ -47,7 +47,10 @@ PARAMS: dict[str, Any] = {
     "pretrain_text": {"train": {**_TRAIN, "steps": 4}},
     "contrastive": {"captions": 2, "train": {**_TRAIN, "steps": 16, "save_every_steps": 4}},
     "generative": {"train": {**_TRAIN, "steps": 4}},
-    "sft": {"trainable": ["sft", "vision"], "train": {**_TRAIN, "steps": 4}},
+    "sft": {
+        "trainable": ["sft", "vision"],
+        "train": {key: {**_TRAIN, "steps": 4} for key in ("simple", "full")},
+    },
 }  # fmt: skip
 
 

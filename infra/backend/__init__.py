@@ -54,6 +54,9 @@ def install() -> Device:
         )
     device = find_device()
     with _quiet_import(), _compile_policy(device):
+        import megatron.core.dist_checkpointing.strategies.fully_parallel
+        import megatron.core.distributed
+        import megatron.core.models.backends
         import megatron.core.models.mimo.model.base
         import megatron.core.optimizer
         import megatron.core.pipeline_parallel.schedules
