@@ -39,6 +39,9 @@ class InternViTConfig:
     """probability that a sample skips a branch in training"""
     drop_path_shape: Literal["uniform", "linear"] = "uniform"
     """the same in each layer, or rising from 0 to `drop_path`"""
+    position_init_std: float | None = None
+    """of the initial position and class embeddings; None: as the matrices. The official class has
+    1; where a small model must say where things are, positions must be as loud as pixels"""
     init_std: float | None = None
     """of the initial matrices (truncated normal); None: 1 / sqrt(width). The usual 0.02 suits
     widths of thousands: at width 128 the contrastive loss then hardly starts to fall"""

@@ -124,7 +124,9 @@ class InternViT(Part):
     def _set_init_rules(self) -> None:
         config = self.vit_config
         set_init(self, config.matrix_std)
-        set_rule(self.class_embedding, "trunc_normal", config.matrix_std)
+        position_std = config.position_init_std or config.matrix_std
+        set_rule(self.class_embedding, "trunc_normal", position_std)
+        set_rule(self.position_embedding, "trunc_normal", position_std)
         for layer in self.decoder.layers:
             set_rule(layer.ls1, "constant", config.layerscale_init)
             set_rule(layer.ls2, "constant", config.layerscale_init)
