@@ -69,8 +69,9 @@ def test_a_stage_makes_a_model_a_history_and_its_lineage(trained: Path, folder: 
     assert set(made) == {f"model/{name}" for name in MODEL_FILES} | {"history.json", "lineage.json"}
     place = trained / "artifacts" / folder
     assert json.loads((place / "model/config.json").read_text("utf-8"))["kind"] == kind
-    asked = PARAMS[folder.partition("/")[0]]["train"]["steps"]
-    assert [row["step"] for row in steps(trained, folder)] == list(range(asked))
+    stage, _, variant = folder.partition("/")
+    asked = PARAMS[stage]["train"][variant] if variant else PARAMS[stage]["train"]
+    assert [row["step"] for row in steps(trained, folder)] == list(range(asked["steps"]))
     lineage = json.loads((place / "lineage.json").read_text("utf-8"))
     assert set(lineage["inputs"]) == inputs
     assert lineage["outputs"][f"artifacts/{folder}/history.json"] == made["history.json"]
