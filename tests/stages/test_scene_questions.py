@@ -20,7 +20,7 @@ NAMES = {
     "tree": {"en": "tree", "ar": "شجرة"},
     "hat": {"it": "cappello"},
 }
-TRAIN = TrainConfig(steps=1, batch_samples=8, lr=1e-3)
+TRAIN = dict.fromkeys(("simple", "full"), TrainConfig(steps=1, batch_samples=8, lr=1e-3))
 SIDE = 32
 
 
