@@ -14,32 +14,6 @@ from typing import Any
 GEMM_SIDE = 1024
 
 
-def transformer_flops(
-    *,
-    layers: int,
-    width: int,
-    tokens: int,
-    mlp_ratio: float = 4.0,
-    mlp_matrices: int = 2,
-    key_value_ratio: float = 1.0,
-) -> float:
-    """Matmul FLOPs of one forward pass of one sequence through a transformer stack.
-
-    With the defaults 24 width^2 a token and layer, plus 4 tokens x width of attention.
-
-    Args:
-        layers: transformer layers.
-        width: hidden size.
-        tokens: sequence length.
-        mlp_ratio: hidden size of the MLP over `width`.
-        mlp_matrices: 2, or 3 with a gate.
-        key_value_ratio: key/value heads over heads.
-    """
-    projections = 2 * width * width * (2 + 2 * key_value_ratio)
-    mlp = 2 * width * width * mlp_ratio * mlp_matrices
-    return layers * tokens * (projections + mlp + 4 * tokens * width)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Utilisation:
     """Both terms and their ratio; goes into the run record."""
@@ -52,19 +26,6 @@ class Utilisation:
     @property
     def mfu(self) -> float:
         return self.flops_per_cpu_s / self.gemm_flops_per_cpu_s
-
-
-def utilisation(forward_flops: float, cpu_s: float, gemm_flops_per_cpu_s: float) -> Utilisation:
-    """MFU(CPU) of training: backward counts twice the forward, recompute counts nothing.
-
-    Args:
-        forward_flops: matmul FLOPs of all forward passes.
-        cpu_s: CPU-seconds they and their backward passes and updates took, over all ranks.
-        gemm_flops_per_cpu_s: from `gemm_rate`, in the same run.
-    """
-    return Utilisation(
-        flops_per_cpu_s=3 * forward_flops / cpu_s, gemm_flops_per_cpu_s=gemm_flops_per_cpu_s
-    )
 
 
 def gemm_rate(threads: int = 1, repeats: int = 5) -> float:
@@ -96,10 +57,28 @@ def counted_flops(model: Any, objective: Any, batch: Any) -> float:
     from torch.utils.flop_counter import FlopCounterMode
 
     state = torch.get_rng_state()
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=_attention_on_cpu()) as counter:
         loss, _ = objective(model, batch)
         loss.backward()
     torch.set_rng_state(state)
     for parameter in model.parameters():
         parameter.grad = None
     return float(counter.get_total_flops())
+
+
+def _attention_on_cpu() -> dict[Any, Any]:
+    """What PyTorch's counter does not know: the fused attention of a CPU, both ways."""
+    import torch
+    from torch.utils.flop_counter import sdpa_flop_count
+
+    def forward(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+        return sdpa_flop_count(query, key, value)
+
+    def backward(_grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+        return 2 * sdpa_flop_count(query, key, value)
+
+    ops = torch.ops.aten
+    return {
+        ops._scaled_dot_product_flash_attention_for_cpu: forward,
+        ops._scaled_dot_product_flash_attention_for_cpu_backward: backward,
+    }

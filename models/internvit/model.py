@@ -146,15 +146,6 @@ class InternViT(Part):
             set_true_shape(attention.k_layernorm.weight, width)
 
 
-def flip_keep(batch: int, patches: int, drop: float, generator: torch.Generator) -> Tensor | None:
-    """Random patch indices [B, K] that stay when a share `drop` is masked (FLIP), or None for 0."""
-    if drop == 0:
-        return None
-    count = max(1, round(patches * (1 - drop)))
-    order = torch.rand(batch, patches, generator=generator).argsort(1)
-    return order[:, :count].sort(1).values
-
-
 def _stack_config(config: InternViTConfig):
     return stack_config(
         num_layers=config.depth,

@@ -2,28 +2,34 @@
 
 import pytest
 
-from infra.train.mfu import gemm_rate, transformer_flops, utilisation
+from infra.train.mfu import Utilisation, counted_flops, gemm_rate
 
 
-def test_flops_by_the_formula():
-    # 24 W^2 a token and layer + 4 T W of attention a token and layer
-    assert transformer_flops(layers=6, width=384, tokens=257) == pytest.approx(
-        6 * 257 * (24 * 384**2 + 4 * 257 * 384)
+def test_counted_flops_are_those_of_the_formula() -> None:
+    """Forward 24 W^2 a token and layer and 4 T W of attention; backward twice that."""
+    import torch
+
+    from models.internvit.config import InternViTConfig
+    from models.internvit.model import InternViT
+
+    width, depth, side = 64, 2, 4
+    config = InternViTConfig(
+        width=width, depth=depth, heads=2, mlp_hidden=4 * width, patch_px=8, image_px=8 * side
     )
+    model = InternViT(config)
+    pixels = torch.zeros(3, 3, 8 * side, 8 * side)
+    found = counted_flops(model, lambda tower, batch: (tower(batch).sum(), {}), pixels)
+    tokens = side**2 + 1
+    layers = depth * tokens * (24 * width**2 + 4 * tokens * width)
+    patches = 2 * side**2 * (3 * 8 * 8) * width
+    # The picture itself gets no gradient: the patch embedding has one backward product, not two.
+    assert found == pytest.approx(3 * (3 * layers + 2 * patches), rel=0.02)
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_gated_mlp_and_grouped_heads_count():
-    flops = transformer_flops(
-        layers=1, width=8, tokens=1, mlp_ratio=2.0, mlp_matrices=3, key_value_ratio=0.5
-    )
-    assert flops == 2 * 64 * (2 + 1) + 2 * 64 * 6 + 4 * 8
+def test_utilisation_is_the_ratio_of_both_terms() -> None:
+    assert Utilisation(flops_per_cpu_s=3e10, gemm_flops_per_cpu_s=6e10).mfu == pytest.approx(0.5)
 
 
-def test_backward_counts_twice():
-    found = utilisation(forward_flops=1e9, cpu_s=0.1, gemm_flops_per_cpu_s=6e10)
-    assert found.flops_per_cpu_s == pytest.approx(3e10)
-    assert found.mfu == pytest.approx(0.5)
-
-
-def test_gemm_rate_is_a_rate():
+def test_gemm_rate_is_a_rate() -> None:
     assert 1e8 < gemm_rate(threads=1, repeats=2) < 1e13

@@ -7,7 +7,7 @@ from infra.errors import ConfigError, LayoutError, ModelError
 from models.common.canonical import initialise
 from models.internvit.config import FLAVOURS as VIT_FLAVOURS
 from models.internvit.config import InternViTConfig, internvit
-from models.internvit.model import InternViT, flip_keep
+from models.internvit.model import InternViT
 from models.internvl.config import PARTS, internvl
 from models.internvl.freeze import freeze
 from models.internvl.model import build
@@ -106,14 +106,11 @@ def test_every_kind_runs(kind):
 def test_flip_masking_is_the_same_as_leaving_patches_out():
     model = vision_tower(tiny_config().vision).eval()
     images = pixels(2)
-    kept = flip_keep(2, 16, 0.5, torch.Generator().manual_seed(0))
-    assert kept.shape == (2, 8)
-    assert (kept.diff(dim=1) > 0).all()
+    kept = torch.tensor([[0, 2, 3, 5, 8, 9, 14, 15], [1, 2, 4, 6, 7, 10, 11, 12]])
     everything = torch.arange(16).expand(2, -1)
     with torch.no_grad():
         assert model(images, kept).shape == (2, 9, 20)
         assert torch.allclose(model(images, everything), model(images), atol=1e-6)
-    assert flip_keep(2, 16, 0.0, torch.Generator()) is None
 
 
 def test_other_image_sizes_interpolate_positions():
