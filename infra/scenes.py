@@ -81,13 +81,38 @@ def compose(rng: np.random.Generator, drawings: Sequence[Drawing], size_px: int 
     return Scene(image=image, background=background, objects=tuple(objects))
 
 
+def pick[T](weights: Mapping[T, float], draw: float) -> T:
+    """The value at `draw`, uniform in [0, 1), where each has its share of the weights."""
+    edges = np.cumsum(list(weights.values())) / sum(weights.values())
+    return list(weights)[min(int(np.searchsorted(edges, draw, side="right")), len(weights) - 1)]
+
+
+def imagine(rng: np.random.Generator, concept: str, size_px: int = 64) -> Scene:
+    """A scene of one object of which only the facts exist; its picture is a black pixel.
+
+    For training on text alone. The box is that of a drawing which fills its square.
+    """
+    background = background_names()[int(rng.integers(len(background_names())))]
+    left, top, side = _places(rng, 1, size_px)[0]
+    edges = (left, top, left + side, top + side)
+    x1, y1, x2, y2 = (round(edge * BOX_UNITS / size_px) for edge in edges)
+    blank = np.zeros((1, 1, 3), np.uint8)
+    return Scene(image=blank, background=background, objects=((concept, (x1, y1, x2, y2)),))
+
+
 def conversation(
-    scene: Scene, kind: str, lang: str, names: Mapping[str, str], target: int = 0
+    scene: Scene,
+    kind: str,
+    lang: str,
+    names: Mapping[str, str],
+    target: int = 0,
+    box_grid: int = BOX_UNITS,
 ) -> tuple[str, str]:
     """One question on the scene and its true answer in `lang`.
 
     `names` gives the name of each concept in that language. `box` and `position` ask for object
     `target`; its concept must occur once in the scene, or the question would have two answers.
+    A box is told to the nearest of `box_grid` lines a side.
     """
     words = _language(lang)
     if kind not in KINDS:
@@ -101,7 +126,7 @@ def conversation(
         "colour": words["colours"][scene.background],
         "number": words["numbers"][len(scene.objects)],
         "position": words["positions"][corner(box)],
-        "box": format_box(box),
+        "box": format_box(box, box_grid),
     }
     question, answer = words[kind]
     return question.format(**values), answer.format(**values)
@@ -132,9 +157,10 @@ def corner(box: Sequence[int]) -> str:
     return f"{vertical} {horizontal}"
 
 
-def format_box(box: Sequence[int]) -> str:
-    """The text of a box: `[x1,y1,x2,y2]`."""
-    return "[" + ",".join(str(int(value)) for value in box) + "]"
+def format_box(box: Sequence[int], grid: int = BOX_UNITS) -> str:
+    """The text of a box, `[x1,y1,x2,y2]` in 0..1000, each edge on the nearest of `grid` lines."""
+    lines = (round(value * grid / BOX_UNITS) for value in box)
+    return "[" + ",".join(str(round(line * BOX_UNITS / grid)) for line in lines) + "]"
 
 
 def parse_box(text: str) -> tuple[int, int, int, int] | None:

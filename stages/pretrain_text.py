@@ -1,4 +1,7 @@
-"""Text pre-training: a byte-level tokenizer and a small multilingual LLaMA, from captions alone.
+"""Text pre-training: a byte-level tokenizer and a small multilingual LLaMA, from text alone.
+
+Captions, and stage 3's questions with answers on scenes that nobody sees: with these it knows how
+an answer reads, and stage 3 has only to learn what the picture says (docs/decisions.md).
 
 What it makes stands where Chinese-Alpaca-7B and Vicuna stand in the paper: it starts stage 1's
 text tower, QLLaMA's base, and the chat models' language model.
@@ -7,10 +10,22 @@ text tower, QLLaMA's base, and the chat models' language model.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
+import numpy as np
+
+from infra.errors import ConfigError
+from infra.images import uniforms
 from infra.loader import SampleStream, ShardSet
-from infra.scenes import BOX_UNITS, KINDS, Scene, background_names, conversation, format_box
+from infra.scenes import (
+    BOX_UNITS,
+    KINDS,
+    Scene,
+    background_names,
+    conversation,
+    format_box,
+    imagine,
+    pick,
+)
 from infra.stage import Context, Stage, main
 from infra.train.config import TrainConfig
 from infra.train.session import Job, Place, train
@@ -20,6 +35,8 @@ from models.objectives.next_token import NextTokenConfig
 SHARDS = "artifacts/shard/stage1"
 MODEL = "artifacts/pretrain_text/model"
 HISTORY = "artifacts/pretrain_text/history.json"
+CONVERSATION_STREAM = 1 << 34
+"""added to the seed, so that conversations do not repeat another stage's numbers"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +47,21 @@ class PretrainTextConfig:
     """optimizer and schedule; a sample is one line of text"""
     objective: NextTokenConfig = field(default_factory=NextTokenConfig)
     """how tokens are weighted"""
+    conversation_share: float = 0.0
+    """share of samples that are a question of stage 3 with its answer; the others are captions"""
+    conversation_mix: dict[str, float] = field(default_factory=lambda: dict.fromkeys(KINDS, 1.0))
+    """kinds of questions and how often each comes, relatively"""
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.conversation_mix) - set(KINDS))
+        if unknown:
+            raise ConfigError(
+                f"pretrain_text.conversation_mix: no question kind {unknown}; known: {list(KINDS)}"
+            )
+        if not 0 <= self.conversation_share <= 1:
+            raise ConfigError(
+                f"pretrain_text.conversation_share is {self.conversation_share}, expected 0 to 1"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,39 +70,46 @@ class Config:
 
     seed: int
     languages: tuple[str, ...]
+    box_grid: int
     model: InternVLConfig
     pretrain_text: PretrainTextConfig
 
 
 def run(config: Config, context: Context) -> None:
     """Train tokenizer and language model on the captions that the funnel kept."""
-    lines = corpus(context.path(SHARDS), config.languages, config.model.vision.image_px)
+    shards = ShardSet(context.path(SHARDS))
+    lines = corpus(shards, config.languages, config.box_grid)
+    names = spoken_names(shards, config.languages)
     context.log(f"{len(lines)} distinct lines")
     train(
         context,
         config.pretrain_text.train,
-        lambda place: _job(config, lines, place),
+        lambda place: _job(config, lines, names, place),
         model_folder=MODEL,
         history=HISTORY,
     )
 
 
-def corpus(shards: Path, languages: tuple[str, ...], scene_px: int) -> list[str]:
+def corpus(shards: ShardSet, languages: tuple[str, ...], box_grid: int) -> list[str]:
     """Distinct captions in shard order, then the wordings of stage 3 and the numbers of its boxes.
 
     A coordinate that the tokenizer has seen is one token, not three digits.
     """
-    shard_set = ShardSet(shards)
-    captions = [shard_set.meta(i)["caption"] for i in range(len(shard_set))]
+    captions = [shards.meta(i)["caption"] for i in range(len(shards))]
     spoken = [text for lang in languages for text in wordings(lang)]
-    edges = [round(edge * BOX_UNITS / scene_px) for edge in range(scene_px + 1)]
+    edges = [round(line * BOX_UNITS / box_grid) for line in range(box_grid + 1)]
     return list(dict.fromkeys(captions + spoken + [format_box((edge,) * 4) for edge in edges]))
+
+
+def spoken_names(shards: ShardSet, languages: tuple[str, ...]) -> list[tuple[str, str]]:
+    """(language, caption) of distinct captions: what an imagined scene can show."""
+    metas = (shards.meta(i) for i in range(len(shards)))
+    pairs = dict.fromkeys((meta["lang"], meta["caption"]) for meta in metas)
+    return [pair for pair in pairs if pair[0] in languages]
 
 
 def wordings(lang: str) -> list[str]:
     """The questions and answers of stage 3 in one language, around an object without a name."""
-    import numpy as np
-
     blank = np.zeros((1, 1, 3), np.uint8)
     scenes = [
         Scene(image=blank, background=name, objects=(("", (0, 0, 500, 500)),))
@@ -84,18 +123,39 @@ def prefixed(lines: list[str]) -> list[str]:
     """Each line behind each fixed prompt, so that the tokenizer learns these as few tokens."""
     from models.internvl.prompts import CAPTION_PROMPTS, SUMMARIZE
 
-    return [
-        f"{prompt} {line}" for prompt in (SUMMARIZE, *CAPTION_PROMPTS.values()) for line in lines
-    ]
+    prompts = (SUMMARIZE, *CAPTION_PROMPTS.values(), "\nUser:", "\nAssistant:")
+    return [f"{prompt} {line}" for prompt in prompts for line in lines]
 
 
-def _job(config: Config, lines: list[str], place: Place) -> Job:
+def imagined(
+    config: PretrainTextConfig,
+    names: list[tuple[str, str]],
+    number: int,
+    *,
+    size_px: int,
+    box_grid: int,
+    seed: int,
+) -> tuple[str, str] | None:
+    """Question and answer of sample `number`; None where the sample is a caption."""
+    draws = uniforms(seed + CONVERSATION_STREAM, [(0, number)], 3)[0]
+    if draws[0] >= config.conversation_share:
+        return None
+    kind = pick(config.conversation_mix, draws[1])
+    lang, name = names[int(draws[2] * len(names))]
+    rng = np.random.Generator(np.random.Philox(key=[seed + CONVERSATION_STREAM, number]))
+    scene = imagine(rng, name, size_px)
+    return conversation(scene, kind, lang, {name: name}, box_grid=box_grid)
+
+
+def _job(config: Config, lines: list[str], names: list[tuple[str, str]], place: Place) -> Job:
     import torch
 
     from models import tokenizer as tokenizers
     from models.internvl.load import save_model
     from models.internvl.model import build
+    from models.internvl.prompts import chat_row, labelled_rows
     from models.objectives.next_token import TextObjective
+    from models.tokenizer import BOS_ID, EOS_ID
 
     options, text = config.pretrain_text, config.model.text
     tokenizer = tokenizers.train([*prefixed(lines), *lines], text.vocab_size)
@@ -103,10 +163,26 @@ def _job(config: Config, lines: list[str], place: Place) -> Job:
     order = SampleStream(len(lines), config.seed)
 
     def batch_at(step: int) -> dict[str, torch.Tensor]:
-        places = order.rank_indices(step, options.train.batch_samples, place.rank, place.ranks)
-        texts = [lines[index] for _, index in places]
-        ids, mask = map(torch.from_numpy, tokenizer.encode_batch(texts, max_tokens=text.max_tokens))
-        return {"ids": ids, "mask": mask}
+        batch = options.train.batch_samples
+        places = order.rank_indices(step, batch, place.rank, place.ranks)
+        first = step * batch + place.rank * len(places)
+        rows = []
+        for number, (_, index) in enumerate(places, first):
+            pair = imagined(
+                options,
+                names,
+                number,
+                size_px=config.model.vision.image_px,
+                box_grid=config.box_grid,
+                seed=config.seed,
+            )
+            if pair is None:
+                learnt = tokenizer.encode(lines[index])[: text.max_tokens - 2]
+                rows.append(([], [BOS_ID, *learnt, EOS_ID]))
+            else:
+                rows.append(chat_row(tokenizer, *pair, visual_tokens=0))
+        ids, mask, labels = map(torch.from_numpy, labelled_rows(rows))
+        return {"ids": ids, "mask": mask, "labels": labels}
 
     return Job(
         model=model,

@@ -15,7 +15,7 @@ import numpy as np
 from infra.errors import ConfigError, DataError
 from infra.images import decode_rgba, uniforms
 from infra.loader import ShardSet
-from infra.scenes import KINDS, Drawing, Scene, compose, conversation
+from infra.scenes import KINDS, Drawing, Scene, compose, conversation, pick
 from infra.stage import Context, Stage, main
 from infra.train.config import TrainConfig
 from infra.train.session import Job, Place, train
@@ -49,6 +49,9 @@ class SftStageConfig:
     """what is trained (models.internvl.freeze)"""
     mix: dict[str, float] = field(default_factory=lambda: {"colour": 1, "box": 2, "caption": 1})
     """kinds of questions and how often each comes, relatively"""
+    begins: dict[str, dict[str, float]] = field(default_factory=dict)
+    """for a variant the share of its run after which a kind joins the mix; others are in it from
+    the start"""
     objects: tuple[float, ...] = (1.0,)
     """how often a scene has 1, 2, ... objects, relatively; box and position always ask about one"""
     objective: NextTokenConfig = field(default_factory=NextTokenConfig)
@@ -62,6 +65,22 @@ class SftStageConfig:
             raise ConfigError(f"sft.train has {sorted(self.train)}, expected {sorted(KIND)}")
         if not self.mix or sum(self.mix.values()) <= 0 or sum(self.objects) <= 0:
             raise ConfigError("sft.mix and sft.objects need at least one positive weight")
+        for variant, begins in self.begins.items():
+            if variant not in KIND or not set(begins) <= set(KINDS):
+                raise ConfigError(
+                    f"sft.begins.{variant} names {sorted(begins)}; expected kinds of questions "
+                    f"({', '.join(KINDS)}) under one of {sorted(KIND)}"
+                )
+            if not any(begins.get(kind, 0) <= 0 < weight for kind, weight in self.mix.items()):
+                raise ConfigError(
+                    f"sft.begins.{variant} leaves nothing to ask at the start; "
+                    "let at least one kind of sft.mix begin at 0"
+                )
+
+    def weights(self, variant: str, progress: float) -> dict[str, float]:
+        """How often each kind comes at a share `progress` of the run."""
+        begins = self.begins.get(variant, {})
+        return {kind: w for kind, w in self.mix.items() if begins.get(kind, 0.0) <= progress}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +89,7 @@ class Config:
 
     seed: int
     languages: tuple[str, ...]
+    box_grid: int
     model: InternVLConfig
     sft: SftStageConfig
 
@@ -88,12 +108,31 @@ def run(config: Config, context: Context) -> None:
 
 
 class SceneQuestions:
-    """The endless supply of scenes with questions; sample g depends on (seed, g) alone."""
+    """The endless supply of scenes with questions; sample g depends on (seed, g) alone.
+
+    Args:
+        shards: pictures and their names.
+        config: which questions are asked.
+        variant: of stage 3, whose run the questions are for.
+        languages: in which they are asked.
+        box_grid: on how many lines a side boxes are told.
+        seed: of everything drawn.
+    """
 
     def __init__(
-        self, shards: ShardSet, config: SftStageConfig, languages: tuple[str, ...], *, seed: int
+        self,
+        shards: ShardSet,
+        config: SftStageConfig,
+        variant: str,
+        languages: tuple[str, ...],
+        *,
+        box_grid: int,
+        seed: int,
     ) -> None:
-        self._config, self._languages, self._seed = config, languages, seed
+        self._config, self._variant = config, variant
+        self._languages, self._box_grid, self._seed = languages, box_grid, seed
+        train = config.train[variant]
+        self._samples = train.steps * train.batch_samples
         self._names: dict[str, dict[str, str]] = {}
         pictures: dict[tuple[str, str], bytes] = {}
         for i in range(len(shards)):
@@ -112,9 +151,10 @@ class SceneQuestions:
         """Scene, question and answer number `index`."""
         draws = uniforms(self._seed + SCENE_STREAM, [(0, index)], 3)[0]
         rng = np.random.Generator(np.random.Philox(key=[self._seed + SCENE_STREAM, index]))
-        kind = _weighted(list(self._config.mix), list(self._config.mix.values()), draws[0])
+        mix = self._config.weights(self._variant, index / self._samples)
+        kind = pick(mix, draws[0])
         one = kind in ("box", "position")
-        count = 1 if one else 1 + _weighted_index(self._config.objects, draws[1])
+        count = 1 if one else pick(dict(enumerate(self._config.objects, 1)), draws[1])
         drawings = [self._drawings[int(i)] for i in rng.integers(len(self._drawings), size=count)]
         spoken = [
             lang for lang in self._languages if all(lang in drawing.names for drawing in drawings)
@@ -124,16 +164,7 @@ class SceneQuestions:
             kind, spoken = "colour", list(self._languages)
         lang = spoken[int(draws[2] * len(spoken))]
         names = {drawing.concept: drawing.names.get(lang, "") for drawing in drawings}
-        return scene, *conversation(scene, kind, lang, names)
-
-
-def _weighted_index(weights: tuple[float, ...] | list[float], draw: float) -> int:
-    edges = np.cumsum(weights) / sum(weights)
-    return min(int(np.searchsorted(edges, draw, side="right")), len(weights) - 1)
-
-
-def _weighted(values: list[str], weights: list[float], draw: float) -> str:
-    return values[_weighted_index(weights, draw)]
+        return scene, *conversation(scene, kind, lang, names, box_grid=self._box_grid)
 
 
 def _job(config: Config, context: Context, place: Place) -> Job:
@@ -151,7 +182,12 @@ def _job(config: Config, context: Context, place: Place) -> Job:
     options, kind, starts = config.sft, KIND[context.variant], PARTS[context.variant]
     batch = options.train[context.variant].batch_samples
     questions = SceneQuestions(
-        ShardSet(context.path(SHARDS)), options, config.languages, seed=config.seed
+        ShardSet(context.path(SHARDS)),
+        options,
+        context.variant,
+        config.languages,
+        box_grid=config.box_grid,
+        seed=config.seed,
     )
     tokenizer = Tokenizer.load(context.path(next(iter(starts))) / "tokenizer.json")
     model = build(kind, config.model, seed=config.seed)

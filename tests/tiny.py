@@ -34,6 +34,7 @@ _TRAIN = {"batch_samples": 8, "lr": 1.0e-3, "warmup_steps": 1, "log_every_steps"
 PARAMS: dict[str, Any] = {
     "seed": 3,
     "languages": list(LANGUAGES),
+    "box_grid": 16,
     "model": {
         "vision": {
             "width": 32, "depth": 2, "heads": 2, "mlp_hidden": 64,
@@ -44,7 +45,7 @@ PARAMS: dict[str, Any] = {
         "embed_dim": 32,
         "pool_heads": 2,
     },
-    "pretrain_text": {"train": {**_TRAIN, "steps": 4}},
+    "pretrain_text": {"conversation_share": 0.5, "train": {**_TRAIN, "steps": 4}},
     "contrastive": {"captions": 2, "train": {**_TRAIN, "steps": 16, "save_every_steps": 4}},
     "generative": {"train": {**_TRAIN, "steps": 4}},
     "sft": {

@@ -52,7 +52,7 @@ def caption_rows(
         prompt = [BOS_ID, *tokenizer.encode(caption_prompt(lang))]
         room = max_tokens - len(prompt) - 1
         rows.append((prompt, [*tokenizer.encode(caption)[:room], EOS_ID]))
-    return _with_labels(rows)
+    return labelled_rows(rows)
 
 
 def chat_prompt(tokenizer: Tokenizer, question: str, visual_tokens: int) -> list[int]:
@@ -73,20 +73,30 @@ def chat_rows(
     Returns:
         ids, mask and labels, each int64 [B, T].
     """
-    return _with_labels(
+    return labelled_rows(
         [
-            (
-                chat_prompt(tokenizer, question, visual_tokens),
-                [*tokenizer.encode(f" {answer}"), EOS_ID],
-            )
+            chat_row(tokenizer, question, answer, visual_tokens=visual_tokens)
             for question, answer in zip(questions, answers, strict=True)
         ]
     )
 
 
-def _with_labels(
+def chat_row(
+    tokenizer: Tokenizer, question: str, answer: str, *, visual_tokens: int
+) -> tuple[list[int], list[int]]:
+    """Ids of a conversation's prompt, and those of what is learnt: the answer and the end."""
+    prompt = chat_prompt(tokenizer, question, visual_tokens)
+    return prompt, [*tokenizer.encode(f" {answer}"), EOS_ID]
+
+
+def labelled_rows(
     rows: Sequence[tuple[list[int], list[int]]],
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(given, learnt) ids of each row, padded on the right.
+
+    Returns:
+        ids, mask and labels, each int64 [B, T]; labels are -100 but on what is learnt.
+    """
     ids, mask = pad([prompt + answer for prompt, answer in rows])
     labels = np.full_like(ids, IGNORE)
     for i, (prompt, answer) in enumerate(rows):

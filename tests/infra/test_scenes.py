@@ -90,6 +90,37 @@ def test_every_question_has_a_true_answer_in_every_language(kind, lang):
         assert answer == expected[kind]
 
 
+def test_a_box_is_told_on_the_nearest_lines_of_a_grid():
+    assert scenes.format_box((0, 290, 510, 1000)) == "[0,290,510,1000]"
+    assert scenes.format_box((0, 290, 510, 1000), grid=16) == "[0,312,500,1000]"
+    assert scenes.format_box((0, 240, 510, 1000), grid=2) == "[0,0,500,1000]"
+
+
+def test_an_imagined_scene_is_like_a_composed_one():
+    rng = np.random.default_rng(3)
+    imagined = [scenes.imagine(rng, "a") for _ in range(300)]
+    composed = [compose(rng, [DRAWINGS[0]]) for _ in range(300)]
+    assert {s.background for s in imagined} == set(scenes.background_names())
+    sides = [
+        [(s.objects[0][1][2] - s.objects[0][1][0]) / 1000 for s in group]
+        for group in (imagined, composed)
+    ]
+    assert min(sides[0]) >= 0.29
+    assert max(sides[0]) <= 0.71
+    assert np.mean(sides[0]) == pytest.approx(0.5, abs=0.03)
+    assert np.mean(sides[0]) >= np.mean(sides[1])  # a drawing does not fill all of its square
+    question, answer = conversation(imagined[0], "box", "en", {"a": "apple"})
+    assert "apple" in question
+    assert parse_box(answer) == imagined[0].objects[0][1]
+
+
+def test_values_are_picked_by_weight():
+    draws = (np.arange(1000) + 0.5) / 1000
+    picked = [scenes.pick({"a": 1.0, "b": 0.0, "c": 3.0}, draw) for draw in draws]
+    assert picked.count("a") == 250
+    assert picked.count("c") == 750
+
+
 def test_word_tables_are_complete_and_unambiguous():
     words = scenes._words()
     assert set(words["languages"]) == set(LANGUAGES)

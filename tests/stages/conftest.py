@@ -12,6 +12,7 @@ FUNNEL = ("ingest", "bootstrap", "filter", "dedup", "decontaminate", "shard")
 FUNNEL_PARAMS = {
     "seed": 1,
     "languages": ["en", "zh", "it"],
+    "box_grid": 16,
     "ingest": {
         "train_sources": ["noto", "fluent", "fluent_flat", "fxemoji"],
         "families": {"fluent_flat": "fluent"},

@@ -44,8 +44,11 @@ def shards(tmp_path_factory) -> ShardSet:
     return shard_set(tmp_path_factory.mktemp("scenes"))
 
 
-def questions(shards: ShardSet, seed: int = 1, **options) -> SceneQuestions:
-    return SceneQuestions(shards, SftStageConfig(train=TRAIN, **options), LANGUAGES, seed=seed)
+def questions(
+    shards: ShardSet, seed: int = 1, variant: str = "simple", box_grid: int = 1000, **options
+) -> SceneQuestions:
+    config = SftStageConfig(**{"train": TRAIN, **options})
+    return SceneQuestions(shards, config, variant, LANGUAGES, box_grid=box_grid, seed=seed)
 
 
 def test_a_sample_depends_on_seed_and_number_alone(shards: ShardSet) -> None:
@@ -71,6 +74,32 @@ def test_box_questions_are_about_the_only_object(shards: ShardSet) -> None:
             boxes += 1
             assert box == scene.objects[0][1]
     assert boxes > 30
+
+
+def test_boxes_are_told_on_the_grid(shards: ShardSet) -> None:
+    supply = questions(shards, mix={"box": 1.0}, box_grid=8)
+    told = [
+        (scene, parse_box(answer)) for scene, _, answer in map(supply.sample, range(30), [64] * 30)
+    ]
+    told = [(scene.objects[0][1], box) for scene, box in told if box is not None]
+    assert told
+    for truth, box in told:
+        assert all(edge in range(0, 1001, 125) for edge in box)
+        assert max(abs(a - b) for a, b in zip(truth, box, strict=True)) <= 1000 / 8 / 2
+
+
+def test_a_kind_joins_the_mix_when_its_share_of_the_run_is_over(shards: ShardSet) -> None:
+    train = dict.fromkeys(TRAIN, TrainConfig(steps=10, batch_samples=20, lr=1e-3))
+    options = {"mix": {"box": 1.0, "caption": 1.0}, "begins": {"simple": {"caption": 0.6}}}
+    wanted = {caption_question(lang) for lang in LANGUAGES}
+
+    def captions(variant: str, numbers: range) -> int:
+        supply = questions(shards, variant=variant, train=train, **options)
+        return sum(supply.sample(i, 16)[1] in wanted for i in numbers)
+
+    assert captions("simple", range(120)) == 0
+    assert captions("simple", range(120, 200)) > 15
+    assert captions("full", range(120)) > 25
 
 
 def test_other_questions_are_about_as_many_objects_as_asked_for(shards: ShardSet) -> None:
@@ -134,6 +163,9 @@ def test_pictures_without_a_visible_pixel_are_refused(tmp_path) -> None:
         ({"mix": {"colors": 1.0}}, r"sft.mix: no question kind \['colors'\]; known: \['colour'"),
         ({"mix": {}}, "at least one positive weight"),
         ({"objects": (0.0,)}, "at least one positive weight"),
+        ({"begins": {"simple": {"caption": 0.5, "box": 0.1, "colour": 1}}}, "nothing to ask"),
+        ({"begins": {"simpel": {"caption": 0.5}}}, "under one of .'full', 'simple'."),
+        ({"begins": {"full": {"captions": 0.5}}}, "expected kinds of questions .colour, box"),
     ],
 )
 def test_nonsense_is_refused(options, message: str) -> None:
