@@ -5,7 +5,7 @@
 #   scripts/bootstrap.sh [lock]      lock: dev (default), core, gpu or bench
 #
 # Needs a Python 3.12 (on the PATH or under pyenv; else uv fetches one) and, where uv is not
-# on the PATH, any Python 3.8 or newer to install uv with.
+# on the PATH, any Python 3.8 or newer that has pip, to install uv with.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 lock_name=${1:-dev}
@@ -31,11 +31,12 @@ find_python_312() {
     done
 }
 
+# With pip: the first python on the PATH is often .venv's, which has none.
 find_any_python() {
     local candidate
     for candidate in "$1" python3 python "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.*/bin/python; do
         [ -n "$candidate" ] || continue
-        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 8))' 2>/dev/null; then
+        if "$candidate" -c 'import sys, importlib.util as u; sys.exit(sys.version_info < (3, 8) or not u.find_spec("pip"))' 2>/dev/null; then
             command -v "$candidate"; return
         fi
     done
@@ -52,7 +53,7 @@ find_uv() {
 install_uv() {
     local base
     base=$(find_any_python "$1")
-    [ -n "$base" ] || die "no uv on the PATH and no Python to install it with; install Python 3.12"
+    [ -n "$base" ] || die "no uv on the PATH and no Python with pip to install it; install either"
     say "uv is not on the PATH: installing it into .cache/uv"
     PIP_ROOT_USER_ACTION=ignore "$base" -m pip install --quiet --disable-pip-version-check --require-hashes \
         --no-warn-script-location --target .cache/uv -r requirements/bootstrap.lock >&2 ||
