@@ -1,8 +1,9 @@
-"""Runs a command and measures it from outside: wall time, CPU time, peak memory of the tree."""
+"""Runs a command, and measures it from outside (wall time, CPU time, peak memory) or kills it."""
 
 import dataclasses
 import os
 import resource
+import signal
 import subprocess
 import threading
 import time
@@ -60,6 +61,27 @@ def measure(command: Sequence[str], cwd: Path, limit_s: float) -> Measured:
         cpu_s=round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, 1),
         peak_mib=round(peak[0], 1),
     )
+
+
+def kill_after(command: Sequence[str], cwd: Path, after_s: float) -> bool:
+    """Run `command` and kill its process group with -9 after `after_s` seconds.
+
+    Returns False if it had ended by itself. Raises AssertionError for a process that outlives it.
+    """
+    process = subprocess.Popen(
+        command, cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        process.wait(after_s)
+        return False
+    except subprocess.TimeoutExpired:
+        tree = psutil.Process(process.pid).children(recursive=True)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    _, alive = psutil.wait_procs(tree, timeout=20)
+    assert not alive, f"outlived a kill -9: {alive}"
+    return True
 
 
 def _tree_mib(pid: int) -> float:

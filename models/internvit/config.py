@@ -41,7 +41,7 @@ class InternViTConfig:
     """the same in each layer, or rising from 0 to `drop_path`"""
     position_init_std: float | None = None
     """of the initial position and class embeddings; None: as the matrices. The official class has
-    1; where a small model must say where things are, positions must be as loud as pixels"""
+    1"""
     init_std: float | None = None
     """of the initial matrices (truncated normal); None: 1 / sqrt(width). The usual 0.02 suits
     widths of thousands: at width 128 the contrastive loss then hardly starts to fall"""
