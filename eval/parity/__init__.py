@@ -1,0 +1,1 @@
+"""Our numbers against recorded ones: golden folders of the official implementation."""
