@@ -1,0 +1,1 @@
+"""Conversations: the official templates, label masks, tokenizers and the chat jsonl format."""

@@ -1,0 +1,156 @@
+"""The tokenizers that official chat models come with, read from their own files.
+
+Our own models have `models.tokenizer`; these serve templates whose special tokens it lacks.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from infra.errors import ModelError
+
+BLANK = "▁"
+"""how sentencepiece writes a space"""
+NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
+"""normalizer_spec {add_dummy_prefix: false}; protobuf merges it into the model it is appended to"""
+
+
+class ChatTokenizer(ABC):
+    """Text to ids and back, with the ids that begin and pad a sequence."""
+
+    begin_id: int | None = None
+    pad_id: int
+
+    @abstractmethod
+    def pieces(self, text: str) -> list[int]:
+        """Ids of a text that opens a sequence, without the begin id."""
+
+    @abstractmethod
+    def decode(self, ids: Iterable[int]) -> str:
+        """Ids to text, special tokens kept. Blanks beside special tokens may differ."""
+
+    def continuation(self, text: str) -> list[int]:
+        """Ids of a text that goes on after a special token."""
+        return self.pieces(text)
+
+    def encode(self, text: str) -> list[int]:
+        """Begin id, where there is one, and the ids of the text."""
+        return [*self.begin, *self.pieces(text)]
+
+    @property
+    def begin(self) -> list[int]:
+        return [] if self.begin_id is None else [self.begin_id]
+
+
+class ByteLevelTokenizer(ChatTokenizer):
+    """A `tokenizer.json` (Qwen and others)."""
+
+    def __init__(
+        self, path: str | Path, *, added: Mapping[str, int], pad: str, begin: str | None = None
+    ):
+        """`added`: special tokens and their ids, those that the file already holds included."""
+        from tokenizers import Tokenizer
+
+        self._backend = Tokenizer.from_file(str(_existing(path)))
+        self._backend.add_special_tokens(sorted(added, key=added.__getitem__))
+        for token, index in added.items():
+            if self._backend.token_to_id(token) != index:
+                raise ModelError(
+                    f"{path}: {token!r} got id {self._backend.token_to_id(token)}, expected {index}"
+                )
+        self.pad_id = added[pad]
+        self.begin_id = None if begin is None else added[begin]
+
+    def pieces(self, text: str) -> list[int]:
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._backend.decode(list(ids), skip_special_tokens=False)
+
+
+class SentencePieceTokenizer(ChatTokenizer):
+    """A `tokenizer.model` (InternLM2, LLaMA, Phi-3).
+
+    Special tokens are cut out first, and each text between them is encoded on its own. A model
+    with a dummy prefix then puts a blank in front of each of these texts; with `blank_once` only
+    the sequence starts with one (what transformers calls `legacy=False`).
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        added: Mapping[str, int],
+        pad: str,
+        begin: str | None = "<s>",
+        blank_once: bool = False,
+        swallow_blanks_after: Iterable[str] = (),
+        no_blank_before: Iterable[str] = (),
+    ):
+        """
+        Args:
+            added: special tokens and their ids, those of the model file included.
+            swallow_blanks_after: special tokens after which blanks and newlines are dropped.
+            no_blank_before: special tokens that may open a text without the blank before them.
+        """
+        from sentencepiece import SentencePieceProcessor
+
+        model = _existing(path).read_bytes() + (NO_DUMMY_PREFIX if blank_once else b"")
+        self._processor = SentencePieceProcessor(model_proto=model)
+        self._added = dict(added)
+        self._texts = {index: token for token, index in added.items()}
+        longest_first = sorted(added, key=len, reverse=True)
+        self._cut = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+        self._blank_once = blank_once
+        self._swallow = frozenset(swallow_blanks_after)
+        self._no_blank_before = frozenset(no_blank_before)
+        self.pad_id = added[pad]
+        self.begin_id = None if begin is None else added[begin]
+
+    def pieces(self, text: str) -> list[int]:
+        if not self._blank_once or not text:
+            return self.continuation(text)
+        special = self._cut.match(text)
+        opens_special = special is not None and special[0] in self._no_blank_before
+        return self.continuation(text if opens_special else BLANK + text)
+
+    def continuation(self, text: str) -> list[int]:
+        ids: list[int] = []
+        before = ""
+        for piece in self._cut.split(text):
+            if piece in self._added:
+                ids.append(self._added[piece])
+            else:
+                piece = piece.lstrip() if before in self._swallow else piece
+                ids += self._processor.encode(piece)
+            before = piece
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        text, run = "", []
+        for index in ids:
+            if index in self._texts:
+                text += self._processor.decode(run) + self._texts[index]
+                run = []
+            else:
+                run.append(index)
+        return text + self._processor.decode(run)
+
+
+def has_dummy_prefix(path: str | Path) -> bool:
+    """Whether a sentencepiece model puts a blank in front of every text."""
+    from sentencepiece import SentencePieceProcessor
+
+    processor = SentencePieceProcessor(model_file=str(_existing(path)))
+    return processor.encode("a", out_type=str)[0].startswith(BLANK)
+
+
+def _existing(path: str | Path) -> Path:
+    if not Path(path).is_file():
+        raise ModelError(
+            f"{path} does not exist; a chat tokenizer is read from the model's own file"
+        )
+    return Path(path)
