@@ -41,7 +41,9 @@ def close(
     if got.shape != wanted.shape:
         return Check(name=name, passed=False, note=f"shape {got.shape}, expected {wanted.shape}")
     finite = np.isfinite(wanted)
-    if not (np.isfinite(got) == finite).all() or not (got[~finite] == wanted[~finite]).all():
+    if not np.array_equal(np.isfinite(got), finite) or not np.array_equal(
+        got[~finite], wanted[~finite], equal_nan=True
+    ):
         return Check(
             name=name, passed=False, note="not finite where the recorded value is, or the reverse"
         )
