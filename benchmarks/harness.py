@@ -23,7 +23,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,10 @@ class Case:
     """Distributions whose versions belong to the measurement."""
     repetitions: int = REPETITIONS
     """Timed calls, after one that is not counted."""
+    against: str = ""
+    """An earlier case of the benchmark; the line gives the ratio of our rate a CPU-second to its"""
+    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """What else the line says, e.g. how far the results are from each other."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,16 +119,17 @@ def measure(case: Case) -> dict[str, Any]:
         case.call()
         walls.append(time.perf_counter() - wall)
         cpus.append(_cpu_s() - cpu)
-    median = statistics.median(walls)
+    median, cpu_s = statistics.median(walls), statistics.median(cpus)
     return {
         "median_s": round(median, 6),
         "min_s": round(min(walls), 6),
         "max_s": round(max(walls), 6),
-        "cpu_s": round(statistics.median(cpus), 6),
+        "cpu_s": round(cpu_s, 6),
         "repetitions": case.repetitions,
         "items": case.items,
         "unit": case.unit,
         "items_per_s": round(case.items / median, 2),
+        "items_per_cpu_s": round(case.items / cpu_s, 2) if cpu_s else None,
         "peak_rss_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
         "versions": {name: importlib.metadata.version(name) for name in case.packages},
     }
@@ -132,12 +137,20 @@ def measure(case: Case) -> dict[str, Any]:
 
 def run(name: str) -> Iterator[dict[str, Any]]:
     """All measurements of one benchmark, as JSON-ready lines."""
+    rates: dict[str, float | None] = {}
     for case in REGISTRY[name]():
         line: dict[str, Any] = {"format": FORMAT, "benchmark": name, "case": case.name}
         if isinstance(case, LeftOut):
             line["left_out"] = case.reason
         else:
-            line |= measure(case)
+            line |= measure(case) | dict(case.facts)
+            rates[case.name] = rate = line["items_per_cpu_s"]
+            if case.against:
+                other = rates[case.against]
+                line |= {
+                    "against": case.against,
+                    "ratio": rate and other and round(rate / other, 2),
+                }
         yield line | commit() | {"machine": machine()}
 
 

@@ -40,9 +40,31 @@ def test_a_line_has_all_that_a_number_needs(registry: dict[str, harness.Benchmar
     assert "median_s" not in peer
 
 
+def test_a_line_says_how_fast_it_is_against_another(
+    registry: dict[str, harness.Benchmark],
+) -> None:
+    def burn(seconds: float) -> None:
+        end = time.process_time() + seconds
+        while time.process_time() < end:
+            pass
+
+    @harness.benchmark("burns")
+    def burns() -> Iterator[harness.Case | harness.LeftOut]:
+        yield harness.Case(name="peer", call=lambda: burn(0.06), repetitions=3)
+        yield harness.Case(
+            name="ours", call=lambda: burn(0.02), repetitions=3, against="peer", facts={"wrong": 0}
+        )
+
+    peer, ours = harness.run("burns")
+    assert "ratio" not in peer
+    assert ours["ratio"] == pytest.approx(3, rel=0.3)
+    assert ours["items_per_cpu_s"] == pytest.approx(50, rel=0.3)
+    assert (ours["against"], ours["wrong"]) == ("peer", 0)
+
+
 def test_every_benchmark_yields_cases() -> None:
     harness.load_all()
-    assert {"shards", "start"} <= harness.REGISTRY.keys()
+    assert {"shards", "start", "tiling"} <= harness.REGISTRY.keys()
     for benchmark in harness.REGISTRY.values():
         case = next(iter(benchmark()))
         assert case.name
