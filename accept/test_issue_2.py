@@ -5,6 +5,8 @@ import json
 import math
 import os
 import random
+import re
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -150,20 +152,30 @@ def test_a_changed_parameter_runs_what_depends_on_it(clone: Path, first: Measure
 
 
 def test_a_pipeline_killed_at_any_moment_ends_in_the_same_lock(
-    clone: Path, first: Measured, record_property: Record
+    clone: Path, record_property: Record
 ) -> None:
-    """Another clone, killed again and again in whatever stage it is."""
-    other = clone.parent / "killed"
-    subprocess.run(["git", "clone", "--quiet", "--no-tags", str(clone), str(other)], check=True)
-    subprocess.run(["make", "setup"], cwd=other, check=True)
+    """All stages with a tenth of their steps, so that the kills are spread over all of them."""
+    place = clone.parent / "killed"
+    subprocess.run(["git", "clone", "--quiet", "--no-tags", str(clone), str(place)], check=True)
+    subprocess.run(["make", "setup"], cwd=place, check=True)
+    params = (place / "params.yaml").read_text("utf-8")
+    short = re.sub(r"(steps: )(\d+)", lambda m: f"{m[1]}{max(1, int(m[2]) // 10)}", params)
+    (place / "params.yaml").write_text(short, "utf-8")
+    whole = measure(["make", "run"], place, 30 * MINUTE)
+    assert whole.code == 0, whole.output[-3000:]
+    lock = (place / "dvc.lock").read_bytes()
+    for made in ("artifacts", "work", ".dvc/cache", ".dvc/tmp"):
+        shutil.rmtree(place / made)
+    (place / "dvc.lock").unlink()
+
     moments, kills = random.Random(0), 0
     for _ in range(RUN_KILLS):
-        kills += kill_after(["make", "run"], other, moments.uniform(20, first.wall_s / RUN_KILLS))
+        kills += kill_after(["make", "run"], place, moments.uniform(30, whole.wall_s / 3))
     record_property("kills", kills)
-    assert kills == RUN_KILLS
-    last = measure(["make", "run"], other, 60 * MINUTE)
+    assert kills >= RUN_KILLS / 2
+    last = measure(["make", "run"], place, 30 * MINUTE)
     assert last.code == 0, last.output[-3000:]
-    assert (other / "dvc.lock").read_bytes() == (clone / "dvc.lock").read_bytes()
+    assert (place / "dvc.lock").read_bytes() == lock
 
 
 def test_kills_at_any_moment_do_not_change_a_bit(

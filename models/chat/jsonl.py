@@ -18,9 +18,8 @@ from pathlib import Path
 
 from infra.errors import DataError
 from models.chat.templates import IMAGE, Message, Role
+from models.chat.visual import VIDEO, frame_lines
 
-VIDEO = "<video>"
-"""stands for the frames of the video in a question"""
 ROLES: tuple[Role, ...] = ("system", "human", "gpt")
 FIELDS = ("id", "image", "video", "width", "height", "conversations")
 TURN_FIELDS = ("from", "value")
@@ -40,7 +39,7 @@ class Sample:
 
     def with_frames(self, frames: int) -> tuple[Message, ...]:
         """The messages of a video, its placeholder as one numbered line a frame."""
-        lines = "\n".join(f"Frame-{i}: {IMAGE}" for i in range(1, frames + 1))
+        lines = frame_lines(frames)
         return tuple(Message(role, text.replace(VIDEO, lines)) for role, text in self.messages)
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from infra.errors import ConfigError, DataError
-from models.visual_prompt import (
+from models.chat.visual import (
     frame_indices,
     frame_lines,
     image_lines,

@@ -8,12 +8,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from infra.errors import ConfigError, DataError
+from models.chat.templates import IMAGE
+from models.tokenizer import END_IMG, IMG, IMG_CONTEXT
 
-IMAGE = "<image>"
 VIDEO = "<video>"
-IMAGE_START = "<img>"
-IMAGE_TOKEN = "<IMG_CONTEXT>"
-IMAGE_END = "</img>"
+"""stands for the frames of the video in a question"""
 
 
 def frame_indices(
@@ -67,5 +66,5 @@ def place_images(text: str, tiles: Sequence[int], tokens_per_tile: int = 256) ->
             f"{len(pieces) - 1} times {IMAGE} in a prompt with {len(tiles)} pictures; "
             f"write {IMAGE} once for each"
         )
-    marks = [IMAGE_START + IMAGE_TOKEN * (n * tokens_per_tile) + IMAGE_END for n in tiles]
+    marks = [IMG + IMG_CONTEXT * (n * tokens_per_tile) + END_IMG for n in tiles]
     return pieces[0] + "".join(mark + piece for mark, piece in zip(marks, pieces[1:], strict=True))
