@@ -100,6 +100,20 @@ def evaluate(
 
 
 @app.command()
+def parity(
+    folders: Annotated[list[Path], typer.Argument(help="folders of recorded numbers")],
+) -> None:
+    """Compare our numbers with recorded ones, tensor by tensor.
+
+    Ends with code 1 if anything misses its tolerance or cannot be compared. Paths that are no
+    folders are skipped.
+    """
+    from eval.parity.run import compare_folders
+
+    raise typer.Exit(0 if compare_folders(folders, typer.echo) else 1)
+
+
+@app.command()
 def report(
     out: Annotated[Path | None, typer.Option(help="where; default work/report/index.html")] = None,
 ) -> None:

@@ -190,14 +190,16 @@ def _captions(folder: Path, model: InternVL) -> list[Check]:
     end = -1 if end is None else end
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     vision = model.vision(inputs["pixel_values"])
+    tokens = {n: t for n, t in recorded.items() if n.endswith(("_new_tokens", "_raw_return"))}
+    raw = {name for name in tokens if name.endswith("_raw_return")}
+    options = {
+        "max_new_tokens": max(t.shape[1] - (n in raw) for n, t in tokens.items()),
+        "eos_id": end,
+    }
     checks = []
-    for name, wanted in recorded.items():
-        if not name.endswith(("_new_tokens", "_raw_return")):
-            continue
+    for name, wanted in tokens.items():
         # What transformers 4.37 returns begins with a token that was never fed to the model.
-        extra = [begin] if name.endswith("_raw_return") else []
-        length = wanted.shape[1] - len(extra)
-        options = {"max_new_tokens": length, "eos_id": end}
+        extra = [begin] if name in raw else []
         beams = int(name.removeprefix("beam").split("_")[0]) if name.startswith("beam") else 1
         if beams == 1:
             rows = model.text.generate(vision, ids, mask, **options).tolist()

@@ -7,6 +7,7 @@ is compared: one that nothing of ours answers to does not pass.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -81,13 +82,14 @@ def gradient_checks(
     largest = max((float(t.abs().max()) for t in wanted.values()), default=0.0)
     checks = []
     for name, expected in wanted.items():
-        limits: dict[str, float] = {"rtol": GRADIENT_RTOL}
-        note = ""
-        if expected.abs().max() <= ROUNDING * largest:
-            limits = {"atol": ROUNDING * largest}
-            note = "zero but for rounding: compared with the largest gradient"
-        label = f"{file}/{name}"
-        checks.append(close(label, got[name].numpy(), expected.numpy(), **limits, note=note))
+        pair = (f"{file}/{name}", got[name].numpy(), expected.numpy())
+        if expected.abs().max() > ROUNDING * largest:
+            checks.append(close(*pair, rtol=GRADIENT_RTOL))
+            continue
+        check = close(*pair, atol=ROUNDING * largest, note="zero; relative to the largest gradient")
+        if check.worst_abs is not None and largest:
+            check = dataclasses.replace(check, worst_rel=check.worst_abs / largest)
+        checks.append(check)
     return checks
 
 
