@@ -6,7 +6,7 @@ Letters: B batch, T text tokens, Q queries, D width, E embedding.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -264,7 +264,11 @@ def _learn(model: InternVL, objective: Callable, batch: Mapping[str, Tensor]) ->
 
 
 def _gradients(
-    file: str, model: InternVL, recorded: Weights, weights: Weights, *, whole: bool
+    file: str,
+    model: InternVL,
+    recorded: Weights,
+    weights: Weights,
+    without: Collection[str] = (),
 ) -> list[Check]:
     got = whole_gradients(model)
     if got is None:
@@ -274,7 +278,7 @@ def _gradients(
     def convert(tensors: Weights) -> dict[str, Tensor]:
         return from_official(tensors, config, "internvl_g")
 
-    wanted = canonical_gradients(recorded, weights, convert, whole=whole)
+    wanted = canonical_gradients(recorded, weights, convert, without)
     return gradient_checks(file, got, wanted)
 
 
@@ -286,9 +290,8 @@ def _stage2(folder: Path, model: InternVL, weights: Weights) -> list[Check]:
     batch = _batch(read_tensors(folder, "train_inputs"))
     objective = _objective()
     ours = _learn(model, objective, batch)
-    checks = _gradients(
-        "train_grads", model, read_tensors(folder, "train_grads"), weights, whole=True
-    )
+    without = read_config(folder, "meta.json").get("params_without_grad_in_train", ())
+    checks = _gradients("train_grads", model, read_tensors(folder, "train_grads"), weights, without)
     with torch.no_grad():
         ours |= _stage2_states(model, batch) | _stage2_scores(model, objective, batch)
     caption = batch["caption_mask"].bool()
@@ -366,9 +369,7 @@ def _stage2_smoothed(folder: Path, model: InternVL, weights: Weights) -> list[Ch
     batch = _batch(read_tensors(folder, "train_inputs"))
     ours = _learn(model, _objective(label_smoothing=smoothing), batch)
     checks = forward_checks(file, ours, other(recorded, "grad."))
-    return checks + _gradients(
-        f"{file}/grad", model, below(recorded, "grad."), weights, whole=False
-    )
+    return checks + _gradients(f"{file}/grad", model, below(recorded, "grad."), weights)
 
 
 def _retrieval(folder: Path, model: InternVL, weights: Weights) -> list[Check]:
@@ -379,9 +380,7 @@ def _retrieval(folder: Path, model: InternVL, weights: Weights) -> list[Check]:
     extra = read_tensors(folder, "retrieval_extra_inputs")
     batch = _batch(read_tensors(folder, "train_inputs")) | {"group": extra["image_ids"].flatten()}
     ours = _learn(model, Retrieval(RetrievalConfig(contrastive=_OFFICIAL)), batch)
-    checks = _gradients(
-        "retrieval_outputs/grad", model, below(recorded, "grad."), weights, whole=False
-    )
+    checks = _gradients("retrieval_outputs/grad", model, below(recorded, "grad."), weights)
     parts = {
         "clip_projector.out": model.clip_projector,
         "clip_projector2.out": model.clip_projector2,
@@ -431,7 +430,7 @@ def _half_a_batch(folder: Path) -> list[Check]:
         prefix = f"{file}/rank{rank}"
         checks = forward_checks(prefix, ours, other(recorded, "grad."))
         own = below(recorded, "grad.")
-        checks += _gradients(f"{prefix}.grad", model, own, weights, whole=False)
+        checks += _gradients(f"{prefix}.grad", model, own, weights)
         for parameter in model.parameters():
             if parameter.grad is not None:
                 torch.distributed.all_reduce(parameter.grad)
@@ -439,4 +438,4 @@ def _half_a_batch(folder: Path) -> list[Check]:
         if rank:
             return checks
         mean = below(everything, "ddp_mean_grad.")
-        return checks + _gradients(f"{file}/ddp_mean_grad", model, mean, weights, whole=False)
+        return checks + _gradients(f"{file}/ddp_mean_grad", model, mean, weights)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -116,19 +116,23 @@ def whole_gradients(model: nn.Module) -> dict[str, Tensor] | None:
 
 
 def canonical_gradients(
-    recorded: Mapping[str, Tensor], weights: Mapping[str, Tensor], convert: Any, *, whole: bool
+    recorded: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor],
+    convert: Callable[[Mapping[str, Tensor]], dict[str, Tensor]],
+    without: Collection[str] = (),
 ) -> dict[str, Tensor]:
-    """Official gradients under canonical names.
+    """Official gradients under canonical names; those that were not recorded are left out.
 
     Args:
         recorded: by official name.
         weights: the official weights, whose names and shapes are all there are.
         convert: official tensors to canonical ones.
-        whole: whether a gradient that was not recorded is one that was not there, and so zero;
-            if not, it is left out.
+        without: official names of the parameters that got none: zero is expected of them.
     """
-    missing = 0.0 if whole else torch.nan
-    full = {n: recorded.get(n, torch.full_like(t, missing)) for n, t in weights.items()}
+    full = {
+        n: recorded.get(n, torch.full_like(t, 0.0 if n in without else torch.nan))
+        for n, t in weights.items()
+    }
     return {n: t for n, t in convert(full).items() if not t.isnan().any()}
 
 
