@@ -1,5 +1,6 @@
 """The command `vlfoundry`. Every command imports what it needs itself: `--help` stays quick."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -108,6 +109,8 @@ def parity(
     Ends with code 1 if anything misses its tolerance or cannot be compared. Paths that are no
     folders are skipped.
     """
+    # What was recorded is fp32 on a CPU; said before anything asks whether there is a GPU.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     from eval.parity.run import compare_folders
 
     raise typer.Exit(0 if compare_folders(folders, typer.echo) else 1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ from infra.backend.ranks import run_ranks, this_rank
 from infra.train.weights import load_weights
 from models.internvl.config import InternVLConfig
 from models.internvl.hf import config_from_official, from_official
-from models.internvl.model import InternVL, build
+from models.internvl.model import build
 from models.objectives.common import gather_rows
 from models.objectives.contrastive import ContrastiveConfig, targets
 from models.objectives.generative import Generative, GenerativeConfig
@@ -58,6 +59,8 @@ _PROBED = ("query_tokens", "qllama.model.embed_tokens.weight")
 _LOSSES = {"loss": "loss", "itm": "loss_itm", "itc": "loss_itc", "itg": "loss_itg"}
 _OFFICIAL = ContrastiveConfig(max_logit_scale=None)
 Weights = Mapping[str, Tensor]
+Model = Any
+"""an InternVL; which parts it has depends on its kind"""
 
 
 def is_dual(folder: Path) -> bool:
@@ -86,7 +89,7 @@ def _read(folder: Path) -> tuple[InternVLConfig, Weights]:
     return dataclasses.replace(config, vision=vision), read_tensors(folder, "weights")
 
 
-def _build(kind: str, config: InternVLConfig, weights: Weights) -> InternVL:
+def _build(kind: str, config: InternVLConfig, weights: Weights) -> Model:
     model = build(kind, config)
     load_weights(model, from_official(weights, config, kind))
     return model
@@ -116,7 +119,7 @@ def _inference(folder: Path, config: InternVLConfig, weights: Weights) -> list[C
 
 
 def _similarity(
-    case: str, model: InternVL, pixels: Tensor, ids: Tensor, mask: Tensor
+    case: str, model: Model, pixels: Tensor, ids: Tensor, mask: Tensor
 ) -> dict[str, Tensor]:
     cosine = model.embed_images(pixels) @ model.embed_texts(ids, mask.long()).T
     logits = model.logit_scale.exp() * cosine
@@ -127,7 +130,7 @@ def _similarity(
     }
 
 
-def _image_states(model: InternVL, pixels: Tensor) -> dict[str, Tensor]:
+def _image_states(model: Model, pixels: Tensor) -> dict[str, Tensor]:
     """What -G's image side goes through. Its feature is the sum of two unit vectors."""
     parts = {
         "vision.last_hidden_state": model.vision,
@@ -145,7 +148,7 @@ def _image_states(model: InternVL, pixels: Tensor) -> dict[str, Tensor]:
     }
 
 
-def _text_states(model: InternVL, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+def _text_states(model: Model, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
     with listen_decoder(model.text) as stack:
         pooled = model.text.last_hidden(ids, mask.long())
     return {f"text.{name}": value for name, value in _named(stack).items()} | {
@@ -179,7 +182,7 @@ def _eps_probe(folder: Path, config: InternVLConfig, weights: Weights) -> list[C
 
 
 @torch.no_grad()
-def _captions(folder: Path, model: InternVL) -> list[Check]:
+def _captions(folder: Path, model: Model) -> list[Check]:
     """Greedy and beam search, and the logits along the greedy captions."""
     inputs, recorded = (read_tensors(folder, f"generate_{part}") for part in ("inputs", "outputs"))
     if not recorded:
@@ -212,7 +215,7 @@ def _captions(folder: Path, model: InternVL) -> list[Check]:
 
 
 def _along_captions(
-    model: InternVL,
+    model: Model,
     vision: Tensor,
     ids: Tensor,
     mask: Tensor,
@@ -254,7 +257,7 @@ def _objective(*, label_smoothing: float = 0.0) -> Generative:
     )
 
 
-def _learn(model: InternVL, objective: Callable, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _learn(model: Model, objective: Callable, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Losses by their recorded names; leaves the gradients on the model."""
     model.train()
     model.zero_grad()
@@ -265,7 +268,7 @@ def _learn(model: InternVL, objective: Callable, batch: Mapping[str, Tensor]) ->
 
 def _gradients(
     file: str,
-    model: InternVL,
+    model: Model,
     recorded: Weights,
     weights: Weights,
     without: Collection[str] = (),
@@ -282,7 +285,7 @@ def _gradients(
     return gradient_checks(file, got, wanted)
 
 
-def _stage2(folder: Path, model: InternVL, weights: Weights) -> list[Check]:
+def _stage2(folder: Path, model: Model, weights: Weights) -> list[Check]:
     """The three losses, everything on the way to them, and all gradients."""
     recorded = blocked(read_tensors(folder, "train_outputs"))
     if not recorded:
@@ -305,7 +308,7 @@ def _masks(batch: Mapping[str, Tensor]) -> list[Tensor]:
     return [batch["summary_mask"], batch["caption_mask"]]
 
 
-def _places(model: InternVL, text_masks: list[Tensor]) -> Tensor:
+def _places(model: Model, text_masks: list[Tensor]) -> Tensor:
     """[rows, Q + T]: all queries, and the text that is no padding."""
     mask = torch.cat(text_masks).bool()
     queries = torch.ones(len(mask), model.text.num_queries, dtype=torch.bool)
@@ -318,7 +321,7 @@ def _wide(names: Mapping[str, Tensor]) -> list[str]:
     return [name for name in names if name.startswith(states)]
 
 
-def _stage2_states(model: InternVL, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _stage2_states(model: Model, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     parts = {
         "vision.last_hidden_state": model.vision,
         "clip_projector2.out": model.clip_projector2,
@@ -331,7 +334,7 @@ def _stage2_states(model: InternVL, batch: Mapping[str, Tensor]) -> dict[str, Te
 
 
 def _stage2_scores(
-    model: InternVL, objective: Generative, batch: Mapping[str, Tensor]
+    model: Model, objective: Generative, batch: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """Logits and targets of the three losses."""
     matching, is_match, counts = objective.matching(model, batch)
@@ -351,7 +354,7 @@ def _stage2_scores(
     }
 
 
-def _similarities(model: InternVL, images: Tensor, texts: Tensor, name: str) -> dict[str, Tensor]:
+def _similarities(model: Model, images: Tensor, texts: Tensor, name: str) -> dict[str, Tensor]:
     """Scaled similarities of our rows to the columns of all ranks, both ways."""
     scale = model.logit_scale.exp()
     return {
@@ -360,7 +363,7 @@ def _similarities(model: InternVL, images: Tensor, texts: Tensor, name: str) -> 
     }
 
 
-def _stage2_smoothed(folder: Path, model: InternVL, weights: Weights) -> list[Check]:
+def _stage2_smoothed(folder: Path, model: Model, weights: Weights) -> list[Check]:
     file = "train_label_smoothing_outputs"
     recorded = read_tensors(folder, file)
     if not recorded:
@@ -372,7 +375,7 @@ def _stage2_smoothed(folder: Path, model: InternVL, weights: Weights) -> list[Ch
     return checks + _gradients(f"{file}/grad", model, below(recorded, "grad."), weights)
 
 
-def _retrieval(folder: Path, model: InternVL, weights: Weights) -> list[Check]:
+def _retrieval(folder: Path, model: Model, weights: Weights) -> list[Check]:
     """Fine-tuning for retrieval, with several captions of one image in the batch."""
     recorded = blocked(read_tensors(folder, "retrieval_outputs"))
     if not recorded:
@@ -430,7 +433,7 @@ def _half_a_batch(folder: Path) -> list[Check]:
         prefix = f"{file}/rank{rank}"
         checks = forward_checks(prefix, ours, other(recorded, "grad."))
         own = below(recorded, "grad.")
-        checks += _gradients(f"{prefix}.grad", model, own, weights)
+        checks += _gradients(f"{prefix}/grad", model, own, weights)
         for parameter in model.parameters():
             if parameter.grad is not None:
                 torch.distributed.all_reduce(parameter.grad)

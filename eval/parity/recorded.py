@@ -148,7 +148,8 @@ def other(tensors: Mapping[str, Tensor], *prefixes: str) -> dict[str, Tensor]:
 
 def same_tokens(name: str, got: list[list[int]], wanted: Tensor, eos_id: int) -> Check:
     """Compare generated tokens, each row up to its end token: what follows is padding."""
-    return same(name, *([_until(eos_id, row) for row in rows] for rows in (got, wanted.tolist())))
+    rows = [[_until(eos_id, row) for row in found] for found in (got, wanted.tolist())]
+    return same(name, rows[0], rows[1])
 
 
 def _until(eos_id: int, row: list[int]) -> list[int]:
