@@ -35,6 +35,8 @@ def check_folder(folder: Path) -> list[Check]:
     """
     import torch
 
+    if not folder.is_dir():
+        raise DataError(f"{folder} is no folder; expected a golden folder")
     check = _pick(folder)
     device = find_device()
     if device.kind != "cpu":
