@@ -1,5 +1,6 @@
 """The command `vlfoundry`. Every command imports what it needs itself: `--help` stays quick."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -97,6 +98,22 @@ def evaluate(
         error = "" if score.stderr is None else f" ± {score.stderr:.3f}"
         typer.echo(f"{score.suite}/{score.name}{where}: {score.value:.3f}{error} (n={score.n})")
     typer.echo(f"written to {json}")
+
+
+@app.command()
+def parity(
+    folders: Annotated[list[Path], typer.Argument(help="folders of recorded numbers")],
+) -> None:
+    """Compare our numbers with recorded ones, tensor by tensor.
+
+    Ends with code 1 if anything misses its tolerance or cannot be compared. Paths that are no
+    folders are skipped.
+    """
+    # What was recorded is fp32 on a CPU; said before anything asks whether there is a GPU.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    from eval.parity.run import compare_folders
+
+    raise typer.Exit(0 if compare_folders(folders, typer.echo) else 1)
 
 
 @app.command()

@@ -25,6 +25,8 @@ class DecoderConfig:
     """longest text, special tokens included"""
     eps: float = 1e-6
     """of all norms"""
+    qkv_bias: bool = False
+    """bias on the q, k, v projection, as in Qwen2 (nothing else has one)"""
     rope_base: float = 10000.0
     """of the rotary position embedding"""
     init_std: float | None = None

@@ -57,7 +57,7 @@ class Decoder(Part):
         self.decoder = TransformerBlock(
             stack,
             TransformerBlockSubmodules(
-                layer_specs=list(layer_specs or [decoder_layer_spec()] * config.depth),
+                layer_specs=list(layer_specs or [decoder_layer_spec(config)] * config.depth),
                 layer_norm=RMSNorm,
             ),
             pg_collection=process_groups(),
@@ -143,7 +143,7 @@ def decoder_stack_config(config: DecoderConfig) -> TransformerConfig:
         kv_channels=config.head_size,
         ffn_hidden_size=config.mlp_hidden,
         add_bias_linear=False,
-        add_qkv_bias=False,
+        add_qkv_bias=config.qkv_bias,
         normalization="RMSNorm",
         layernorm_epsilon=config.eps,
         gated_linear_unit=True,
@@ -151,9 +151,9 @@ def decoder_stack_config(config: DecoderConfig) -> TransformerConfig:
     )
 
 
-def decoder_layer_spec(**cross_attention) -> ModuleSpec:
+def decoder_layer_spec(config: DecoderConfig, **cross_attention) -> ModuleSpec:
     """One decoder layer, with cross-attention submodules if given."""
-    attention = self_attention_spec(causal=True, qkv_bias=False)
+    attention = self_attention_spec(causal=True, qkv_bias=config.qkv_bias)
     return ModuleSpec(
         module=PlainLayer,
         submodules=layer_submodules(norm="rms", self_attention=attention, **cross_attention),

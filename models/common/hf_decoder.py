@@ -43,20 +43,21 @@ def decoder_from_official(
             continue
         index, rest = name.removeprefix("model.layers.").split(".", 1)
         prefix = f"decoder.layers.{index}."
-        stem = rest.removesuffix(".weight")
+        stem, _, leaf = rest.rpartition(".")
         if stem == "self_attn.q_proj":
             key, value = (weights[name.replace("q_proj", part)] for part in ("k_proj", "v_proj"))
             fused = _fuse_qkv(tensor, key, value, config)
-            result[prefix + "self_attention.linear_qkv.weight"] = fused
+            result[f"{prefix}self_attention.linear_qkv.{leaf}"] = fused
         elif stem == "mlp.gate_proj":
             up = weights[name.replace("gate_proj", "up_proj")]
             result[prefix + "mlp.linear_fc1.weight"] = torch.cat([tensor, up])
         elif stem in _LAYER:
-            result[f"{prefix}{_LAYER[stem]}.weight"] = tensor
+            result[f"{prefix}{_LAYER[stem]}.{leaf}"] = tensor
     return result
 
 
 def _fuse_qkv(query: Tensor, key: Tensor, value: Tensor, config: DecoderConfig) -> Tensor:
     groups = config.key_value_heads or config.heads
-    parts = [x.view(groups, -1, config.head_size, config.width) for x in (query, key, value)]
-    return torch.cat(parts, 1).reshape(-1, config.width)
+    rest = query.shape[1:]  # (width,) of a matrix, () of a bias
+    parts = [x.view(groups, -1, config.head_size, *rest) for x in (query, key, value)]
+    return torch.cat(parts, 1).reshape(-1, *rest)

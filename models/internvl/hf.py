@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 import torch
@@ -38,6 +39,7 @@ def config_from_official(config: Mapping) -> InternVLConfig:
             kind="pixel_shuffle",
             ps_version=config["ps_version"],
             select_layer=config["select_layer"],
+            shuffle_side=round(1 / config["downsample_ratio"]),
         ),
     )
 
@@ -70,6 +72,47 @@ def from_official(
         result |= _pool(weights, "clip_projector2.")
         result |= {name: weights[name] for name in ("itm_head.weight", "itm_head.bias")}
     return result
+
+
+_NATIVE = (
+    # Patterns of transformers' own InternVL, tried in this order, and the official names.
+    (r"^language_model\.", "language_model.model."),
+    (r"^lm_head\.", "language_model.lm_head."),
+    (r"^multi_modal_projector\.layer_norm\.", "mlp1.0."),
+    (r"^multi_modal_projector\.linear_1\.", "mlp1.1."),
+    (r"^multi_modal_projector\.linear_2\.", "mlp1.3."),
+    (r"^vision_tower\.embeddings\.cls_token$", "vision_model.embeddings.class_embedding"),
+    (
+        r"^vision_tower\.embeddings\.position_embeddings$",
+        "vision_model.embeddings.position_embedding",
+    ),
+    (
+        r"^vision_tower\.embeddings\.patch_embeddings\.projection\.",
+        "vision_model.embeddings.patch_embedding.",
+    ),
+    (r"^vision_tower\.encoder\.layer\.", "vision_model.encoder.layers."),
+    (r"\.attention\.projection_layer\.", ".attn.proj."),
+    (r"\.attention\.", ".attn."),
+    (r"\.layernorm_before\.", ".norm1."),
+    (r"\.layernorm_after\.", ".norm2."),
+    (r"\.lambda_([12])$", r".ls\1"),
+)
+
+
+def native_to_official(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of transformers' own `InternVLForConditionalGeneration` under the official names."""
+    named = {_official_name(name): tensor for name, tensor in weights.items()}
+    for name in [n for n in named if ".attn.q_proj." in n]:
+        parts = [named.pop(name.replace("q_proj", f"{part}_proj")) for part in "qkv"]
+        named[name.replace("q_proj", "qkv")] = torch.cat(parts)
+    return named
+
+
+def _official_name(native: str) -> str:
+    name = native.removeprefix("model.")
+    for pattern, official in _NATIVE:
+        name = re.sub(pattern, official, name)
+    return name
 
 
 def _pool(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -1,17 +1,37 @@
-"""Hugging Face LLaMA weights to ours."""
+"""Hugging Face LLaMA and Qwen2 weights to ours."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
+from infra.errors import ConfigError
 from models.common.hf_decoder import decoder_from_official as from_official
 from models.llama.config import LlamaConfig
 
 __all__ = ["config_from_official", "from_official"]
 
+_QKV_BIAS = {"llama": False, "qwen2": True}
+"""model types that have this shape, and whether q, k and v have a bias"""
+
 
 def config_from_official(config: Mapping) -> LlamaConfig:
-    """A Hugging Face LLaMA `config.json` (or an InternVL's `llm_config`) as ours."""
+    """A Hugging Face LLaMA or Qwen2 `config.json` (or an InternVL's `llm_config`) as ours.
+
+    Raises:
+        ConfigError: the language model is of another shape, or has an option that ours lacks.
+    """
+    kind = config.get("model_type", "llama")
+    if kind not in _QKV_BIAS:
+        raise ConfigError(
+            f"a language model of type {kind!r} cannot be read; known: {sorted(_QKV_BIAS)}"
+        )
+    for option in ("attention_bias", "tie_word_embeddings", "rope_scaling", "use_sliding_window"):
+        if config.get(option):
+            raise ConfigError(
+                f"the language model has {option} = {config[option]!r}, which is not built here"
+            )
+    if config.get("hidden_act", "silu") != "silu":
+        raise ConfigError(f"hidden_act {config['hidden_act']!r} is not built here; expected 'silu'")
     return LlamaConfig(
         vocab_size=config["vocab_size"],
         width=config["hidden_size"],
@@ -21,6 +41,7 @@ def config_from_official(config: Mapping) -> LlamaConfig:
         mlp_hidden=config["intermediate_size"],
         max_tokens=config["max_position_embeddings"],
         eps=config["rms_norm_eps"],
+        qkv_bias=_QKV_BIAS[kind],
         rope_base=config["rope_theta"],
         init_std=config["initializer_range"],
         embedding_init_std=config["initializer_range"],

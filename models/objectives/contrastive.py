@@ -100,9 +100,7 @@ def info_nce(
     scale = logit_scale.exp()
     if config.max_logit_scale is not None:
         scale = scale.clamp(max=config.max_logit_scale)
-    target = _targets(images, group)
-    if valid is not None and target.dtype == torch.long:
-        target = target.masked_fill(~valid, -100)
+    target = targets(images, group, valid)
     losses, hits = [], []
     for rows, columns in ((images, texts), (texts, images)):
         logits = scale * rows @ gather_rows(columns).T  # [B, R*B]
@@ -111,11 +109,12 @@ def info_nce(
     return (losses[0] + losses[1]) / 2, (hits[0] + hits[1]) / 2
 
 
-def _targets(rows: Tensor, group: Tensor | None) -> Tensor:
-    """Column of each of our rows, or the even distribution over its group [B, R*B]."""
-    ranks = data_group()
+def targets(rows: Tensor, group: Tensor | None = None, valid: Tensor | None = None) -> Tensor:
+    """Column of each of our rows (-100: it does not count), or the even distribution over its
+    group [B, R*B]."""
     if group is None:
-        return torch.arange(len(rows), device=rows.device) + ranks.rank() * len(rows)
+        own = torch.arange(len(rows), device=rows.device) + data_group().rank() * len(rows)
+        return own if valid is None else own.masked_fill(~valid, -100)
     same = (group[:, None] == gather_rows(group)[None, :]).to(rows.dtype)
     return same / same.sum(1, keepdim=True)
 

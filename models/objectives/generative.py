@@ -48,7 +48,7 @@ class Generative:
 
     def __call__(self, model, batch: Batch) -> tuple[Tensor, Metrics]:
         model = unwrap(model)
-        matching, is_match, counts = self._matching(model, batch)
+        matching, is_match, counts = self.matching(model, batch)
         summary = (batch["summary_ids"], batch["summary_mask"])
         caption = (batch["caption_ids"], batch["caption_mask"])
         length = max(ids.shape[1] for ids, _ in (matching, summary, caption))
@@ -79,7 +79,7 @@ class Generative:
             "itg_accuracy": caption_metrics["token_accuracy"],
         }
 
-    def _matching(self, model, batch: Batch) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
+    def matching(self, model, batch: Batch) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
         """ITM's texts, whether each matches its image, and whether it counts.
 
         The first half of the samples (the larger, if odd) meets a wrong caption, the rest its own.

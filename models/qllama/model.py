@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from models.common.beam import beam_search
 from models.common.canonical import set_init, set_rule
 from models.common.config import DecoderConfig
 from models.common.decoder import Decoder, decoder_layer_spec
@@ -30,7 +31,7 @@ class QLlama(Decoder):
         head: bool = True,
         spec: LayerSpecKind = "local",
     ):
-        specs = [_layer_spec(index, queries, vision_width) for index in range(config.depth)]
+        specs = [_layer_spec(config, index, queries, vision_width) for index in range(config.depth)]
         super().__init__(config, head=head, layer_specs=specs, spec=spec)
         self.query_config = queries
         self.query_tokens = nn.Parameter(
@@ -73,14 +74,10 @@ class QLlama(Decoder):
         self, vision: Tensor, ids: Tensor, mask: Tensor, *, max_new_tokens: int, eos_id: int
     ) -> Tensor:
         """Greedy continuation [B, N] of prompts ids [B, T], left-padded, about images."""
-        queries = self.query_tokens.expand(len(ids), -1, -1)
-        full_mask = torch.cat([mask.new_ones(len(ids), self.num_queries), mask], 1)
-        blocked = causal_blocked(full_mask.shape[1], ids.device)
-        blocked[: self.num_queries, : self.num_queries] = False
-        blocked = blocked | ~full_mask.bool()[:, None, None, :]
+        embeddings, full_mask, blocked = self.prompt(ids, mask)
         return greedy(
             self,
-            torch.cat([queries, self.embed(ids)], 1),
+            embeddings,
             full_mask,
             prefix_mask=blocked,
             context=vision,
@@ -88,11 +85,50 @@ class QLlama(Decoder):
             eos_id=eos_id,
         )
 
+    def generate_by_beams(
+        self,
+        vision: Tensor,
+        ids: Tensor,
+        mask: Tensor,
+        *,
+        max_new_tokens: int,
+        eos_id: int,
+        beams: int,
+    ) -> list[list[int]]:
+        """Continuation of each prompt by beam search, as InternVL-G's captions are evaluated."""
+        embeddings, full_mask, blocked = self.prompt(ids, mask)
+        return beam_search(
+            self,
+            embeddings,
+            full_mask,
+            prefix_mask=blocked,
+            context=vision,
+            max_new_tokens=max_new_tokens,
+            eos_id=eos_id,
+            beams=beams,
+        )
 
-def _layer_spec(index: int, queries: QLlamaConfig, vision_width: int) -> ModuleSpec:
+    def prompt(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[queries | text] for generating: queries see queries, text sees all before it.
+
+        ids and mask are [B, T]. Returns embeddings [B, Q+T, D], the mask [B, Q+T] and who is
+        blocked [B, 1, Q+T, Q+T].
+        """
+        queries = self.query_tokens.expand(len(ids), -1, -1)
+        full_mask = torch.cat([mask.new_ones(len(ids), self.num_queries), mask], 1)
+        blocked = causal_blocked(full_mask.shape[1], ids.device)
+        blocked[: self.num_queries, : self.num_queries] = False
+        blocked = blocked | ~full_mask.bool()[:, None, None, :]
+        return torch.cat([queries, self.embed(ids)], 1), full_mask, blocked
+
+
+def _layer_spec(
+    config: DecoderConfig, index: int, queries: QLlamaConfig, vision_width: int
+) -> ModuleSpec:
     if index % queries.cross_attention_frequency:
-        return decoder_layer_spec()
+        return decoder_layer_spec(config)
     return decoder_layer_spec(
+        config,
         cross_attention=ModuleSpec(
             module=QueryCrossAttention,
             params={"num_queries": queries.num_queries, "vision_width": vision_width},

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-COMMANDS = ("run", "evaluate", "report", "models", "register", "lineage", "status")
+COMMANDS = ("run", "evaluate", "parity", "report", "models", "register", "lineage", "status")
 
 
 def vlfoundry(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:

@@ -133,7 +133,7 @@ def test_empty_texts_are_ignored():
     batch["positive_mask"][3] = torch.tensor([1, 1, 0, 0, 0, 0, 0])
     batch["summary_mask"][1] = torch.tensor([1, 1, 1, 1, 1, 0, 0])
     objective = Generative(config)
-    matching, is_match, counts = objective._matching(model, batch)
+    matching, is_match, counts = objective.matching(model, batch)
     assert is_match.tolist() == [0, 0, 1, 1]
     assert counts.tolist() == [True, True, True, False]
     assert torch.equal(matching[0][0], batch["negative_ids"][0])

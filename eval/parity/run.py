@@ -1,0 +1,128 @@
+"""Which check a golden folder gets, and what `vlfoundry parity` prints.
+
+    vlfoundry parity golden/*
+
+The recorded numbers are fp32 on a CPU, and so are ours: the command leaves a GPU alone.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from eval.parity.chat import check_chat, is_chat
+from eval.parity.check import Check
+from eval.parity.dual import check_dual, is_dual
+from eval.parity.vision import check_vision, is_vision
+from infra.devices import find_device
+from infra.errors import DataError, UserError
+
+GROUPS: tuple[tuple[str, Callable[[Path], bool], Callable[[Path], list[Check]]], ...] = (
+    ("InternViT: a config.json with patch_size", is_vision, check_vision),
+    ("InternVL-14B: a config.json with qllama_config", is_dual, check_dual),
+    ("InternVL-Chat: a config.json with llm_config", is_chat, check_chat),
+)
+"""what a folder of the group holds, whether a folder is one, and its comparison"""
+
+
+def check_folder(folder: Path) -> list[Check]:
+    """Compare everything that a golden folder holds.
+
+    Raises:
+        DataError: the folder is of no known group, or nothing is recorded in it.
+        UserError: this process computes on a GPU.
+    """
+    import torch
+
+    if not folder.is_dir():
+        raise DataError(f"{folder} is no folder; expected a golden folder")
+    check = _pick(folder)
+    device = find_device()
+    if device.kind != "cpu":
+        raise UserError(
+            f"recorded numbers are fp32 on a CPU, but this process computes in {device.precision} "
+            f"on {device.kind}; start it with CUDA_VISIBLE_DEVICES set to nothing"
+        )
+    # Ranks are forked from this process, which must not have computed with several threads.
+    torch.set_num_threads(1)
+    checks = check(folder)
+    if not checks:
+        raise DataError(f"{folder} has no file of recorded results; see the README beside it")
+    return checks
+
+
+def _pick(folder: Path) -> Callable[[Path], list[Check]]:
+    for _, is_one, check in GROUPS:
+        if is_one(folder):
+            return check
+    found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+    known = "; ".join(what for what, _, _ in GROUPS)
+    raise DataError(
+        f"{folder} is no golden folder of a known group: it holds {found}. Known are: {known}"
+    )
+
+
+def compare_folders(paths: Sequence[Path], say: Callable[[str], None]) -> bool:
+    """Compare folder by folder and print a table of each; True if everything passed.
+
+    Raises:
+        DataError: a path does not exist, or none is a folder.
+    """
+    missing = [str(path) for path in paths if not path.exists()]
+    if missing:
+        raise DataError(f"{', '.join(missing)} does not exist; expected golden folders")
+    folders = [path for path in paths if path.is_dir()]
+    for path in paths:
+        if path not in folders:
+            say(f"skipped {path}: no folder")
+    if not folders:
+        raise DataError("there is nothing to compare: no path is a folder")
+    failed, total, missed = [], 0, 0
+    for number, folder in enumerate(folders, 1):
+        say(f"[{number}/{len(folders)}] {folder.name}: comparing ...")
+        started = time.monotonic()
+        try:
+            checks = check_folder(folder)
+        except UserError as error:
+            say(f"  cannot be compared: {error}")
+            failed.append(folder.name)
+            continue
+        misses = sum(not check.passed for check in checks)
+        for line in table(checks):
+            say(f"  {line}")
+        say(
+            f"  {len(checks) - misses} of {len(checks)} pass{worst(checks)} "
+            f"({time.monotonic() - started:.1f} s)"
+        )
+        total, missed = total + len(checks), missed + misses
+        if misses:
+            failed.append(folder.name)
+    verdict = f"; not passed: {', '.join(failed)}" if failed else ""
+    say(f"{total - missed} of {total} pass in {len(folders)} folder(s){verdict}")
+    return not failed
+
+
+def table(checks: Sequence[Check]) -> list[str]:
+    """A line for each check: name, largest absolute and relative error, pass or MISS, note."""
+    width = max(len(check.name) for check in checks)
+    lines = [f"{'':{width}}  {'absolute':>9}  {'relative':>9}"]
+    for check in checks:
+        verdict = "pass" if check.passed else "MISS"
+        errors = f"{_number(check.worst_abs)}  {_number(check.worst_rel)}"
+        lines.append(f"{check.name:{width}}  {errors}  {verdict}  {check.note}".rstrip())
+    return lines
+
+
+def worst(checks: Sequence[Check]) -> str:
+    """The largest errors, in words; empty where nothing but equality was compared."""
+    parts = []
+    for what, key in (("absolute", "worst_abs"), ("relative", "worst_rel")):
+        values = [value for check in checks if (value := getattr(check, key)) is not None]
+        if values:
+            parts.append(f"{what} {max(values):.1e}")
+    return f"; largest error: {', '.join(parts)}" if parts else ""
+
+
+def _number(value: float | None) -> str:
+    return f"{'equal' if value is None else f'{value:.1e}':>9}"
