@@ -13,7 +13,10 @@ from pathlib import Path
 
 from eval.parity.chat import check_chat, is_chat
 from eval.parity.check import Check
+from eval.parity.conversations import check_conversations, is_conversations
 from eval.parity.dual import check_dual, is_dual
+from eval.parity.metrics import check_metrics, is_metrics
+from eval.parity.tiling import check_tiling, is_tiling
 from eval.parity.vision import check_vision, is_vision
 from infra.devices import find_device
 from infra.errors import DataError, UserError
@@ -22,6 +25,9 @@ GROUPS: tuple[tuple[str, Callable[[Path], bool], Callable[[Path], list[Check]]],
     ("InternViT: a config.json with patch_size", is_vision, check_vision),
     ("InternVL-14B: a config.json with qllama_config", is_dual, check_dual),
     ("InternVL-Chat: a config.json with llm_config", is_chat, check_chat),
+    ("tiling: a dynamic_preprocess.json or an image_tiles.json", is_tiling, check_tiling),
+    ("conversations: a conversations.json", is_conversations, check_conversations),
+    ("metrics: files named after the official metrics", is_metrics, check_metrics),
 )
 """what a folder of the group holds, whether a folder is one, and its comparison"""
 

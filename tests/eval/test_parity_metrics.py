@@ -10,7 +10,7 @@ from eval.official import anls, charts, classification, retrieval
 from eval.parity.metrics import METRICS, check_metrics, is_metrics
 from infra.errors import DataError
 
-GOLDEN = Path(__file__).parent / "golden" / "F_metrics"
+GOLDEN = Path(__file__).parent / "golden" / "metrics"
 
 
 def failed(folder):
