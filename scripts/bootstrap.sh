@@ -74,7 +74,8 @@ if ! { [ -x .venv/bin/python ] && is_python_312 .venv/bin/python; }; then
 fi
 rm -f "$stamp"
 say "installing $lock"
-"$uv" pip sync --quiet --python .venv/bin/python --require-hashes "$lock"
+# Compiled once here: where PYTHONDONTWRITEBYTECODE is set, every stage would compile torch anew.
+"$uv" pip sync --quiet --compile-bytecode --python .venv/bin/python --require-hashes "$lock"
 "$uv" pip install --quiet --python .venv/bin/python --no-deps --no-build-isolation --editable .
 echo "$wanted" >"$stamp"
 say "ready: $(.venv/bin/python --version), $lock"
