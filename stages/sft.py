@@ -132,7 +132,7 @@ class SceneQuestions:
         self._config, self._variant = config, variant
         self._languages, self._box_grid, self._seed = languages, box_grid, seed
         train = config.train[variant]
-        self._samples = train.steps * train.batch_samples
+        self._samples = train.samples
         self._names: dict[str, dict[str, str]] = {}
         pictures: dict[tuple[str, str], bytes] = {}
         for i in range(len(shards)):

@@ -1,5 +1,7 @@
 """Tiny models and batches for the tests of models/."""
 
+from collections.abc import Callable
+
 import torch
 
 from models.common.config import DecoderConfig
@@ -48,6 +50,17 @@ def tiny_config(**changes) -> InternVLConfig:
         "head_init_std": 0.3,
     }
     return InternVLConfig(**(fields | changes))
+
+
+def on_meta[M: torch.nn.Module](make: Callable[[], M]) -> M:
+    """What `make` builds, with shapes and no memory: a model of any size."""
+    with torch.device("meta"):
+        return make()
+
+
+def count(module: torch.nn.Module, trained: bool = False) -> int:
+    """Parameters, all or those that have a gradient."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
 
 
 def pixels(count: int, side: int = 16, seed: int = 0) -> torch.Tensor:

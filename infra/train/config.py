@@ -66,6 +66,11 @@ class TrainConfig:
                 "the peak learning rate would never be reached"
             )
 
+    @property
+    def samples(self) -> int:
+        """Samples that the whole run sees, each epoch's again."""
+        return self.steps * self.batch_samples
+
     def samples_per_rank(self, data_ranks: int) -> int:
         """Batch of one data-parallel rank. Raises ConfigError if it does not divide."""
         if self.batch_samples % data_ranks:

@@ -79,25 +79,47 @@ class InternViTConfig:
 _6B = InternViTConfig(
     width=3200, depth=48, heads=25, mlp_hidden=12800, patch_px=14, image_px=224, init_std=0.02
 )
+_6B_45 = dataclasses.replace(_6B, image_px=448, depth=45)
+_300M = InternViTConfig(
+    width=1024,
+    depth=24,
+    heads=16,
+    mlp_hidden=4096,
+    patch_px=14,
+    image_px=448,
+    norm="layer",
+    qkv_bias=True,
+    qk_norm=False,
+    layerscale_init=1.0,
+    init_std=0.02,
+    drop_path=0.1,
+    drop_path_shape="linear",
+)
+# The paper's search at about 6B (InternVL, section 4.5 and table 11): width, depth, MLP, heads.
+_SEARCH = (
+    (3968, 32, 15872, 62),
+    (3200, 48, 12800, 50),
+    (3200, 48, 12800, 25),  # chosen: this is "6b"
+    (2496, 48, 19968, 39),
+    (2816, 64, 11264, 44),
+    (2496, 80, 9984, 39),
+)
+DESIGN_SEARCH: dict[str, InternViTConfig] = {
+    f"search-{number}": dataclasses.replace(
+        _6B, width=width, depth=depth, mlp_hidden=mlp_hidden, heads=heads
+    )
+    for number, (width, depth, mlp_hidden, heads) in enumerate(_SEARCH, 1)
+}
+# Published encoders that differ in their weights alone share a config.
 FLAVOURS: dict[str, InternViTConfig] = {
     "6b": _6B,
     "6b-448": dataclasses.replace(_6B, image_px=448),
-    "6b-448-v1.2": dataclasses.replace(_6B, image_px=448, depth=45),
-    "300m": InternViTConfig(
-        width=1024,
-        depth=24,
-        heads=16,
-        mlp_hidden=4096,
-        patch_px=14,
-        image_px=448,
-        norm="layer",
-        qkv_bias=True,
-        qk_norm=False,
-        layerscale_init=1.0,
-        init_std=0.02,
-        drop_path=0.1,
-        drop_path_shape="linear",
-    ),
+    "6b-448-v1.2": _6B_45,
+    "6b-448-v1.5": _6B_45,
+    "6b-448-v2.5": _6B_45,
+    "300m": _300M,
+    "300m-v2.5": _300M,
+    **DESIGN_SEARCH,
     "small": InternViTConfig(layerscale_init=1.0),
 }
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 from infra.errors import ConfigError
@@ -106,7 +108,25 @@ def _paper() -> InternVLConfig:
     )
 
 
-FLAVOURS = {"paper": _paper, "small": InternVLConfig}
+def _chat(vision: str, language: str, **connector) -> InternVLConfig:
+    return InternVLConfig(
+        vision=internvit(vision),
+        language=llama(language),
+        connector=ConnectorConfig(kind="pixel_shuffle", init_std=0.02, **connector),
+    )
+
+
+FLAVOURS: dict[str, Callable[[], InternVLConfig]] = {
+    "paper": _paper,
+    # Published chat models; of the kinds of model, they are for `chat_simple`.
+    "chat-v1.1": partial(_chat, "6b-448", "llama2-13b", ps_version="v1", select_layer=-4),
+    "chat-v1.2": partial(_chat, "6b-448-v1.2", "yi-34b", ps_version="v1"),
+    "chat-v1.5-26b": partial(_chat, "6b-448-v1.5", "internlm2-20b"),
+    "internvl2-8b": partial(_chat, "300m", "internlm2-7b"),
+    "internvl2-2b": partial(_chat, "300m", "internlm2-1.8b"),
+    "internvl2-1b": partial(_chat, "300m", "qwen2-0.5b-untied"),
+    "small": InternVLConfig,
+}
 
 
 def internvl(name: str, **changes) -> InternVLConfig:
