@@ -1,14 +1,11 @@
-"""Hugging Face LLaMA and Qwen2 weights to ours."""
+"""Hugging Face LLaMA and Qwen2 configs to ours and back; the weights are in `hf_decoder`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 from infra.errors import ConfigError
-from models.common.hf_decoder import decoder_from_official as from_official
 from models.llama.config import LlamaConfig
-
-__all__ = ["config_from_official", "from_official"]
 
 _QKV_BIAS = {"llama": False, "qwen2": True}
 """model types that have this shape, and whether q, k and v have a bias"""
