@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -28,6 +29,28 @@ def config_from_official(config: Mapping) -> InternViTConfig:
         drop_path=config["drop_path_rate"],
         drop_path_shape="linear",
     )
+
+
+def config_to_official(config: InternViTConfig) -> dict[str, Any]:
+    """The inverse of `config_from_official`, with what the official class also asks for."""
+    return {
+        "architectures": ["InternVisionModel"],
+        "model_type": "intern_vit_6b",
+        "hidden_size": config.width,
+        "num_hidden_layers": config.depth,
+        "num_attention_heads": config.heads,
+        "intermediate_size": config.mlp_hidden,
+        "patch_size": config.patch_px,
+        "image_size": config.image_px,
+        "norm_type": "layer_norm" if config.norm == "layer" else "rms_norm",
+        "qkv_bias": config.qkv_bias,
+        "qk_normalization": config.qk_norm,
+        "initializer_factor": config.layerscale_init,
+        "layer_norm_eps": config.eps,
+        "drop_path_rate": config.drop_path,
+        "hidden_act": "gelu",
+        "use_flash_attn": False,
+    }
 
 
 def keys(config: InternViTConfig) -> Iterator[Key]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from torch import Tensor
 
-from infra.errors import ModelError
+from infra.errors import ConfigError, ModelError
 from models.common.hf_decoder import decoder_keys
 from models.common.keymap import Key, join_all, one, prefixed, renamed
 from models.connector.config import ConnectorConfig
@@ -43,6 +44,119 @@ def config_from_official(config: Mapping) -> InternVLConfig:
             shuffle_side=round(1 / config["downsample_ratio"]),
         ),
     )
+
+
+def config_to_official(config: InternVLConfig, kind: str) -> dict[str, Any]:
+    """The inverse of `config_from_official` for "vision", "internvl_g" and "chat_simple"."""
+    vision = vision_hf.config_to_official(config.vision)
+    if kind == "vision":
+        return vision
+    if kind == "internvl_g":
+        queries = {
+            "num_query_token": config.queries.num_queries,
+            "cross_attention_frequency": config.queries.cross_attention_frequency,
+        }
+        return {
+            "architectures": ["InternVLModel"],
+            "model_type": "internvl",
+            "vision_config": vision,
+            "qllama_config": llama_hf.config_to_official(config.text) | queries,
+            "hidden_size": config.text.width,
+            "num_query_token": config.queries.num_queries,
+            "clip_embed_dim": config.embed_dim,
+            "attn_pool_num_heads": config.pool_heads,
+        }
+    assert kind == "chat_simple", kind
+    return {
+        "architectures": ["InternVLChatModel"],
+        "model_type": "internvl_chat",
+        "vision_config": vision,
+        "llm_config": llama_hf.config_to_official(config.chat),
+        "ps_version": config.connector.ps_version,
+        "select_layer": config.connector.select_layer,
+        "downsample_ratio": 1 / config.connector.shuffle_side,
+        "force_image_size": config.vision.image_px,
+    }
+
+
+_NATIVE_VISION = {
+    # Fields of transformers' vision config, and the official ones.
+    "hidden_size": "hidden_size",
+    "num_hidden_layers": "num_hidden_layers",
+    "num_attention_heads": "num_attention_heads",
+    "intermediate_size": "intermediate_size",
+    "norm_type": "norm_type",
+    "attention_bias": "qkv_bias",
+    "use_qk_norm": "qk_normalization",
+    "layer_scale_init_value": "initializer_factor",
+    "layer_norm_eps": "layer_norm_eps",
+    "hidden_act": "hidden_act",
+}
+NATIVE_QK_EPS = 1e-6
+"""of the norms of q and k in transformers' vision tower, whatever its config says"""
+
+
+def config_from_native(config: Mapping) -> InternVLConfig:
+    """`config.json` of transformers' own `internvl` as ours.
+
+    Raises:
+        ConfigError: its positions are scaled, or its language model is of another shape.
+    """
+    vision, text = config["vision_config"], dict(config["text_config"])
+    rope = text.pop("rope_parameters", None) or {}
+    if rope.get("rope_type", "default") != "default":
+        raise ConfigError(f"rope_parameters {rope!r} are not built here; expected the default type")
+    text.setdefault("rope_theta", rope.get("rope_theta"))
+    official = {theirs: vision[name] for name, theirs in _NATIVE_VISION.items()}
+    for side in ("patch_size", "image_size"):
+        sides = vision[side] if isinstance(vision[side], list) else [vision[side]]
+        if len(set(sides)) > 1:
+            raise ConfigError(f"{side} {sides} is no square, which is not built here")
+        official[side] = sides[0]
+    return config_from_official(
+        {
+            "vision_config": official | {"drop_path_rate": 0.0},
+            "llm_config": text,
+            "ps_version": "v2",
+            "select_layer": config["vision_feature_layer"],
+            "downsample_ratio": config["downsample_ratio"],
+        }
+    )
+
+
+def config_to_native(config: InternVLConfig, image_token_id: int) -> dict[str, Any]:
+    """The inverse of `config_from_native`.
+
+    Raises:
+        ModelError: transformers' own class computes something else; the message says what.
+    """
+    if config.connector.ps_version != "v2":
+        raise ModelError(
+            f"the pixel shuffle is {config.connector.ps_version!r}; transformers' own internvl has "
+            "'v2' alone and would see every image transposed"
+        )
+    if config.vision.qk_norm and config.vision.eps != NATIVE_QK_EPS:
+        raise ModelError(
+            f"the vision tower's eps is {config.vision.eps}; transformers' own internvl has "
+            f"{NATIVE_QK_EPS} in the norms of q and k"
+        )
+    official = config_to_official(config, "chat_simple")
+    vision = {name: official["vision_config"][theirs] for name, theirs in _NATIVE_VISION.items()}
+    sides = {name: [official["vision_config"][name]] * 2 for name in ("patch_size", "image_size")}
+    rope = {"rope_type": "default", "rope_theta": config.chat.rope_base}
+    return {
+        "architectures": ["InternVLForConditionalGeneration"],
+        "model_type": "internvl",
+        "vision_config": vision | sides | {"model_type": "internvl_vision"},
+        "text_config": official["llm_config"] | {"rope_parameters": rope},
+        "image_token_id": image_token_id,
+        "image_seq_length": config.visual_tokens("chat_simple"),
+        "downsample_ratio": official["downsample_ratio"],
+        "projector_hidden_act": "gelu",
+        "vision_feature_layer": config.connector.select_layer,
+        "vision_feature_select_strategy": "default",
+        "tie_word_embeddings": False,
+    }
 
 
 def keys(config: InternVLConfig, kind: str) -> Iterator[Key]:
