@@ -119,12 +119,16 @@ def parity(
 @app.command("import")
 def import_(
     source: Annotated[
-        Path, typer.Argument(help="a folder with config.json and safetensors or .bin files")
+        Path,
+        typer.Argument(help="a folder with config.json and safetensors or .bin files; or a .pth"),
     ],
     target: Annotated[Path, typer.Argument(help="the model folder to make")],
     kind: Annotated[
         str | None,
         typer.Option(help="only this of it: vision, or internvl_c of an InternVL-14B"),
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="of a .pth: the official config.json; default: beside it")
     ] = None,
 ) -> None:
     """Make a model folder of official weights: InternViT, InternVL-14B, InternVL-Chat.
@@ -133,7 +137,7 @@ def import_(
     """
     from models.internvl.convert import import_model
 
-    done = import_model(source, target, kind=kind)
+    done = import_model(source, target, kind=kind, config_file=config)
     typer.echo(f"{source} ({done.format}) is the {done.kind} in {target}: {done.summary}")
     if done.left_out:
         typer.echo(f"left out: {', '.join(done.left_out)}")
@@ -144,7 +148,11 @@ def export(
     model: ModelRef,
     target: Annotated[Path, typer.Argument(help="the folder to make")],
     format: Annotated[
-        str, typer.Option(help="internvit, internvl_14b, internvl_chat or transformers")
+        str,
+        typer.Option(
+            help="internvit, internvl_14b, internvl_chat, transformers, internvit_pth or "
+            "internvl_c_pth"
+        ),
     ],
 ) -> None:
     """Write a model as official code or transformers reads it."""

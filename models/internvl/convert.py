@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from infra.errors import ModelError
@@ -99,39 +100,72 @@ FORMATS = {
         read=hf.config_from_native,
         keys=lambda config, _kind: hf.native_keys(config),
     ),
+    "internvit_pth": Format(
+        kind="vision",
+        about="a timm-style PyTorch file of InternViT",
+        read=_vision_alone,
+        keys=hf.timm_keys,
+    ),
+    "internvl_c_pth": Format(
+        kind="internvl_c",
+        about="a timm-style PyTorch file of InternVL-C",
+        read=hf.config_from_official,
+        keys=hf.timm_keys,
+    ),
 }
+PYTORCH_FILES = ("internvit_pth", "internvl_c_pth")
+"""formats of one PyTorch file"""
+HEAD = "clip_projector."
+"""InternViT's PyTorch file also has this, which is InternVL-C's"""
 
 
-def import_model(source: str | Path, target: str | Path, *, kind: str | None = None) -> Conversion:
+def import_model(
+    source: str | Path,
+    target: str | Path,
+    *,
+    kind: str | None = None,
+    config_file: Path | None = None,
+) -> Conversion:
     """Make a model folder of an official one.
 
     Args:
-        source: a folder with config.json and safetensors or PyTorch files.
+        source: a folder with config.json and safetensors or PyTorch files, or a timm-style
+            PyTorch file.
         target: a folder that is to be.
         kind: "internvl_c" takes that part of an InternVL-14B; "vision" the tower of any model;
             None: everything.
+        config_file: the official config.json, of an InternViT or an InternVL-14B, where the
+            source is a PyTorch file; None: the one beside it.
 
     Raises:
         ModelError: the source is of no known format, or a tensor is missing, surplus or of
             another shape; the message names it.
     """
     source, target = Path(source), Path(target)
-    name, facts = _recognise(source)
+    config_file = config_file or (source.parent if source.is_file() else source) / "config.json"
+    name, facts = _recognise(config_file)
+    if source.is_file():
+        name = _as_pytorch_file(name, config_file)
     form = FORMATS[name]
     try:
         config = form.read(facts)
     except KeyError as error:
-        raise ModelError(f"{source / 'config.json'} lacks {error.args[0]!r}") from None
+        raise ModelError(f"{config_file} lacks {error.args[0]!r}") from None
     whole = list(form.keys(config, form.kind))
     chosen = _chosen(whole, config, form.kind, kind)
     _refuse_overwriting(target)
     with TensorFiles(source) as files:
-        buffers = tuple(n for n in files.facts if n.endswith(BUFFERS))
+        buffers = tuple(
+            n
+            for n in files.facts
+            if n.endswith(BUFFERS) or (name == "internvit_pth" and n.startswith(HEAD))
+        )
         found = {n: fact.shape for n, fact in files.facts.items() if n not in buffers}
         check_names(str(source), found, {n: shape for key in whole for n, shape in key.theirs})
         done = _import_tensors(files, chosen, target / "weights.safetensors")
     taken = {n for key in chosen for n in key.names}
-    _keep_small_files(source, target / KEPT)
+    if source.is_dir():
+        _keep_small_files(source, target / KEPT)
     write_config(target, kind or form.kind, config)
     return Conversion(
         format=name,
@@ -163,7 +197,8 @@ def export_model(folder: str | Path, target: str | Path, format: str) -> Convers
     with TensorFiles(folder / "weights.safetensors") as files:
         found = {n: fact.shape for n, fact in files.facts.items()}
         check_names(str(folder), found, {key.ours: key.shape for key in table})
-        done = _export_tensors(files, table, target / "model.safetensors")
+        write = _export_pytorch if format in PYTORCH_FILES else _export_tensors
+        done = write(files, table, target)
     if (folder / KEPT).is_dir():
         _keep_small_files(folder / KEPT, target)
     if facts is not None:
@@ -173,11 +208,13 @@ def export_model(folder: str | Path, target: str | Path, format: str) -> Convers
     return Conversion(format=format, kind=kind, tensors=len(done), size=size, left_out=())
 
 
-def _recognise(source: Path) -> tuple[str, dict[str, Any]]:
-    """The format of a folder, and its config.json."""
-    path = source / "config.json"
+def _recognise(path: Path) -> tuple[str, dict[str, Any]]:
+    """The format of a folder with that config.json, and what the file says."""
     if not path.is_file():
-        raise ModelError(f"{path} does not exist; an official model folder has one")
+        raise ModelError(
+            f"{path} does not exist; an official model folder has one, and to a PyTorch file it "
+            "is given"
+        )
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -192,6 +229,16 @@ def _recognise(source: Path) -> tuple[str, dict[str, Any]]:
         return "internvit", facts
     known = "; ".join(form.about for form in FORMATS.values())
     raise ModelError(f"{path} has model_type {facts.get('model_type')!r}; what is read: {known}")
+
+
+def _as_pytorch_file(name: str, config_file: Path) -> str:
+    names = {"internvit": "internvit_pth", "internvl_14b": "internvl_c_pth"}
+    if name not in names:
+        raise ModelError(
+            f"{config_file} is that of {FORMATS[name].about}, which is a folder; for a PyTorch "
+            "file the config of an InternViT or of an InternVL-14B is expected"
+        )
+    return names[name]
 
 
 def _chosen(
@@ -248,7 +295,23 @@ def _import_tensors(files: TensorFiles, table: Sequence[Key], path: Path) -> dic
     return facts
 
 
-def _export_tensors(files: TensorFiles, table: Sequence[Key], path: Path) -> dict[str, TensorFacts]:
+def _export_pytorch(
+    files: TensorFiles, table: Sequence[Key], target: Path
+) -> dict[str, TensorFacts]:
+    """One PyTorch file; unlike safetensors it has to be whole in memory first."""
+    tensors = {
+        name: part.clone()
+        for key in table
+        for name, part in zip(key.names, key.split(files.read(key.ours)), strict=True)
+    }
+    target.mkdir(parents=True, exist_ok=True)
+    torch.save(tensors, target / "model.pth")
+    return {n: TensorFacts(shape=tuple(t.shape), dtype=t.dtype) for n, t in tensors.items()}
+
+
+def _export_tensors(
+    files: TensorFiles, table: Sequence[Key], target: Path
+) -> dict[str, TensorFacts]:
     table = sorted(table, key=lambda key: -files.facts[key.ours].dtype.itemsize)
     facts = {
         name: TensorFacts(shape=shape, dtype=files.facts[key.ours].dtype)
@@ -260,7 +323,7 @@ def _export_tensors(files: TensorFiles, table: Sequence[Key], path: Path) -> dic
         for key in table:
             yield from zip(key.names, key.split(files.read(key.ours)), strict=True)
 
-    write_tensors(path, facts, tensors(), {"format": "pt"})
+    write_tensors(target / "model.safetensors", facts, tensors(), {"format": "pt"})
     return facts
 
 
@@ -290,7 +353,8 @@ def _official_config(
 
 
 def _kept_config(folder: Path) -> tuple[str, dict[str, Any]] | None:
-    return _recognise(folder / KEPT) if (folder / KEPT / "config.json").is_file() else None
+    path = folder / KEPT / "config.json"
+    return _recognise(path) if path.is_file() else None
 
 
 def _image_token(folder: Path, kept: Mapping[str, Any]) -> int:

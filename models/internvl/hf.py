@@ -47,11 +47,11 @@ def config_from_official(config: Mapping) -> InternVLConfig:
 
 
 def config_to_official(config: InternVLConfig, kind: str) -> dict[str, Any]:
-    """The inverse of `config_from_official` for "vision", "internvl_g" and "chat_simple"."""
+    """The inverse of `config_from_official`: of the same file for "internvl_c" and "internvl_g"."""
     vision = vision_hf.config_to_official(config.vision)
     if kind == "vision":
         return vision
-    if kind == "internvl_g":
+    if kind in ("internvl_c", "internvl_g"):
         queries = {
             "num_query_token": config.queries.num_queries,
             "cross_attention_frequency": config.queries.cross_attention_frequency,
@@ -221,6 +221,29 @@ def native_keys(config: InternVLConfig) -> Iterator[Key]:
             parts = [(name.replace("qkv", f"{p}_proj"), (rows // 3, *rest)) for p in "qkv"]
             key = dataclasses.replace(key, theirs=tuple(parts), blocks=1)
         yield from renamed([key], _native_name)
+
+
+_TIMM = (
+    # Patterns of official names, and what the timm-style PyTorch files have.
+    (r"^vision_model\.", ""),
+    (r"^qllama\.model\.", "transformer."),
+    (r"^embeddings\.class_embedding$", "cls_token"),
+    (r"^embeddings\.position_embedding$", "pos_embed"),
+    (r"^embeddings\.patch_embedding\.", "patch_embed.proj."),
+    (r"^encoder\.layers\.", "blocks."),
+    (r"\.ls([12])$", r".ls\1.gamma"),
+)
+
+
+def timm_keys(config: InternVLConfig, kind: str) -> Iterator[Key]:
+    """As `keys` of "vision" or "internvl_c", by the names of the timm-style PyTorch files."""
+    return renamed(keys(config, kind), _timm_name)
+
+
+def _timm_name(official: str) -> str:
+    for pattern, timm in _TIMM:
+        official = re.sub(pattern, timm, official)
+    return official
 
 
 def _native_name(official: str) -> str:

@@ -125,7 +125,9 @@ def test_a_part_of_a_model(tmp_path):
     assert "qllama.lm_head.weight" in done.left_out
     assert "query_tokens" in done.left_out
     assert not [n for n in done.left_out if n.startswith(("vision_model.", "clip_projector."))]
-    with pytest.raises(ModelError, match=r"lacks queries, text_head; none holds a internvl_c"):
+    with pytest.raises(
+        ModelError, match=r"lacks queries, text_head; formats for a internvl_c: internvl_c_pth"
+    ):
         export_model(tmp_path / "c", tmp_path / "out", "internvl_14b")
 
     import_model(source, tmp_path / "vision", kind="vision")
@@ -195,3 +197,35 @@ def test_scaled_positions_are_refused():
     text = {"rope_parameters": {"rope_type": "dynamic"}}
     with pytest.raises(ConfigError, match="expected the default type"):
         config_from_native({"vision_config": {}, "text_config": text})
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "format"),
+    [
+        ("internvit_rms", "vision", "internvit_pth"),
+        ("internvl_14b", "internvl_c", "internvl_c_pth"),
+    ],
+)
+def test_timm_style_files(name, kind, format, tmp_path):
+    import_model(official(name, tmp_path / "source"), tmp_path / "ours", kind=kind)
+    export_model(tmp_path / "ours", tmp_path / "pth", format)
+    path = tmp_path / "pth" / "model.pth"
+    weights = torch.load(path, weights_only=True)
+    assert {"cls_token", "pos_embed", "patch_embed.proj.bias", "blocks.0.ls1.gamma"} <= set(weights)
+    if kind == "internvl_c":
+        assert "transformer.layers.0.self_attn.q_proj.weight" in weights
+        assert not [n for n in weights if "cross_attn.q_proj" in n or "lm_head" in n]
+    done = import_model(path, tmp_path / "again")
+    assert (done.format, done.kind, done.left_out) == (format, kind, ())
+    assert_same_bits(read_weights(tmp_path / "again"), read_weights(tmp_path / "ours"))
+
+    config = path.with_name("config.json").rename(tmp_path / "config.json")
+    with pytest.raises(ModelError, match=r"config\.json does not exist"):
+        import_model(path, tmp_path / "third")
+    torch.save({"module": weights | {"clip_projector.new": torch.ones(1)}}, path)
+    if kind == "internvl_c":
+        with pytest.raises(ModelError, match=r"1 surplus: clip_projector\.new"):
+            import_model(path, tmp_path / "third", config_file=config)
+    else:
+        done = import_model(path, tmp_path / "third", config_file=config)
+        assert done.left_out == ("clip_projector.new",)
