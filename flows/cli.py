@@ -116,6 +116,53 @@ def parity(
     raise typer.Exit(0 if compare_folders(folders, typer.echo) else 1)
 
 
+@app.command("import")
+def import_(
+    source: Annotated[
+        Path,
+        typer.Argument(help="a folder with config.json and safetensors or .bin files; or a .pth"),
+    ],
+    target: Annotated[Path, typer.Argument(help="the model folder to make")],
+    kind: Annotated[
+        str | None,
+        typer.Option(help="only this of it: vision, or internvl_c of an InternVL-14B"),
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="of a .pth: the official config.json; default: beside it")
+    ] = None,
+) -> None:
+    """Make a model folder of official weights: InternViT, InternVL-14B, InternVL-Chat.
+
+    Every tensor is accounted for, and kept in the type it has. Code in a pickle is never run.
+    """
+    from models.internvl.convert import import_model
+
+    done = import_model(source, target, kind=kind, config_file=config)
+    typer.echo(f"{source} ({done.format}) is the {done.kind} in {target}: {done.summary}")
+    if done.left_out:
+        typer.echo(f"left out: {', '.join(done.left_out)}")
+
+
+@app.command()
+def export(
+    model: ModelRef,
+    target: Annotated[Path, typer.Argument(help="the folder to make")],
+    format: Annotated[
+        str,
+        typer.Option(
+            help="internvit, internvl_14b, internvl_chat, transformers, internvit_pth or "
+            "internvl_c_pth"
+        ),
+    ],
+) -> None:
+    """Write a model as official code or transformers reads it."""
+    from infra.registry import resolve_model
+    from models.internvl.convert import export_model
+
+    done = export_model(resolve_model(model), target, format)
+    typer.echo(f"{model} ({done.kind}) is in {target} as {done.format}: {done.summary}")
+
+
 @app.command()
 def report(
     out: Annotated[Path | None, typer.Option(help="where; default work/report/index.html")] = None,

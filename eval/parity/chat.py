@@ -25,8 +25,9 @@ from eval.parity.recorded import (
     whole_gradients,
 )
 from infra.train.weights import load_weights
+from models.common.keymap import join_all
 from models.connector.model import pixel_shuffle
-from models.internvl.hf import config_from_official, from_official, native_to_official
+from models.internvl.hf import config_from_official, from_official, native_keys
 from models.internvl.model import build
 from models.objectives.next_token import NextTokenConfig, next_token
 
@@ -55,7 +56,7 @@ def check_chat(folder: Path) -> list[Check]:
         checks += _replies(folder, model, "generate_outputs")
     native = read_tensors(folder, "hf_native_weights")
     if native:
-        load_weights(model, from_official(native_to_official(native), config, KIND))
+        load_weights(model, join_all(native_keys(config), native))
         recorded = read_tensors(folder, "hf_native_outputs")
         values = {n: t for n, t in recorded.items() if not n.endswith("_greedy")}
         checks += _conversations(folder, model, "hf_native_outputs", values)

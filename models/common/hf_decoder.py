@@ -1,63 +1,77 @@
-"""Weights of a LLaMA in the Hugging Face layout to ours."""
+"""Weights of a LLaMA in the Hugging Face layout, and ours."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-import torch
-from torch import Tensor
+from collections.abc import Iterator
 
 from models.common.config import DecoderConfig
-
-_LAYER = {
-    "self_attn.o_proj": "self_attention.linear_proj",
-    "mlp.down_proj": "mlp.linear_fc2",
-    "input_layernorm": "input_layernorm",
-    "post_attention_layernorm": "pre_mlp_layernorm",
-    "cross_attn.q_proj": "cross_attention.linear_q",
-    "cross_attn.k_proj": "cross_attention.linear_k",
-    "cross_attn.v_proj": "cross_attention.linear_v",
-    "cross_attn.o_proj": "cross_attention.linear_proj",
-    "cross_attn.norm1": "cross_attention.query_norm",
-    "cross_attn.norm2": "cross_attention.vision_norm",
-}
-_TOP = {
-    "model.embed_tokens.weight": "embedding.weight",
-    "model.norm.weight": "decoder.final_layernorm.weight",
-    "lm_head.weight": "head.weight",
-}
+from models.common.keymap import Key, one, prefixed
 
 
-def decoder_from_official(
-    weights: Mapping[str, Tensor], config: DecoderConfig
-) -> dict[str, Tensor]:
-    """Names like `model.layers.0.self_attn.q_proj.weight` to canonical ones.
+def decoder_keys(
+    config: DecoderConfig, *, head: bool = True, cross_every: int = 0, vision_width: int = 0
+) -> Iterator[Key]:
+    """Names like `model.layers.0.self_attn.q_proj.weight`, and the canonical ones.
 
-    q, k and v become one matrix, by groups: the queries of a group, its key, its value. Gate and
-    up become one matrix, gate first.
+    q, k and v are one matrix of ours, by groups: the queries of a group, its key, its value. Gate
+    and up are one matrix, gate first.
+
+    Args:
+        config: the decoder's.
+        head: whether there is a head onto the vocabulary.
+        cross_every: every so many layers look at an image of `vision_width` channels; 0: none.
     """
-    result = {}
-    for name, tensor in weights.items():
-        if name in _TOP:
-            result[_TOP[name]] = tensor
-            continue
-        index, rest = name.removeprefix("model.layers.").split(".", 1)
-        prefix = f"decoder.layers.{index}."
-        stem, _, leaf = rest.rpartition(".")
-        if stem == "self_attn.q_proj":
-            key, value = (weights[name.replace("q_proj", part)] for part in ("k_proj", "v_proj"))
-            fused = _fuse_qkv(tensor, key, value, config)
-            result[f"{prefix}self_attention.linear_qkv.{leaf}"] = fused
-        elif stem == "mlp.gate_proj":
-            up = weights[name.replace("gate_proj", "up_proj")]
-            result[prefix + "mlp.linear_fc1.weight"] = torch.cat([tensor, up])
-        elif stem in _LAYER:
-            result[f"{prefix}{_LAYER[stem]}.{leaf}"] = tensor
-    return result
+    table = (config.vocab_size, config.width)
+    yield one("embedding.weight", table, "model.embed_tokens.weight")
+    yield one("decoder.final_layernorm.weight", (config.width,), "model.norm.weight")
+    if head:
+        yield one("head.weight", table, "lm_head.weight")
+    for index in range(config.depth):
+        layer = list(_layer(config))
+        if cross_every and index % cross_every == 0:
+            layer += _cross_attention(config.width, vision_width)
+        yield from prefixed(layer, ours=f"decoder.layers.{index}.", theirs=f"model.layers.{index}.")
 
 
-def _fuse_qkv(query: Tensor, key: Tensor, value: Tensor, config: DecoderConfig) -> Tensor:
+def _layer(config: DecoderConfig) -> Iterator[Key]:
+    width, hidden = config.width, config.mlp_hidden
+    for norm, name in (
+        ("input_layernorm", "input_layernorm"),
+        ("pre_mlp_layernorm", "post_attention_layernorm"),
+    ):
+        yield one(f"{norm}.weight", (width,), f"{name}.weight")
+    yield _qkv(config, "weight", (width,))
+    if config.qkv_bias:
+        yield _qkv(config, "bias", ())
+    yield one("self_attention.linear_proj.weight", (width, width), "self_attn.o_proj.weight")
+    yield Key(
+        ours="mlp.linear_fc1.weight",
+        shape=(2 * hidden, width),
+        theirs=tuple((f"mlp.{part}_proj.weight", (hidden, width)) for part in ("gate", "up")),
+    )
+    yield one("mlp.linear_fc2.weight", (width, hidden), "mlp.down_proj.weight")
+
+
+def _qkv(config: DecoderConfig, leaf: str, rest: tuple[int, ...]) -> Key:
     groups = config.key_value_heads or config.heads
-    rest = query.shape[1:]  # (width,) of a matrix, () of a bias
-    parts = [x.view(groups, -1, config.head_size, *rest) for x in (query, key, value)]
-    return torch.cat(parts, 1).reshape(-1, *rest)
+    heads = {"q": config.heads, "k": groups, "v": groups}
+    rows = {part: count * config.head_size for part, count in heads.items()}
+    return Key(
+        ours=f"self_attention.linear_qkv.{leaf}",
+        shape=(sum(rows.values()), *rest),
+        theirs=tuple((f"self_attn.{p}_proj.{leaf}", (count, *rest)) for p, count in rows.items()),
+        groups=groups,
+    )
+
+
+def _cross_attention(width: int, vision_width: int) -> Iterator[Key]:
+    for ours, name, columns in (
+        ("linear_q", "q_proj", width),
+        ("linear_k", "k_proj", vision_width),
+        ("linear_v", "v_proj", vision_width),
+        ("linear_proj", "o_proj", width),
+    ):
+        shape = (width, columns)
+        yield one(f"cross_attention.{ours}.weight", shape, f"cross_attn.{name}.weight")
+    for ours, name, size in (("query", "norm1", width), ("vision", "norm2", vision_width)):
+        yield one(f"cross_attention.{ours}_norm.weight", (size,), f"cross_attn.{name}.weight")

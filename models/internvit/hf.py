@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from torch import Tensor
 
+from models.common.keymap import Key, join_all, one, prefixed
 from models.internvit.config import InternViTConfig
-
-_LAYER = {
-    "ls1": "ls1",
-    "ls2": "ls2",
-    "norm1": "input_layernorm",
-    "norm2": "pre_mlp_layernorm",
-    "attn.qkv": "self_attention.linear_qkv",
-    "attn.proj": "self_attention.linear_proj",
-    "attn.q_norm": "self_attention.q_layernorm",
-    "attn.k_norm": "self_attention.k_layernorm",
-    "mlp.fc1": "mlp.linear_fc1",
-    "mlp.fc2": "mlp.linear_fc2",
-}
 
 
 def config_from_official(config: Mapping) -> InternViTConfig:
@@ -41,37 +31,78 @@ def config_from_official(config: Mapping) -> InternViTConfig:
     )
 
 
+def config_to_official(config: InternViTConfig) -> dict[str, Any]:
+    """The inverse of `config_from_official`, with what the official class also asks for."""
+    return {
+        "architectures": ["InternVisionModel"],
+        "model_type": "intern_vit_6b",
+        "hidden_size": config.width,
+        "num_hidden_layers": config.depth,
+        "num_attention_heads": config.heads,
+        "intermediate_size": config.mlp_hidden,
+        "patch_size": config.patch_px,
+        "image_size": config.image_px,
+        "norm_type": "layer_norm" if config.norm == "layer" else "rms_norm",
+        "qkv_bias": config.qkv_bias,
+        "qk_normalization": config.qk_norm,
+        "initializer_factor": config.layerscale_init,
+        "layer_norm_eps": config.eps,
+        "drop_path_rate": config.drop_path,
+        "hidden_act": "gelu",
+        "use_flash_attn": False,
+    }
+
+
+def keys(config: InternViTConfig) -> Iterator[Key]:
+    """Official names and shapes, and the canonical ones.
+
+    The official q, k, v matrix has all q, all k, all v; ours has them head by head.
+    """
+    width, patch = config.width, config.patch_px
+    tokens = config.patches + 1
+    pixels = (width, 3, patch, patch)
+    yield one("class_embedding", (width,), "embeddings.class_embedding", (1, 1, width))
+    yield one(
+        "position_embedding", (tokens, width), "embeddings.position_embedding", (1, tokens, width)
+    )
+    name = "patch_embedding.weight"
+    yield one(name, (width, math.prod(pixels[1:])), f"embeddings.{name}", pixels)
+    yield one("patch_embedding.bias", (width,), "embeddings.patch_embedding.bias")
+    for index in range(config.depth):
+        yield from prefixed(
+            _layer(config), ours=f"decoder.layers.{index}.", theirs=f"encoder.layers.{index}."
+        )
+
+
 def from_official(weights: Mapping[str, Tensor], config: InternViTConfig) -> dict[str, Tensor]:
-    """Official names and shapes to canonical ones."""
-    result = {}
-    for name, tensor in weights.items():
-        if name.startswith("encoder.layers."):
-            index, rest = name.removeprefix("encoder.layers.").split(".", 1)
-            key = f"decoder.layers.{index}.{_layer_name(rest)}"
-            if rest.startswith("attn.qkv."):
-                tensor = interleave_heads(tensor, config.heads)
-        else:
-            key, tensor = _embedding(name.removeprefix("embeddings."), tensor)
-        result[key] = tensor.contiguous()
-    return result
+    """Official tensors to canonical ones."""
+    return join_all(keys(config), weights)
 
 
-def interleave_heads(tensor: Tensor, heads: int) -> Tensor:
-    """Rows [3, heads, size] (all q, all k, all v) to Megatron's [heads, 3, size]."""
-    rows = tensor.view(3, heads, -1, *tensor.shape[1:])
-    return rows.transpose(0, 1).reshape(tensor.shape)
-
-
-def _layer_name(rest: str) -> str:
-    stem, _, leaf = rest.rpartition(".")
-    if not stem:  # ls1, ls2
-        return _LAYER[leaf]
-    return f"{_LAYER[stem]}.{leaf}"
-
-
-def _embedding(name: str, tensor: Tensor) -> tuple[str, Tensor]:
-    if name == "patch_embedding.weight":
-        return name, tensor.flatten(1)
-    if name in ("class_embedding", "position_embedding"):
-        return name, tensor.reshape(tensor.shape[1:] if tensor.shape[1] > 1 else (-1,))
-    return name, tensor
+def _layer(config: InternViTConfig) -> Iterator[Key]:
+    width, hidden = config.width, config.mlp_hidden
+    for name in ("ls1", "ls2"):
+        yield one(name, (width,), name)
+    leaves = ("weight", "bias") if config.norm == "layer" else ("weight",)
+    for ours, name in (("input_layernorm", "norm1"), ("pre_mlp_layernorm", "norm2")):
+        for leaf in leaves:
+            yield one(f"{ours}.{leaf}", (width,), f"{name}.{leaf}")
+    rests = {"weight": (width,)} | ({"bias": ()} if config.qkv_bias else {})
+    for leaf, rest in rests.items():
+        shape = (3 * width, *rest)
+        yield Key(
+            ours=f"self_attention.linear_qkv.{leaf}",
+            shape=shape,
+            theirs=((f"attn.qkv.{leaf}", shape),),
+            groups=config.heads,
+            blocks=3,
+        )
+    for part in ("q", "k") if config.qk_norm else ():
+        yield one(f"self_attention.{part}_layernorm.weight", (width,), f"attn.{part}_norm.weight")
+    for ours, name, rows, columns in (
+        ("self_attention.linear_proj", "attn.proj", width, width),
+        ("mlp.linear_fc1", "mlp.fc1", hidden, width),
+        ("mlp.linear_fc2", "mlp.fc2", width, hidden),
+    ):
+        yield one(f"{ours}.weight", (rows, columns), f"{name}.weight")
+        yield one(f"{ours}.bias", (rows,), f"{name}.bias")

@@ -16,9 +16,10 @@ from models.internvit.config import InternViTConfig, internvit
 from models.llama.config import llama
 from models.qllama.config import PAPER, QLlamaConfig
 
-Kind = Literal["text", "internvl_c", "internvl_g", "chat_simple", "chat_full"]
+Kind = Literal["vision", "text", "internvl_c", "internvl_g", "chat_simple", "chat_full"]
 
 PARTS: dict[str, frozenset[str]] = {
+    "vision": frozenset({"vision"}),
     "text": frozenset({"text", "text_head"}),
     "internvl_c": frozenset({"vision", "text", "contrast"}),
     "internvl_g": frozenset({"vision", "text", "text_head", "queries", "contrast"}),
@@ -26,6 +27,7 @@ PARTS: dict[str, frozenset[str]] = {
     "chat_full": frozenset({"vision", "text", "queries", "connector", "language"}),
 }
 CAPABILITIES: dict[str, frozenset[str]] = {
+    "vision": frozenset(),
     "text": frozenset(),
     "internvl_c": frozenset({"embed"}),
     "internvl_g": frozenset({"embed", "generate"}),

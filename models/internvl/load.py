@@ -34,12 +34,17 @@ def save_model(
     if weights is None:
         return
     folder = Path(folder)
+    write_config(folder, kind, config)
+    write_safetensors(folder / "weights.safetensors", weights)
+    tokenizer.save(folder / "tokenizer.json")
+
+
+def write_config(folder: Path, kind: str, config: InternVLConfig) -> None:
+    """Write the `config.json` of a model folder."""
     folder.mkdir(parents=True, exist_ok=True)
     facts = {"format": FORMAT, "kind": kind, "model": to_dict(config)}
     text = json.dumps(facts, indent=2, sort_keys=True, ensure_ascii=False)
     (folder / "config.json").write_text(text + "\n", encoding="utf-8")
-    write_safetensors(folder / "weights.safetensors", weights)
-    tokenizer.save(folder / "tokenizer.json")
 
 
 def read_config(folder: str | Path) -> tuple[str, InternVLConfig]:

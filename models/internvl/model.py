@@ -1,4 +1,4 @@
-"""InternVL: the four configurations, and the text tower alone, as one module.
+"""InternVL: the four configurations, and each tower alone, as one module.
 
 Letters: B batch, N images, K kept patches, T text tokens, Q queries, D width, E embedding,
 V vocabulary.
@@ -52,7 +52,7 @@ class InternVL(Part):
         vision = InternViT(config.vision, spec) if "vision" in parts else None
         text = _text_tower(config, parts, spec) if "text" in parts else None
         language = Llama(config.chat, spec=spec) if "language" in parts else None
-        super().__init__((text or language).config)
+        super().__init__((text or language or vision).config)
         self.kind = kind
         self.model_config = config
         self.vision, self.text, self.language = vision, text, language

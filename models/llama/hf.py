@@ -1,14 +1,12 @@
-"""Hugging Face LLaMA and Qwen2 weights to ours."""
+"""Hugging Face LLaMA and Qwen2 configs to ours and back; the weights are in `hf_decoder`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from infra.errors import ConfigError
-from models.common.hf_decoder import decoder_from_official as from_official
 from models.llama.config import LlamaConfig
-
-__all__ = ["config_from_official", "from_official"]
 
 _QKV_BIAS = {"llama": False, "qwen2": True}
 """model types that have this shape, and whether q, k and v have a bias"""
@@ -46,3 +44,24 @@ def config_from_official(config: Mapping) -> LlamaConfig:
         init_std=config["initializer_range"],
         embedding_init_std=config["initializer_range"],
     )
+
+
+def config_to_official(config: LlamaConfig) -> dict[str, Any]:
+    """The inverse of `config_from_official`: a Qwen2 if q, k and v have a bias, else a LLaMA."""
+    kind = next(kind for kind, bias in _QKV_BIAS.items() if bias == config.qkv_bias)
+    return {
+        "architectures": [{"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}[kind]],
+        "model_type": kind,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.width,
+        "num_hidden_layers": config.depth,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.key_value_heads or config.heads,
+        "intermediate_size": config.mlp_hidden,
+        "max_position_embeddings": config.max_tokens,
+        "rms_norm_eps": config.eps,
+        "rope_theta": config.rope_base,
+        "initializer_range": config.matrix_std,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+    }

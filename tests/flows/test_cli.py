@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
-COMMANDS = ("run", "evaluate", "parity", "report", "models", "register", "lineage", "status")
+COMMANDS = (
+    "run", "evaluate", "parity", "import", "export", "report", "models", "register", "lineage",
+    "status",
+)  # fmt: skip
 
 
 def vlfoundry(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -40,3 +43,19 @@ def test_outside_of_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert refused.returncode == 2
     assert refused.stderr.startswith("vlfoundry: ")
     assert "is not inside a VLFoundry checkout" in refused.stderr
+
+
+def test_weights_in_and_out(tmp_path: Path) -> None:
+    golden = Path("tests/eval/golden/internvl_chat")
+    imported = vlfoundry("import", str(golden), str(tmp_path / "ours"))
+    assert imported.returncode == 0, imported.stderr
+    assert "(internvl_chat) is the chat_simple in" in imported.stdout
+    exported = vlfoundry(
+        "export", str(tmp_path / "ours"), str(tmp_path / "back"), "--format", "internvl_chat"
+    )
+    assert exported.returncode == 0, exported.stderr
+    again = vlfoundry(
+        "export", str(tmp_path / "ours"), str(tmp_path / "no"), "--format", "transformers"
+    )
+    assert again.returncode == 2
+    assert "the pixel shuffle is 'v1'" in again.stderr

@@ -48,6 +48,8 @@ def test_every_kind_runs(kind):
     with torch.no_grad():
         if kind == "text":
             assert model.text.logits(model.text.encode(ids, mask)).shape == (3, 7, 61)
+        if kind == "vision":
+            assert model.vision(pixels(3)).shape == (3, 17, 20)
         if kind.startswith("internvl"):
             for unit in (model.embed_images(pixels(3)), model.embed_texts(ids, mask)):
                 assert unit.shape == (3, 8)

@@ -25,6 +25,8 @@ def loss_of(kind: str, model, part: slice = slice(None)) -> torch.Tensor:
     if kind == "text":
         ids, mask = texts(4)
         return TextObjective()(model, {"ids": ids[part], "mask": mask[part]})[0]
+    if kind == "vision":
+        return model.vision(pixels(4)[part]).square().mean()
     if kind == "internvl_c":
         ids, mask = texts(4)
         ids[3], mask[3] = ids[0], mask[0]  # one caption of two images

@@ -1,0 +1,218 @@
+"""Files of tensors, read and written tensor by tensor.
+
+A file is mapped into memory, not read: what is held beyond the page cache is the tensor in hand.
+PyTorch's files are read with `weights_only`: code in a pickle is never run.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import struct
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from infra.errors import ModelError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+WHOLE = ("model.safetensors", "pytorch_model.bin", "weights.safetensors")
+"""what the one file of weights of a folder is called, in the order they are looked for"""
+WRAPPERS = ("module", "model", "state_dict")
+"""what a PyTorch file may hold its tensors under"""
+_TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorFacts:
+    """What a file's header says of a tensor."""
+
+    shape: tuple[int, ...]
+    """sizes"""
+    dtype: Any
+    """torch.dtype"""
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        count = self.dtype.itemsize
+        for side in self.shape:
+            count *= side
+        return count
+
+
+class TensorFiles:
+    """The tensors of a file, or of all shards of a folder; a context manager.
+
+    Raises:
+        ModelError: there are none, a shard is missing or unreadable, or a name comes twice.
+    """
+
+    def __init__(self, source: str | Path) -> None:
+        self.label = str(source)
+        self._open = ExitStack()
+        self._file_of: dict[str, Any] = {}
+        self.facts: dict[str, TensorFacts] = {}
+        paths, promised = _shards(Path(source))
+        for path in paths:
+            self._add(path)
+        absent = sorted(promised - self.facts.keys())
+        if absent:
+            raise ModelError(
+                f"the index of {source} promises {len(absent)} tensors that no shard holds, the "
+                f"first is {absent[0]!r}; download the shards again"
+            )
+
+    def __enter__(self) -> TensorFiles:
+        return self
+
+    def __exit__(self, *_error: Any) -> None:
+        self._open.close()
+
+    def read(self, name: str) -> Tensor:
+        """A tensor; it may share memory with the mapped file."""
+        return self._file_of[name].read(name)
+
+    def _add(self, path: Path) -> None:
+        if not path.is_file():
+            raise ModelError(f"weights {path} do not exist; download that file again")
+        file = _Safetensors(path) if path.suffix == ".safetensors" else _Pickle(path)
+        self._open.callback(file.close)
+        for name, facts in file.facts():
+            if name in self.facts:
+                raise ModelError(f"tensor {name!r} of {self.label} comes again in {path.name}")
+            self.facts[name], self._file_of[name] = facts, file
+
+
+def write_tensors(
+    path: str | Path,
+    facts: Mapping[str, TensorFacts],
+    tensors: Iterable[tuple[str, Tensor]],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write a safetensors file: the header first, then each tensor as it comes.
+
+    Args:
+        path: takes its name only when it is complete.
+        facts: every tensor, in the order of the file.
+        tensors: the same names in the same order.
+        metadata: strings for the header.
+    """
+    import torch
+
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    names = {getattr(torch, theirs): ours for ours, theirs in _TYPES.items()}
+    start = 0
+    for name, fact in facts.items():
+        if fact.dtype not in names:
+            raise ModelError(f"{name!r} is of type {fact.dtype}; weights are of {sorted(_TYPES)}")
+        offsets = [start, start + fact.size]
+        header[name] = {
+            "dtype": names[fact.dtype], "shape": list(fact.shape), "data_offsets": offsets
+        }  # fmt: skip
+        start += fact.size
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".part")
+    with unfinished.open("wb") as stream:
+        stream.write(struct.pack("<Q", len(text)) + text)
+        for (name, fact), (given, tensor) in zip(facts.items(), tensors, strict=True):
+            assert (name, fact.shape, fact.dtype) == (given, tuple(tensor.shape), tensor.dtype)
+            flat = tensor.detach().cpu().contiguous().reshape(-1)
+            stream.write(flat.view(torch.uint8).numpy().data)
+    unfinished.replace(path)
+
+
+class _Safetensors:
+    def __init__(self, path: Path) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            self._file = safe_open(path, framework="pt")
+        except SafetensorError as error:
+            raise ModelError(f"{path} is no complete safetensors file: {error}") from None
+        self._path = path
+
+    def facts(self) -> Iterator[tuple[str, TensorFacts]]:
+        import torch
+
+        for name in self._file.keys():  # noqa: SIM118 (it is no mapping)
+            part = self._file.get_slice(name)
+            if part.get_dtype() not in _TYPES:
+                raise ModelError(
+                    f"tensor {name!r} of {self._path} is of type {part.get_dtype()}; weights are "
+                    f"of {sorted(_TYPES)}"
+                )
+            dtype = getattr(torch, _TYPES[part.get_dtype()])
+            yield name, TensorFacts(shape=tuple(part.get_shape()), dtype=dtype)
+
+    def read(self, name: str) -> Tensor:
+        return self._file.get_tensor(name)
+
+    def close(self) -> None:
+        self._file.__exit__(None, None, None)
+
+
+class _Pickle:
+    def __init__(self, path: Path) -> None:
+        import torch
+
+        try:
+            found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:
+            reason = str(error).splitlines()[0]
+            raise ModelError(
+                f"{path} cannot be read as tensors alone, without running what is in it: {reason}"
+            ) from None
+        for wrapper in WRAPPERS:
+            if isinstance(found, Mapping) and isinstance(found.get(wrapper), Mapping):
+                found = found[wrapper]
+        if not isinstance(found, Mapping):
+            raise ModelError(f"{path} holds a {type(found).__name__}; expected tensors by name")
+        for name, tensor in found.items():
+            if not isinstance(tensor, torch.Tensor):
+                raise ModelError(f"{name!r} in {path} is a {type(tensor).__name__}, no tensor")
+        self._tensors: dict[str, Tensor] = dict(found)
+
+    def facts(self) -> Iterator[tuple[str, TensorFacts]]:
+        for name, tensor in self._tensors.items():
+            yield name, TensorFacts(shape=tuple(tensor.shape), dtype=tensor.dtype)
+
+    def read(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+    def close(self) -> None:
+        self._tensors.clear()
+
+
+def _shards(source: Path) -> tuple[Sequence[Path], set[str]]:
+    """The files of a source, and the names that its index promises (none without an index)."""
+    if source.is_file():
+        return [source], set()
+    for name in WHOLE:
+        index = source / f"{name}.index.json"
+        if index.is_file():
+            return _indexed(index)
+        if (source / name).is_file():
+            return [source / name], set()
+    raise ModelError(
+        f"{source} holds no weights: none of {', '.join(WHOLE)}, nor an index of shards "
+        "(model.safetensors.index.json, pytorch_model.bin.index.json)"
+    )
+
+
+def _indexed(index: Path) -> tuple[Sequence[Path], set[str]]:
+    promised = json.loads(index.read_text(encoding="utf-8")).get("weight_map")
+    if not isinstance(promised, Mapping):
+        raise ModelError(f"{index} has no weight_map; it is no index of shards")
+    names = sorted(set(promised.values()))
+    for name in names:
+        if Path(name).name != name:
+            raise ModelError(f"{index} names the shard {name!r}; expected a file beside the index")
+    return [index.parent / name for name in names], set(promised)

@@ -1,0 +1,375 @@
+"""Official model folders to ours and back, tensor by tensor.
+
+An imported model folder has, beside its config and weights (in the types they came in), a folder
+`official` with the config, the tokenizer and the other small files as they were.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from infra.errors import ModelError
+from infra.tensorfiles import TensorFacts, TensorFiles, write_tensors
+from models.common.keymap import Key, check_names
+from models.connector.config import ConnectorConfig
+from models.internvit import hf as vision_hf
+from models.internvl import hf
+from models.internvl.config import PARTS, InternVLConfig
+from models.internvl.load import read_config, write_config
+from models.tokenizer import IMG_CONTEXT, IMG_CONTEXT_ID
+
+KEPT = "official"
+"""folder of a model folder that has the small files of what was imported"""
+SMALL = ("*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "README.md")
+"""what is kept of a folder beside its weights; code is not"""
+BUFFERS = (".rotary_emb.inv_freq",)
+"""ends of names in old files that are no weights: they are computed from the config"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """A way to store models outside."""
+
+    kind: str
+    """which of our configurations it holds"""
+    about: str
+    """one line for messages"""
+    read: Callable[[Mapping], InternVLConfig]
+    """its config.json as ours"""
+    keys: Callable[[InternVLConfig, str], Iterator[Key]]
+    """its names and ours, of a configuration"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """What was done, for people."""
+
+    format: str
+    """name in `FORMATS`"""
+    kind: str
+    """of our configuration"""
+    tensors: int
+    """written"""
+    size: int
+    """bytes of the tensors written"""
+    left_out: tuple[str, ...]
+    """names in the source that were left out on purpose"""
+
+    @property
+    def summary(self) -> str:
+        """How much was written."""
+        return f"{self.tensors} tensors, {self.size / 1e9:.3f} GB"
+
+
+def _vision_alone(config: Mapping) -> InternVLConfig:
+    vision = vision_hf.config_from_official(config)
+    # What the other parts' defaults ask of the vision tower is of no account here.
+    return InternVLConfig(vision=vision, pool_heads=1, connector=ConnectorConfig(kind="mlp2x"))
+
+
+FORMATS = {
+    "internvit": Format(
+        kind="vision",
+        about="an InternViT folder (InternVisionModel)",
+        read=_vision_alone,
+        keys=hf.keys,
+    ),
+    "internvl_14b": Format(
+        kind="internvl_g",
+        about="an InternVL-14B folder (InternVLModel: InternVL-C and -G)",
+        read=hf.config_from_official,
+        keys=hf.keys,
+    ),
+    "internvl_chat": Format(
+        kind="chat_simple",
+        about="an InternVL-Chat folder (InternVLChatModel)",
+        read=hf.config_from_official,
+        keys=hf.keys,
+    ),
+    "transformers": Format(
+        kind="chat_simple",
+        about="a folder of transformers' own internvl (InternVLForConditionalGeneration)",
+        read=hf.config_from_native,
+        keys=lambda config, _kind: hf.native_keys(config),
+    ),
+    "internvit_pth": Format(
+        kind="vision",
+        about="a timm-style PyTorch file of InternViT",
+        read=_vision_alone,
+        keys=hf.timm_keys,
+    ),
+    "internvl_c_pth": Format(
+        kind="internvl_c",
+        about="a timm-style PyTorch file of InternVL-C",
+        read=hf.config_from_official,
+        keys=hf.timm_keys,
+    ),
+}
+PYTORCH_FILES = ("internvit_pth", "internvl_c_pth")
+"""formats of one PyTorch file"""
+HEAD = "clip_projector."
+"""InternViT's PyTorch file also has this, which is InternVL-C's"""
+
+
+def import_model(
+    source: str | Path,
+    target: str | Path,
+    *,
+    kind: str | None = None,
+    config_file: Path | None = None,
+) -> Conversion:
+    """Make a model folder of an official one.
+
+    Args:
+        source: a folder with config.json and safetensors or PyTorch files, or a timm-style
+            PyTorch file.
+        target: a folder that is to be.
+        kind: "internvl_c" takes that part of an InternVL-14B; "vision" the tower of any model;
+            None: everything.
+        config_file: the official config.json, of an InternViT or an InternVL-14B, where the
+            source is a PyTorch file; None: the one beside it.
+
+    Raises:
+        ModelError: the source is of no known format, or a tensor is missing, surplus or of
+            another shape; the message names it.
+    """
+    source, target = Path(source), Path(target)
+    config_file = config_file or (source.parent if source.is_file() else source) / "config.json"
+    name, facts = _recognise(config_file)
+    if source.is_file():
+        name = _as_pytorch_file(name, config_file)
+    form = FORMATS[name]
+    try:
+        config = form.read(facts)
+    except KeyError as error:
+        raise ModelError(f"{config_file} lacks {error.args[0]!r}") from None
+    whole = list(form.keys(config, form.kind))
+    chosen = _chosen(whole, config, form.kind, kind)
+    _refuse_overwriting(target)
+    with TensorFiles(source) as files:
+        buffers = tuple(
+            n
+            for n in files.facts
+            if n.endswith(BUFFERS) or (name == "internvit_pth" and n.startswith(HEAD))
+        )
+        found = {n: fact.shape for n, fact in files.facts.items() if n not in buffers}
+        check_names(str(source), found, {n: shape for key in whole for n, shape in key.theirs})
+        done = _import_tensors(files, chosen, target / "weights.safetensors")
+    taken = {n for key in chosen for n in key.names}
+    if source.is_dir():
+        _keep_small_files(source, target / KEPT)
+    write_config(target, kind or form.kind, config)
+    return Conversion(
+        format=name,
+        kind=kind or form.kind,
+        tensors=len(done),
+        size=sum(fact.size for fact in done.values()),
+        left_out=(*buffers, *(n for key in whole for n in key.names if n not in taken)),
+    )
+
+
+def export_model(folder: str | Path, target: str | Path, format: str) -> Conversion:
+    """Write a model folder in a format of `FORMATS`, in the types the weights have.
+
+    What was imported and is exported in the format it came in gives the same tensors and the
+    same small files.
+
+    Raises:
+        ModelError: the format cannot hold the model, with the reason, or a weight of the folder
+            is missing, surplus or of another shape.
+    """
+    folder, target = Path(folder), Path(target)
+    if format not in FORMATS:
+        raise ModelError(f"format {format!r} does not exist; known: {', '.join(FORMATS)}")
+    kind, config = read_config(folder)
+    _refuse_unless_held(folder, kind, format)
+    table = list(FORMATS[format].keys(config, kind))
+    facts = _official_config(folder, config, kind, format)
+    _refuse_overwriting(target)
+    with TensorFiles(folder / "weights.safetensors") as files:
+        found = {n: fact.shape for n, fact in files.facts.items()}
+        check_names(str(folder), found, {key.ours: key.shape for key in table})
+        write = _export_pytorch if format in PYTORCH_FILES else _export_tensors
+        done = write(files, table, target)
+    if (folder / KEPT).is_dir():
+        _keep_small_files(folder / KEPT, target)
+    if facts is not None:
+        text = json.dumps(facts, indent=2, sort_keys=True, ensure_ascii=False)
+        (target / "config.json").write_text(text + "\n", encoding="utf-8")
+    size = sum(fact.size for fact in done.values())
+    return Conversion(format=format, kind=kind, tensors=len(done), size=size, left_out=())
+
+
+def _recognise(path: Path) -> tuple[str, dict[str, Any]]:
+    """The format of a folder with that config.json, and what the file says."""
+    if not path.is_file():
+        raise ModelError(
+            f"{path} does not exist; an official model folder has one, and to a PyTorch file it "
+            "is given"
+        )
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path} is no JSON: {error}") from None
+    if "qllama_config" in facts:
+        return "internvl_14b", facts
+    if "llm_config" in facts:
+        return "internvl_chat", facts
+    if facts.get("model_type") == "internvl" and "text_config" in facts:
+        return "transformers", facts
+    if facts.get("model_type") == "intern_vit_6b":
+        return "internvit", facts
+    known = "; ".join(form.about for form in FORMATS.values())
+    raise ModelError(f"{path} has model_type {facts.get('model_type')!r}; what is read: {known}")
+
+
+def _as_pytorch_file(name: str, config_file: Path) -> str:
+    names = {"internvit": "internvit_pth", "internvl_14b": "internvl_c_pth"}
+    if name not in names:
+        raise ModelError(
+            f"{config_file} is that of {FORMATS[name].about}, which is a folder; for a PyTorch "
+            "file the config of an InternViT or of an InternVL-14B is expected"
+        )
+    return names[name]
+
+
+def _chosen(
+    whole: Sequence[Key], config: InternVLConfig, held: str, kind: str | None
+) -> Sequence[Key]:
+    """The part of a table that makes a model of another kind."""
+    if kind in (None, held):
+        return whole
+    if kind not in PARTS or not PARTS[kind] <= PARTS[held]:
+        raise ModelError(
+            f"a {kind} cannot be had from the source, which is a {held}; of that can be had: "
+            f"{', '.join(k for k in ('vision', 'internvl_c', held) if PARTS[k] <= PARTS[held])}"
+        )
+    ours = {key.ours for key in hf.keys(config, kind)}
+    return [key for key in whole if key.ours in ours]
+
+
+def _refuse_unless_held(folder: Path, kind: str, format: str) -> None:
+    held = FORMATS[format].kind
+    if kind == held:
+        return
+    lacking = sorted(PARTS[held] - PARTS[kind])
+    losing = sorted(PARTS[kind] - PARTS[held])
+    reasons = [f"the model lacks {', '.join(lacking)}"] if lacking else []
+    reasons += [f"the format has no place for {', '.join(losing)}"] if losing else []
+    fitting = [name for name, form in FORMATS.items() if form.kind == kind]
+    advice = f"formats for a {kind}: {', '.join(fitting)}" if fitting else f"none holds a {kind}"
+    raise ModelError(
+        f"{folder} is a {kind} and cannot be written as {FORMATS[format].about}: "
+        f"{'; '.join(reasons)}; {advice}"
+    )
+
+
+def _refuse_overwriting(target: Path) -> None:
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ModelError(f"{target} is there already; name a folder that is not, or is empty")
+
+
+def _import_tensors(files: TensorFiles, table: Sequence[Key], path: Path) -> dict[str, TensorFacts]:
+    facts = {}
+    for key in table:
+        dtypes = {files.facts[name].dtype for name in key.names}
+        if len(dtypes) > 1:
+            raise ModelError(f"{', '.join(key.names)} are of different types: {dtypes}")
+        facts[key.ours] = TensorFacts(shape=key.shape, dtype=dtypes.pop())
+    facts = _aligned(facts)
+    keys = {key.ours: key for key in table}
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for name in facts:
+            yield name, keys[name].join([files.read(n) for n in keys[name].names])
+
+    write_tensors(path, facts, tensors())
+    return facts
+
+
+def _export_pytorch(
+    files: TensorFiles, table: Sequence[Key], target: Path
+) -> dict[str, TensorFacts]:
+    """One PyTorch file; unlike safetensors it has to be whole in memory first."""
+    tensors = {
+        name: part.clone()
+        for key in table
+        for name, part in zip(key.names, key.split(files.read(key.ours)), strict=True)
+    }
+    target.mkdir(parents=True, exist_ok=True)
+    torch.save(tensors, target / "model.pth")
+    return {n: TensorFacts(shape=tuple(t.shape), dtype=t.dtype) for n, t in tensors.items()}
+
+
+def _export_tensors(
+    files: TensorFiles, table: Sequence[Key], target: Path
+) -> dict[str, TensorFacts]:
+    table = sorted(table, key=lambda key: -files.facts[key.ours].dtype.itemsize)
+    facts = {
+        name: TensorFacts(shape=shape, dtype=files.facts[key.ours].dtype)
+        for key in table
+        for name, shape in key.theirs
+    }
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for key in table:
+            yield from zip(key.names, key.split(files.read(key.ours)), strict=True)
+
+    write_tensors(target / "model.safetensors", facts, tensors(), {"format": "pt"})
+    return facts
+
+
+def _aligned(facts: Mapping[str, TensorFacts]) -> dict[str, TensorFacts]:
+    """By name, the widest types first: each tensor then begins at a multiple of its type's size."""
+    return dict(sorted(facts.items(), key=lambda pair: (-pair[1].dtype.itemsize, pair[0])))
+
+
+def _keep_small_files(source: Path, target: Path) -> None:
+    target.mkdir(parents=True, exist_ok=True)
+    for pattern in SMALL:
+        for path in sorted(source.glob(pattern)):
+            if path.is_file() and not path.name.endswith(".index.json"):
+                shutil.copyfile(path, target / path.name)
+
+
+def _official_config(
+    folder: Path, config: InternVLConfig, kind: str, format: str
+) -> dict[str, Any] | None:
+    """The config.json to write; None: the one that was kept says the same."""
+    kept = _kept_config(folder)
+    if kept is not None and kept[0] == format and FORMATS[format].read(kept[1]) == config:
+        return None
+    if format == "transformers":
+        return hf.config_to_native(config, _image_token(folder, kept[1] if kept else {}))
+    return hf.config_to_official(config, kind)
+
+
+def _kept_config(folder: Path) -> tuple[str, dict[str, Any]] | None:
+    path = folder / KEPT / "config.json"
+    return _recognise(path) if path.is_file() else None
+
+
+def _image_token(folder: Path, kept: Mapping[str, Any]) -> int:
+    """Id of the token in whose places the visual tokens go."""
+    for field in ("img_context_token_id", "image_token_id"):
+        if field in kept:
+            return kept[field]
+    path = folder / KEPT / "added_tokens.json"
+    if path.is_file():
+        added = json.loads(path.read_text(encoding="utf-8"))
+        if IMG_CONTEXT in added:
+            return added[IMG_CONTEXT]
+    if (folder / "tokenizer.json").is_file():
+        return IMG_CONTEXT_ID
+    raise ModelError(
+        f"nothing in {folder} says the id of {IMG_CONTEXT}, which transformers' config needs; "
+        f"expected it in {KEPT}/config.json (img_context_token_id) or {KEPT}/added_tokens.json"
+    )
