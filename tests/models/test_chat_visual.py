@@ -1,16 +1,10 @@
-"""Frames of a video, and the text that stands for pictures."""
+"""Frames of a video, and the lines that name pictures."""
 
 import numpy as np
 import pytest
 
 from infra.errors import ConfigError, DataError
-from models.chat.visual import (
-    frame_indices,
-    frame_lines,
-    image_lines,
-    place_images,
-    place_video,
-)
+from models.chat.visual import frame_indices, frame_lines, image_lines
 
 
 def test_the_middle_of_equal_intervals() -> None:
@@ -43,29 +37,6 @@ def test_every_frame_of_an_interval_can_be_drawn() -> None:
 def test_lines() -> None:
     assert frame_lines(2) == "Frame-1: <image>\nFrame-2: <image>"
     assert image_lines(2) == "Image-1: <image>\nImage-2: <image>"
-    assert place_video("<video>\nWhat?", 1) == "Frame-1: <image>\nWhat?"
-    assert place_video("What?", 1) == "Frame-1: <image>\nWhat?"
-
-
-def test_each_picture_gets_its_tokens() -> None:
-    text = place_images(f"{image_lines(2)}\nSame?", [1, 3], tokens_per_tile=2)
-    token = "<IMG_CONTEXT>"
-    assert text == (f"Image-1: <img>{token * 2}</img>\nImage-2: <img>{token * 6}</img>\nSame?")
-    assert place_images("What?", [1], tokens_per_tile=1) == f"<img>{token}</img>\nWhat?"
-    assert place_images("Hello", []) == "Hello"
-
-
-@pytest.mark.parametrize(
-    ("text", "tiles", "message"),
-    [
-        ("<image> What?", [], "1 times <image> in a prompt with 0 pictures"),
-        ("What?", [1, 1], "0 times <image> in a prompt with 2 pictures"),
-        ("<image><image>", [1], "2 times <image> in a prompt with 1 pictures"),
-    ],
-)
-def test_a_picture_too_many_says_so(text: str, tiles: list[int], message: str) -> None:
-    with pytest.raises(DataError, match=message):
-        place_images(text, tiles)
 
 
 def test_what_cannot_be_sampled_says_so() -> None:
@@ -73,5 +44,3 @@ def test_what_cannot_be_sampled_says_so() -> None:
         frame_indices(0)
     with pytest.raises(ConfigError, match="9 to 8 frames"):
         frame_indices(10, most=8, least=9)
-    with pytest.raises(DataError, match="2 times <video>"):
-        place_video("<video><video>", 3)
