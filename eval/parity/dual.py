@@ -34,6 +34,7 @@ from infra.backend import Layout
 from infra.backend.parallel import parallel
 from infra.backend.ranks import run_ranks, this_rank
 from infra.train.weights import load_weights
+from models.common.decoder import at_end
 from models.internvl.config import InternVLConfig
 from models.internvl.hf import config_from_official, from_official
 from models.internvl.model import build
@@ -41,7 +42,7 @@ from models.objectives.common import gather_rows
 from models.objectives.contrastive import ContrastiveConfig, targets
 from models.objectives.generative import Generative, GenerativeConfig
 from models.objectives.next_token import NextTokenConfig
-from models.objectives.retrieval import Retrieval, RetrievalConfig, embed_and_match
+from models.objectives.retrieval import Retrieval, RetrievalConfig
 
 _BATCH = {
     "pixels": "pixel_values",
@@ -108,7 +109,7 @@ def _inference(folder: Path, config: InternVLConfig, weights: Weights) -> list[C
     mask = ids > 0
     small, big = (_build(kind, config, weights).eval() for kind in ("internvl_c", "internvl_g"))
     ours = _image_states(big, pixels) | _text_states(big, ids, mask)
-    with listen(vision=small.vision, pooled=small.clip_projector) as heard:
+    with listen(vision=small.vision.decoder, pooled=small.clip_projector) as heard:
         ours |= _similarity("C", small, pixels, ids, mask)
     ours["C.image_features"] = heard["pooled"]
     ours["C.vision.last_hidden_state"] = heard["vision"]
@@ -133,7 +134,7 @@ def _similarity(
 def _image_states(model: Model, pixels: Tensor) -> dict[str, Tensor]:
     """What -G's image side goes through. Its feature is the sum of two unit vectors."""
     parts = {
-        "vision.last_hidden_state": model.vision,
+        "vision.last_hidden_state": model.vision.decoder,
         "clip_projector.out": model.clip_projector,
         "clip_projector2.out": model.clip_projector2,
     }
@@ -150,7 +151,7 @@ def _image_states(model: Model, pixels: Tensor) -> dict[str, Tensor]:
 
 def _text_states(model: Model, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
     with listen_decoder(model.text) as stack:
-        pooled = model.text.last_hidden(ids, mask.long())
+        pooled = at_end(model.text.encode(ids, mask.long()), mask)
     return {f"text.{name}": value for name, value in _named(stack).items()} | {
         "get_text_features": stack["after_norm"],
         "text_features": pooled @ model.text_projection,
@@ -323,7 +324,7 @@ def _wide(names: Mapping[str, Tensor]) -> list[str]:
 
 def _stage2_states(model: Model, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     parts = {
-        "vision.last_hidden_state": model.vision,
+        "vision.last_hidden_state": model.vision.decoder,
         "clip_projector2.out": model.clip_projector2,
         "itm_head.out": model.itm_head,
     }
@@ -337,11 +338,9 @@ def _stage2_scores(
     model: Model, objective: Generative, batch: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """Logits and targets of the three losses."""
-    matching, is_match, counts = objective.matching(model, batch)
-    summary, caption = (
-        (batch[f"{name}_ids"], batch[f"{name}_mask"]) for name in ("summary", "caption")
-    )
-    out = model.three_tasks(batch["pixels"], matching, summary, caption)
+    (ids, mask), is_match, counts = objective.matching(model, batch)
+    summary = (batch["summary_ids"], batch["summary_mask"])
+    out = model.run("tasks", {**batch, "match_ids": ids, "match_mask": mask})
     logits = model.text.logits(out["hidden"])
     empty = summary[1].sum(1) == objective.config.empty_summary_tokens
     return _similarities(model, out["image"], out["text"], "sim_{}") | {
@@ -390,7 +389,7 @@ def _retrieval(folder: Path, model: Model, weights: Weights) -> list[Check]:
         "itm_head.out": model.itm_head,
     }
     with torch.no_grad(), listen(**parts) as heard, listen_decoder(model.text) as stack:
-        out = embed_and_match(model, batch)
+        out = model.run("retrieval", batch)
         ours |= heard | _named(stack)
         ours |= _similarities(model, out["image"], out["text"], "sim_{}")
         ours |= _similarities(model, out["backbone"], out["text"], "backbone_{}")
