@@ -146,6 +146,11 @@ class Stack(TransformerBlock):
             result = self._whole(result, length)
             if self.depth in wanted:
                 found[self.depth] = result
+        for state in (result, *found.values()):
+            if state.requires_grad:
+                # Sums over tokens follow the strides of what comes back; these are the same in
+                # every layout, so no bit of a gradient depends on it.
+                state.register_hook(Tensor.contiguous)
         return result, found
 
     def _cut(self, tokens: Tensor, more: int) -> Tensor:
