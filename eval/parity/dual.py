@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from eval.parity.check import Check
+from eval.parity.layouts import listen_stages, through_stages
 from eval.parity.recorded import (
     EPS_PROBE_SCALE,
     below,
@@ -31,8 +32,9 @@ from eval.parity.recorded import (
     whole_gradients,
 )
 from infra.backend import Layout
-from infra.backend.parallel import parallel
+from infra.backend.parallel import current_layout, parallel
 from infra.backend.ranks import run_ranks, this_rank
+from infra.train.step import Engine
 from infra.train.weights import load_weights
 from models.common.decoder import at_end
 from models.internvl.config import InternVLConfig
@@ -162,6 +164,55 @@ def _named(stack: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Names as recorded: states are `qllama.<name>`."""
     plain = ("attention_mask_additive", "position_ids")
     return {name if name in plain else f"qllama.{name}": value for name, value in stack.items()}
+
+
+def check_dual_stages(folder: Path) -> list[Check]:
+    """What goes forward through two pipeline stages: both models' features, and stage 2."""
+    config, weights = _read(folder)
+    return _embedding_stages(folder, config, weights) + _stage2_stages(folder, config, weights)
+
+
+def _embedding_stages(folder: Path, config: InternVLConfig, weights: Weights) -> list[Check]:
+    inputs, recorded = read_tensors(folder, "inputs"), blocked(read_tensors(folder, "outputs"))
+    if not recorded:
+        return []
+    ids = inputs["text"]
+    mask = ids > 0
+    ours: dict[str, Tensor] = {}
+    for case, kind in (("C", "internvl_c"), ("G", "internvl_g")):
+        model = _build(kind, config, weights)
+        scale = from_official(weights, config, kind)["logit_scale"].exp()
+        with listen_stages("text", model) as image_stack:
+            image = through_stages(model, "image", {"pixels": inputs["pixel_values"]})["image"]
+        with listen_stages("text", model) as text_stack:
+            text = through_stages(model, "text", {"ids": ids, "mask": mask.long()})["text"]
+        cosine = image @ text.T
+        ours |= {
+            f"{case}.cosine": cosine,
+            f"{case}.logits_per_image": scale * cosine,
+            f"{case}.logits_per_text": scale * cosine.T,
+        }
+    # InternVL-G's, the second.
+    ours |= {f"G.image.{name}": value for name, value in _named(image_stack).items()}
+    ours |= {f"text.{name}": value for name, value in _named(text_stack).items()}
+    ours["G.get_image_features.qllama"] = image_stack["after_norm"]
+    ours["get_text_features"] = text_stack["after_norm"]
+    rows = {n: mask for n in ours if n.startswith("text.") or n == "get_text_features"}
+    rows.pop("text.position_ids", None)
+    found = {name: tensor for name, tensor in recorded.items() if name in ours}
+    return forward_checks("outputs", ours, found, rows)
+
+
+def _stage2_stages(folder: Path, config: InternVLConfig, weights: Weights) -> list[Check]:
+    recorded = blocked(read_tensors(folder, "train_outputs"))
+    if not recorded:
+        return []
+    model, objective = _build("internvl_g", config, weights), _objective()
+    batch = _batch(read_tensors(folder, "train_inputs"))
+    terms = Engine(model.eval(), [model], objective, current_layout()).forward(batch)
+    ours = {_LOSSES[name]: torch.tensor(value) for name, value in terms.items() if name in _LOSSES}
+    found = {name: tensor for name, tensor in recorded.items() if name in ours}
+    return forward_checks("train_outputs", ours, found)
 
 
 @torch.no_grad()

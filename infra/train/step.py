@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from infra.backend import Layout, install
+from infra.backend import Layout, device_literals, install
 from infra.backend.parallel import SoloGroup
 from infra.errors import LayoutError
 
@@ -33,7 +33,8 @@ class Engine:
     Args:
         model: what this rank holds; its `chunks`, if it has any, are consecutive pieces for the
             interleaved schedule.
-        wrapped: the same pieces in Megatron's data-parallel wrappers.
+        wrapped: the same pieces in Megatron's data-parallel wrappers, or as they are where nothing
+            is learnt.
         objective: see the module.
         layout: the one that is initialised.
     """
@@ -66,9 +67,7 @@ class Engine:
             return self._agree({"loss": loss.detach(), **terms})
         self._parts = self._layout.micro_batches(self._objective.samples(batch))
         batch = self._objective.prepare(self, batch)
-        plans = {
-            path: self._plan(path, batch, self._parts) for path in self._objective.paths
-        }
+        plans = {path: self._plan(path, batch, self._parts) for path in self._objective.paths}
         if self._objective.coupled:
             terms = self._coupled(batch, plans)
         else:
@@ -124,10 +123,8 @@ class Engine:
             dp_cp=parallel_state.get_data_parallel_group(with_context_parallel=True),
         )
         # Megatron's own models share an embedding between the first and the last stage.
-        groups.embd = groups.pos_embd = SoloGroup()
-        finalize_model_grads(
-            self._wrapped, pg_collection=groups, force_all_reduce=everywhere
-        )
+        groups.embd = groups.pos_embd = SoloGroup()  # pyrefly: ignore[bad-assignment]
+        finalize_model_grads(self._wrapped, pg_collection=groups, force_all_reduce=everywhere)
 
     # --- losses -----------------------------------------------------------------------------
 
@@ -310,7 +307,7 @@ def _through_stages(
     last = _pipeline_rank() == _pipeline_size() - 1
 
     def step(feed: _Feed, outer: Any) -> tuple[Any, Callable]:
-        chunk, part = outer.module, next(feed)
+        chunk, part = getattr(outer, "module", outer), next(feed)
         came = chunk.input_tensor
         state = one(chunk, {} if came is None else unpack(came), part)
         if not (last and outer is wrapped[-1]):
@@ -324,15 +321,16 @@ def _through_stages(
         return loss * len(batches), _as_it_is
 
     feeds = [_Feed(batches) for _ in wrapped]
-    get_forward_backward_func()(
-        forward_step_func=step,
-        data_iterator=feeds if len(wrapped) > 1 else feeds[0],
-        model=list(wrapped) if len(wrapped) > 1 else wrapped[0],
-        num_microbatches=len(batches),
-        seq_length=1,  # shapes travel with the tensors; these two are not looked at
-        micro_batch_size=1,
-        forward_only=forward_only,
-    )
+    with device_literals():
+        get_forward_backward_func()(
+            forward_step_func=step,
+            data_iterator=feeds if len(wrapped) > 1 else feeds[0],
+            model=list(wrapped) if len(wrapped) > 1 else wrapped[0],
+            num_microbatches=len(batches),
+            seq_length=1,  # shapes travel with the tensors; these two are not looked at
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
 
 
 def _as_it_is(output: Any) -> tuple[Any, dict]:

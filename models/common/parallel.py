@@ -19,7 +19,6 @@ from models.common.megatron import (
     parallel_state,
 )
 
-
 _SOLO = SoloGroup()
 
 
@@ -36,7 +35,7 @@ def process_groups() -> ProcessGroupCollection:
     """
     if is_distributed():
         groups = ProcessGroupCollection.use_mpu_process_groups(["tp", "cp"])
-        groups.pp = _SOLO
+        groups.pp = _SOLO  # pyrefly: ignore[bad-assignment]
         return groups
     return ProcessGroupCollection(tp=_SOLO, pp=_SOLO, cp=_SOLO)
 

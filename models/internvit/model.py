@@ -13,6 +13,7 @@ from torch.nn.functional import interpolate, linear
 
 from infra.errors import ModelError
 from models.common.canonical import set_init, set_rule, set_true_shape
+from models.common.draws import uniforms
 from models.common.layers import (
     LayerSpecKind,
     ScaledLayer,
@@ -20,7 +21,6 @@ from models.common.layers import (
     require_local,
     self_attention_spec,
 )
-from models.common.draws import uniforms
 from models.common.megatron import ModuleSpec
 from models.common.parallel import Part, pad_to_multiple, stack_config, tensor_group
 from models.common.stack import Stack

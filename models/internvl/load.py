@@ -16,7 +16,7 @@ from infra.config import to_dict
 from infra.errors import ModelError
 from infra.train.weights import gather_weights, load_weights, pieces, write_safetensors
 from models.internvl.config import CAPABILITIES, InternVLConfig
-from models.internvl.model import InternVL, build
+from models.internvl.model import Chunks, InternVL, build
 from models.internvl.prompts import SUMMARIZE, chat_prompt
 from models.preprocess import normalise, resize
 from models.tokenizer import BOS_ID, EOS_ID, Tokenizer, pad
@@ -27,7 +27,11 @@ BATCH = 64
 
 
 def save_model(
-    folder: str | Path, kind: str, config: InternVLConfig, model: InternVL, tokenizer: Tokenizer
+    folder: str | Path,
+    kind: str,
+    config: InternVLConfig,
+    model: InternVL | Chunks,
+    tokenizer: Tokenizer,
 ) -> None:
     """Write a model folder; the same model gives the same bytes. All ranks call, rank 0 writes."""
     weights = gather_weights(model)
@@ -72,7 +76,7 @@ def read_weights(folder: str | Path) -> dict[str, Tensor]:
     return load_file(path)
 
 
-def load_parts(model: InternVL, folder: str | Path, parts: Mapping[str, str]) -> list[str]:
+def load_parts(model: InternVL | Chunks, folder: str | Path, parts: Mapping[str, str]) -> list[str]:
     """Fill parts of a model from a trained one, e.g. {"language": "text"} for a chat model.
 
     Args:

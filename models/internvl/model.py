@@ -131,6 +131,15 @@ class InternVL(Part):
             return {"image": normalize(state["image"] + queries, dim=-1)}
         return state
 
+    def _vision(self, state: State, batch: Mapping[str, Any]) -> State:
+        """`pixels` as for "image" -> "vision.i" [B, 1 + patches, D] for each i of `wanted`: what
+        goes into the first layer, and what comes out of the i-th."""
+        self._see(state, batch, batch["wanted"])
+        if not self._has_seen:
+            return state
+        del state["vision"]
+        return {name: _rows_first(tokens) for name, tokens in state.items()}
+
     def _backbone(self, state: State, batch: Mapping[str, Any]) -> State:
         """As "image", by the vision tower and its own head alone."""
         if "image" in state:
@@ -141,7 +150,7 @@ class InternVL(Part):
         return state
 
     def _text(self, state: State, batch: Mapping[str, Any]) -> State:
-        """"summarize:"-prefixed `ids` and `mask` [B, T] -> unit "text" [B, E]."""
+        """ "summarize:"-prefixed `ids` and `mask` [B, T] -> unit "text" [B, E]."""
         state = self._lm(state, batch)
         if self._has_read:
             ends = at_end(state["hidden"], batch["mask"])
@@ -289,7 +298,9 @@ class InternVL(Part):
         if self._has_seen:
             patch_px = vision.patch_px
             grid = (pixels.shape[2] // patch_px, pixels.shape[3] // patch_px)
-            state["visual"] = self.connector(_rows_first(state.pop(f"vision.{select}"))[:, 1:], grid)
+            state["visual"] = self.connector(
+                _rows_first(state.pop(f"vision.{select}"))[:, 1:], grid
+            )
             if not full:
                 del state["vision"]
         if full and self.text is not None:
@@ -412,6 +423,7 @@ class InternVL(Part):
 
 PATHS: dict[str, Callable[[InternVL, State, Mapping[str, Any]], State]] = {
     "image": InternVL._image,
+    "vision": InternVL._vision,
     "backbone": InternVL._backbone,
     "text": InternVL._text,
     "lm": InternVL._lm,

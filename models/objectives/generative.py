@@ -156,9 +156,7 @@ def hard_negatives(
         The captions' ids and mask [B, T] (anything where not asked), and whether there is any [B].
     """
     texts = run.collect("text", {"ids": batch["summary_ids"], "mask": batch["summary_mask"]})
-    ids, mask, everything = (
-        gather_rows(rows) for rows in (*_same_length(batch), texts["text"])
-    )
+    ids, mask, everything = (gather_rows(rows) for rows in (*_same_length(batch), texts["text"]))
     same = (_same_length(batch)[0][:, None] == ids[None]).all(-1)
     if "group" in batch:
         same |= batch["group"][:, None] == gather_rows(batch["group"])[None]

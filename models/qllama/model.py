@@ -73,8 +73,8 @@ class QLlama(Decoder):
 
     def open_mask(self) -> Tensor:
         """Nobody is blocked among the queries: [1, 1, Q, Q]."""
-        device = next(self.parameters()).device
-        return torch.zeros(1, 1, self.num_queries, self.num_queries, dtype=torch.bool, device=device)
+        shape = (1, 1, self.num_queries, self.num_queries)
+        return torch.zeros(shape, dtype=torch.bool, device=next(self.parameters()).device)
 
     def before_pairs(self, ids: Tensor) -> Tensor:
         """What goes in for pairs, [B', Q+T, D]."""

@@ -19,7 +19,6 @@ from infra.backend import Layout
 from infra.backend.parallel import parallel
 from infra.devices import find_device
 from infra.errors import DataError
-from models.common.decoder import Decoder
 from models.common.norms import FullWidthQKRMSNorm
 
 pytestmark = pytest.mark.skipif(
