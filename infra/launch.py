@@ -31,6 +31,12 @@ class LauncherProfile:
     """Ranks that share each layer (TP)."""
     pipeline: int = 1
     """Ranks that share the depth (PP)."""
+    virtual_pipeline: int | None = None
+    """Pieces of the model that each of those holds (the interleaved schedule); null: one."""
+    sequence_parallel: bool = False
+    """Cut activations along the sequence over the tensor ranks."""
+    recompute: bool = False
+    """Keep only what goes into each layer, and run it again in the backward pass."""
 
     def __post_init__(self) -> None:
         for field in ("ranks", "threads", "tensor", "pipeline"):

@@ -8,6 +8,7 @@ pictures, so every answer is known exactly.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from infra.stage import Context, Stage, main
 from infra.train.config import TrainConfig
 from infra.train.session import Job, Place, train
 from models.internvl.config import InternVLConfig
+from models.internvl.cut import check_layout
 from models.objectives.next_token import NextTokenConfig
 
 SHARDS = "artifacts/shard/stage2"
@@ -102,6 +104,7 @@ def run(config: Config, context: Context) -> None:
         context,
         config.sft.train[context.variant],
         lambda place: _job(config, context, place),
+        check=partial(check_layout, f"chat_{context.variant}", config.model),
         model_folder=f"{folder}/model",
         history=f"{folder}/history.json",
     )

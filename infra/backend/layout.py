@@ -13,8 +13,6 @@ class ModelFacts:
 
     name: str
     """how messages call it, e.g. "vision" """
-    layers: int
-    """transformer layers"""
     heads: int
     """attention heads, without padding"""
     width: int

@@ -50,16 +50,30 @@ def train(
     config: TrainConfig,
     make: Callable[[Place], Job],
     *,
+    check: Callable[[Layout], None],
     model_folder: str,
     history: str,
 ) -> None:
     """Fork the launcher's ranks, fit, and write the model folder and the history.
 
+    Args:
+        check: refuses a layout that the model cannot have.
+
     Raises:
+        LayoutError: the launcher's layout does not fit; nothing has been started.
         Interrupted: asked to stop; everything needed to go on is saved.
     """
     profile = local_profile()
-    layout = Layout(tensor=profile.tensor, pipeline=profile.pipeline, data=profile.data)
+    layout = Layout(
+        tensor=profile.tensor,
+        pipeline=profile.pipeline,
+        virtual_pipeline=profile.virtual_pipeline,
+        data=profile.data,
+        sequence_parallel=profile.sequence_parallel,
+        recompute=profile.recompute,
+    )
+    check(layout)
+    config.samples_per_rank(layout.data)
     target = context.output(model_folder)
     started = time.perf_counter()
     results = run_ranks(

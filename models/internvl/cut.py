@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
+from infra.backend.layout import Layout, ModelFacts
 from infra.errors import LayoutError
 from models.internvl.config import PARTS, InternVLConfig
 
@@ -55,6 +56,34 @@ def cut(kind: str, config: InternVLConfig, stages: int) -> list[Share]:
                 share[tower] = range(held[0], held[-1] + 1)
             start += size
     return shares
+
+
+def check_layout(kind: str, config: InternVLConfig, layout: Layout) -> None:
+    """Refuse, before any process starts, a layout that a configuration's sizes do not allow.
+
+    Raises:
+        LayoutError: with the arithmetic.
+    """
+    vision = ModelFacts(
+        name="vision",
+        heads=config.vision.heads,
+        width=config.vision.width,
+        mlp_hidden=config.vision.mlp_hidden,
+        pads_heads=True,
+    )
+    decoders = {
+        name: ModelFacts(
+            name=name,
+            heads=decoder.heads,
+            width=decoder.width,
+            mlp_hidden=decoder.mlp_hidden,
+            key_value_heads=decoder.key_value_heads,
+        )
+        for name, decoder in (("text", config.text), ("language", config.chat))
+    }
+    facts = {"vision": vision, **decoders}
+    layout.check(*(facts[tower] for tower in facts if tower in PARTS[kind]))
+    cut(kind, config, layout.stages)
 
 
 def _layer_cost(config: InternVLConfig, tower: str) -> float:
