@@ -29,6 +29,7 @@ from models.common.megatron import (
 )
 from models.common.norms import RMSNorm
 from models.common.parallel import Part, pad_to_multiple, process_groups, stack_config
+from models.common.rope import rope_frequencies
 
 
 class Decoder(Part):
@@ -62,7 +63,7 @@ class Decoder(Part):
             ),
             pg_collection=process_groups(),
         )
-        self.head = _head(stack, config.width, vocabulary, self.tp_group) if head else None
+        self.head = _head(stack, config, vocabulary, self.tp_group) if head else None
         self._set_init_rules(vocabulary)
 
     def embed(self, ids: Tensor) -> Tensor:
@@ -110,17 +111,15 @@ class Decoder(Part):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states [..., D] -> [..., V]."""
-        flat, _ = self.head(hidden.reshape(-1, 1, hidden.shape[-1]))
+        weight = self.embedding.weight if self.decoder_config.tied_head else None
+        flat, _ = self.head(hidden.reshape(-1, 1, hidden.shape[-1]), weight)
         return flat[:, 0, : self.decoder_config.vocab_size].view(*hidden.shape[:-1], -1)
 
     def _angles(self, positions: Tensor | None, length: int, device: torch.device) -> Tensor:
         """Rotary angles [T, B or 1, 1, head size], the two halves alike ("rotate half")."""
-        config = self.decoder_config
         if positions is None:
             positions = torch.arange(length, device=device)[None]
-        steps = torch.arange(0, config.head_size, 2, dtype=torch.float32, device=device)
-        frequencies = 1.0 / config.rope_base ** (steps / config.head_size)
-        angles = positions.T[..., None].float() * frequencies
+        angles = positions.T[..., None].float() * rope_frequencies(self.decoder_config, positions)
         return torch.cat([angles, angles], -1)[:, :, None]
 
     def _set_init_rules(self, vocabulary: int) -> None:
@@ -129,7 +128,7 @@ class Decoder(Part):
         set_rule(self.embedding.weight, "token_embedding", config.embedding_init_std)
         if vocabulary != config.vocab_size:
             set_true_shape(self.embedding.weight, config.vocab_size, config.width)
-            if self.head is not None:
+            if self.head is not None and not config.tied_head:
                 set_true_shape(self.head.weight, config.vocab_size, config.width)
 
 
@@ -160,14 +159,15 @@ def decoder_layer_spec(config: DecoderConfig, **cross_attention) -> ModuleSpec:
     )
 
 
-def _head(stack: TransformerConfig, width: int, vocabulary: int, group) -> ColumnLinear:
+def _head(stack: TransformerConfig, config: DecoderConfig, vocabulary: int, group) -> ColumnLinear:
     return ColumnLinear(
-        width,
+        config.width,
         vocabulary,
         config=stack,
         init_method=stack.init_method,
         bias=False,
         gather_output=True,
+        skip_weight_param_allocation=config.tied_head,
         tp_group=group,
     )
 
