@@ -27,6 +27,7 @@ from models.common.megatron import (
 )
 from models.common.norms import RMSNorm
 from models.common.parallel import Part, beside, pad_to_multiple, stack_config
+from models.common.rope import rope_frequencies
 from models.common.stack import Stack
 
 
@@ -68,7 +69,7 @@ class Decoder(Part):
                 tp_group=self.tp_group,
             )
         if head and self.ends:
-            self.head = _head(plain, config.width, vocabulary, self.tp_group)
+            self.head = _head(plain, config, vocabulary, self.tp_group)
         self._set_init_rules(vocabulary)
 
     @property
@@ -149,17 +150,15 @@ class Decoder(Part):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states [..., D] -> [..., V]."""
-        flat, _ = self.head(hidden.reshape(-1, 1, hidden.shape[-1]))
+        weight = self.embedding.weight if self.decoder_config.tied_head else None
+        flat, _ = self.head(hidden.reshape(-1, 1, hidden.shape[-1]), weight)
         return flat[:, 0, : self.decoder_config.vocab_size].view(*hidden.shape[:-1], -1)
 
     def _angles(self, positions: Tensor | None, length: int, device: torch.device) -> Tensor:
         """Rotary angles [T, B or 1, 1, head size], the two halves alike ("rotate half")."""
-        config = self.decoder_config
         if positions is None:
             positions = torch.arange(length, device=device)[None]
-        steps = torch.arange(0, config.head_size, 2, dtype=torch.float32, device=device)
-        frequencies = 1.0 / config.rope_base ** (steps / config.head_size)
-        angles = positions.T[..., None].float() * frequencies
+        angles = positions.T[..., None].float() * rope_frequencies(self.decoder_config, positions)
         return torch.cat([angles, angles], -1)[:, :, None]
 
     def _set_init_rules(self, vocabulary: int) -> None:
@@ -167,7 +166,8 @@ class Decoder(Part):
         set_init(self, config.matrix_std)
         if self.embedding is not None:
             set_rule(self.embedding.weight, "token_embedding", config.embedding_init_std)
-        for module in (self.embedding, self.head):
+        own_head = None if config.tied_head else self.head
+        for module in (self.embedding, own_head):
             if module is not None and vocabulary != config.vocab_size:
                 set_true_shape(module.weight, config.vocab_size, config.width)
 
@@ -199,14 +199,15 @@ def decoder_layer_spec(config: DecoderConfig, **cross_attention) -> ModuleSpec:
     )
 
 
-def _head(stack: TransformerConfig, width: int, vocabulary: int, group) -> ColumnLinear:
+def _head(stack: TransformerConfig, config: DecoderConfig, vocabulary: int, group) -> ColumnLinear:
     return ColumnLinear(
-        width,
+        config.width,
         vocabulary,
         config=stack,
         init_method=stack.init_method,
         bias=False,
         gather_output=True,
+        skip_weight_param_allocation=config.tied_head,
         tp_group=group,
     )
 

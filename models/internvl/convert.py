@@ -30,6 +30,8 @@ KEPT = "official"
 """folder of a model folder that has the small files of what was imported"""
 SMALL = ("*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "README.md")
 """what is kept of a folder beside its weights; code is not"""
+SOLO = ("vision", "internvl_c")
+"""what can be taken alone of a larger model"""
 BUFFERS = (".rotary_emb.inv_freq",)
 """ends of names in old files that are no weights: they are computed from the config"""
 
@@ -46,6 +48,8 @@ class Format:
     """its config.json as ours"""
     keys: Callable[[InternVLConfig, str], Iterator[Key]]
     """its names and ours, of a configuration"""
+    unused: str = ""
+    """in front of names that a file of it may also have and the configuration does not use"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,11 +104,26 @@ FORMATS = {
         read=hf.config_from_native,
         keys=lambda config, _kind: hf.native_keys(config),
     ),
+    "llava": Format(
+        kind="chat_simple",
+        about="an InternVL-Chat 1.0 folder in LLaVA's form (LlavaLlamaForCausalLM)",
+        read=hf.config_from_llava,
+        keys=hf.llava_keys,
+    ),
+    "llava_full": Format(
+        kind="chat_full",
+        about="an InternVL-Chat 1.0 folder in LLaVA's form with QLLaMA (two_mlp)",
+        read=hf.config_from_llava,
+        keys=hf.llava_keys,
+        # Of QLLaMA's texts Chat full uses none, so that it has no head onto the vocabulary.
+        unused=f"{hf.LLAVA_TOWER}qllama.lm_head.",
+    ),
     "internvit_pth": Format(
         kind="vision",
         about="a timm-style PyTorch file of InternViT",
         read=_vision_alone,
         keys=hf.timm_keys,
+        unused="clip_projector.",
     ),
     "internvl_c_pth": Format(
         kind="internvl_c",
@@ -115,8 +134,6 @@ FORMATS = {
 }
 PYTORCH_FILES = ("internvit_pth", "internvl_c_pth")
 """formats of one PyTorch file"""
-HEAD = "clip_projector."
-"""InternViT's PyTorch file also has this, which is InternVL-C's"""
 
 
 def import_model(
@@ -125,6 +142,7 @@ def import_model(
     *,
     kind: str | None = None,
     config_file: Path | None = None,
+    tower_config: Path | None = None,
 ) -> Conversion:
     """Make a model folder of an official one.
 
@@ -136,6 +154,8 @@ def import_model(
             None: everything.
         config_file: the official config.json, of an InternViT or an InternVL-14B, where the
             source is a PyTorch file; None: the one beside it.
+        tower_config: the official config.json of the vision tower, where the source is in LLaVA's
+            form: of an InternViT, or of the InternVL-14B of a Chat full.
 
     Raises:
         ModelError: the source is of no known format, or a tensor is missing, surplus or of
@@ -147,6 +167,8 @@ def import_model(
     if source.is_file():
         name = _as_pytorch_file(name, config_file)
     form = FORMATS[name]
+    if tower_config is not None:
+        facts[hf.TOWER] = _read_json(tower_config)
     try:
         config = form.read(facts)
     except KeyError as error:
@@ -158,7 +180,7 @@ def import_model(
         buffers = tuple(
             n
             for n in files.facts
-            if n.endswith(BUFFERS) or (name == "internvit_pth" and n.startswith(HEAD))
+            if n.endswith(BUFFERS) or (form.unused and n.startswith(form.unused))
         )
         found = {n: fact.shape for n, fact in files.facts.items() if n not in buffers}
         check_names(str(source), found, {n: shape for key in whole for n, shape in key.theirs})
@@ -166,6 +188,8 @@ def import_model(
     taken = {n for key in chosen for n in key.names}
     if source.is_dir():
         _keep_small_files(source, target / KEPT)
+    if tower_config is not None:
+        _write_json(target / KEPT / "config.json", facts)
     write_config(target, kind or form.kind, config)
     return Conversion(
         format=name,
@@ -202,8 +226,7 @@ def export_model(folder: str | Path, target: str | Path, format: str) -> Convers
     if (folder / KEPT).is_dir():
         _keep_small_files(folder / KEPT, target)
     if facts is not None:
-        text = json.dumps(facts, indent=2, sort_keys=True, ensure_ascii=False)
-        (target / "config.json").write_text(text + "\n", encoding="utf-8")
+        _write_json(target / "config.json", facts)
     size = sum(fact.size for fact in done.values())
     return Conversion(format=format, kind=kind, tensors=len(done), size=size, left_out=())
 
@@ -215,10 +238,7 @@ def _recognise(path: Path) -> tuple[str, dict[str, Any]]:
             f"{path} does not exist; an official model folder has one, and to a PyTorch file it "
             "is given"
         )
-    try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{path} is no JSON: {error}") from None
+    facts = _read_json(path)
     if "qllama_config" in facts:
         return "internvl_14b", facts
     if "llm_config" in facts:
@@ -227,8 +247,25 @@ def _recognise(path: Path) -> tuple[str, dict[str, Any]]:
         return "transformers", facts
     if facts.get("model_type") == "intern_vit_6b":
         return "internvit", facts
+    if facts.get("model_type") == "llava":
+        full = facts.get("mm_projector_type") == "two_mlp"
+        return "llava_full" if full else "llava", facts
     known = "; ".join(form.about for form in FORMATS.values())
     raise ModelError(f"{path} has model_type {facts.get('model_type')!r}; what is read: {known}")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ModelError(f"{path} does not exist")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path} is no JSON: {error}") from None
+
+
+def _write_json(path: Path, facts: Mapping[str, Any]) -> None:
+    text = json.dumps(facts, indent=2, sort_keys=True, ensure_ascii=False)
+    path.write_text(text + "\n", encoding="utf-8")
 
 
 def _as_pytorch_file(name: str, config_file: Path) -> str:
@@ -247,10 +284,10 @@ def _chosen(
     """The part of a table that makes a model of another kind."""
     if kind in (None, held):
         return whole
-    if kind not in PARTS or not PARTS[kind] <= PARTS[held]:
+    if kind not in SOLO or not PARTS[kind] <= PARTS[held]:
         raise ModelError(
             f"a {kind} cannot be had from the source, which is a {held}; of that can be had: "
-            f"{', '.join(k for k in ('vision', 'internvl_c', held) if PARTS[k] <= PARTS[held])}"
+            f"{', '.join(k for k in (*SOLO, held) if PARTS[k] <= PARTS[held])}"
         )
     ours = {key.ours for key in hf.keys(config, kind)}
     return [key for key in whole if key.ours in ours]
@@ -349,6 +386,8 @@ def _official_config(
         return None
     if format == "transformers":
         return hf.config_to_native(config, _image_token(folder, kept[1] if kept else {}))
+    if format in ("llava", "llava_full"):
+        return hf.config_to_llava(config, kind)
     return hf.config_to_official(config, kind)
 
 

@@ -36,6 +36,15 @@ def cut(kind: str, config: InternVLConfig, stages: int) -> list[Share]:
         )
         if tower in PARTS[kind]
     }
+    if stages > 1 and any(
+        decoder.tied_head
+        for tower, decoder in (("text", config.text), ("language", config.chat))
+        if tower in depths
+    ):
+        raise LayoutError(
+            f"{kind}: the embeddings are also the head, so the first and the last of {stages} "
+            "pipeline stages would need them; use pipeline 1, or a decoder with tied_head false"
+        )
     series = _SERIES.get(kind)
     chains = [series] if series else [(tower,) for tower in depths]
     shares: list[Share] = [{} for _ in range(stages)]
