@@ -21,6 +21,7 @@ from models.common.layers import (
     self_attention_spec,
 )
 from models.common.linear import ColumnLinear, VocabEmbedding
+from models.common.lora import add_lora
 from models.common.megatron import (
     ModuleSpec,
     TransformerBlock,
@@ -64,6 +65,7 @@ class Decoder(Part):
         )
         self.head = _head(stack, config.width, vocabulary, self.tp_group) if head else None
         self._set_init_rules(vocabulary)
+        add_lora(self.decoder.layers, config.lora, separate=True)
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids [B, T] -> [B, T, D]."""

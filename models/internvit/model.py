@@ -18,6 +18,7 @@ from models.common.layers import (
     require_local,
     self_attention_spec,
 )
+from models.common.lora import add_lora
 from models.common.megatron import (
     ModuleSpec,
     TransformerBlock,
@@ -48,6 +49,7 @@ class InternViT(Part):
             pg_collection=process_groups(),
         )
         self._set_init_rules()
+        add_lora(self.decoder.layers, config.lora, separate=False)
 
     def forward(self, pixels: Tensor, kept: Tensor | None = None, hidden_state: int = -1) -> Tensor:
         """Encode images.
