@@ -168,6 +168,19 @@ def export(
 
 
 @app.command()
+def merge(
+    model: ModelRef,
+    target: Annotated[Path, typer.Argument(help="the model folder to make")],
+) -> None:
+    """Fold a model's LoRA adapters into its weights (export does that too)."""
+    from infra.registry import resolve_model
+    from models.internvl.convert import merge_model
+
+    changed = merge_model(resolve_model(model), target)
+    typer.echo(f"{model} is in {target}, the adapters of {changed} weights folded in")
+
+
+@app.command()
 def report(
     out: Annotated[Path | None, typer.Option(help="where; default work/report/index.html")] = None,
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
@@ -30,6 +31,40 @@ class RopeScaling:
                 f"low_freq_factor {self.low_freq_factor} is not below high_freq_factor "
                 f"{self.high_freq_factor}"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters of a stack: W x + alpha / rank * B A dropout(x) (LoRA, arXiv 2106.09685).
+
+    The defaults are those of InternVL's retrieval fine-tuning and of its chat models.
+    """
+
+    rank: int = 16
+    """rows of A, columns of B"""
+    alpha: float = 32.0
+    """scale of what is added, times the rank; official code has twice the rank"""
+    dropout: float = 0.05
+    """probability that an element of x is dropped on its way to A in training"""
+    linears: tuple[Literal["qkv", "proj", "fc1", "fc2"], ...] = ("qkv", "proj", "fc1", "fc2")
+    """of attention and MLP; in a decoder q, k, v, gate and up have a pair each"""
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"rank {self.rank}; expected at least 1")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout {self.dropout}; expected at least 0 and below 1")
+        if not self.linears:
+            raise ValueError("linears is empty; leave the lora out instead")
+
+    @property
+    def scale(self) -> float:
+        """Of B A."""
+        return self.alpha / self.rank
+
+    def holds(self, other: LoraConfig) -> bool:
+        """Whether adapters of `other` mean the same here; dropout is not asked."""
+        return dataclasses.replace(other, dropout=self.dropout) == self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +101,8 @@ class DecoderConfig:
     """of the initial matrices (truncated normal); None: 1 / sqrt(width)"""
     embedding_init_std: float = 1.0
     """of the initial token embeddings; at 0.02 a small text tower hardly starts to learn"""
+    lora: LoraConfig | None = None
+    """adapters of its layers; None: none"""
 
     def __post_init__(self) -> None:
         if self.width % self.heads:

@@ -21,6 +21,7 @@ from models.common.layers import (
     self_attention_spec,
 )
 from models.common.linear import ColumnLinear, VocabEmbedding
+from models.common.lora import add_lora
 from models.common.megatron import (
     ModuleSpec,
     TransformerConfig,
@@ -71,6 +72,7 @@ class Decoder(Part):
         if head and self.ends:
             self.head = _head(plain, config, vocabulary, self.tp_group)
         self._set_init_rules(vocabulary)
+        add_lora(self.decoder.layers, config.lora, separate=True)
 
     @property
     def starts(self) -> bool:

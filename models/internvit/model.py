@@ -21,6 +21,7 @@ from models.common.layers import (
     require_local,
     self_attention_spec,
 )
+from models.common.lora import add_lora
 from models.common.megatron import ModuleSpec
 from models.common.parallel import Part, pad_to_multiple, stack_config, tensor_group
 from models.common.stack import Stack
@@ -56,6 +57,7 @@ class InternViT(Part):
                 torch.zeros(1 + config.patches, config.width, **make)
             )
         self._set_init_rules()
+        add_lora(self.decoder.layers, config.lora, separate=False)
 
     @property
     def starts(self) -> bool:

@@ -24,6 +24,7 @@ from models.internvit import hf as vision_hf
 from models.internvl import hf
 from models.internvl.config import PARTS, InternVLConfig
 from models.internvl.load import read_config, write_config
+from models.internvl.lora import BASE_LAYER, MergedFiles, adapters, peft_keys
 from models.tokenizer import IMG_CONTEXT, IMG_CONTEXT_ID
 
 KEPT = "official"
@@ -173,17 +174,19 @@ def import_model(
         config = form.read(facts)
     except KeyError as error:
         raise ModelError(f"{config_file} lacks {error.args[0]!r}") from None
-    whole = list(form.keys(config, form.kind))
-    chosen = _chosen(whole, config, form.kind, kind)
+    found = adapters(config, form.kind)
     _refuse_overwriting(target)
     with TensorFiles(source) as files:
+        base_layer = any(BASE_LAYER in n for n in files.facts)
+        whole = list(peft_keys(form.keys(config, form.kind), found, base_layer=base_layer))
+        chosen = _chosen(whole, config, form.kind, kind)
         buffers = tuple(
             n
             for n in files.facts
             if n.endswith(BUFFERS) or (form.unused and n.startswith(form.unused))
         )
-        found = {n: fact.shape for n, fact in files.facts.items() if n not in buffers}
-        check_names(str(source), found, {n: shape for key in whole for n, shape in key.theirs})
+        there = {n: fact.shape for n, fact in files.facts.items() if n not in buffers}
+        check_names(str(source), there, {n: shape for key in whole for n, shape in key.theirs})
         done = _import_tensors(files, chosen, target / "weights.safetensors")
     taken = {n for key in chosen for n in key.names}
     if source.is_dir():
@@ -203,6 +206,8 @@ def import_model(
 def export_model(folder: str | Path, target: str | Path, format: str) -> Conversion:
     """Write a model folder in a format of `FORMATS`, in the types the weights have.
 
+    Adapters are folded into the weights that they are beside.
+
     What was imported and is exported in the format it came in gives the same tensors and the
     same small files.
 
@@ -215,20 +220,50 @@ def export_model(folder: str | Path, target: str | Path, format: str) -> Convers
         raise ModelError(f"format {format!r} does not exist; known: {', '.join(FORMATS)}")
     kind, config = read_config(folder)
     _refuse_unless_held(folder, kind, format)
+    found = adapters(config, kind)
+    config = config.with_lora() if found else config
     table = list(FORMATS[format].keys(config, kind))
     facts = _official_config(folder, config, kind, format)
     _refuse_overwriting(target)
     with TensorFiles(folder / "weights.safetensors") as files:
-        found = {n: fact.shape for n, fact in files.facts.items()}
-        check_names(str(folder), found, {key.ours: key.shape for key in table})
+        merged = MergedFiles(files, found)
+        there = {n: fact.shape for n, fact in merged.facts.items()}
+        check_names(str(folder), there, {key.ours: key.shape for key in table})
         write = _export_pytorch if format in PYTORCH_FILES else _export_tensors
-        done = write(files, table, target)
+        done = write(merged, table, target)
     if (folder / KEPT).is_dir():
         _keep_small_files(folder / KEPT, target)
     if facts is not None:
         _write_json(target / "config.json", facts)
     size = sum(fact.size for fact in done.values())
     return Conversion(format=format, kind=kind, tensors=len(done), size=size, left_out=())
+
+
+def merge_model(folder: str | Path, target: str | Path) -> int:
+    """Make a model folder whose weights have the adapters of another folded in.
+
+    Returns:
+        How many weights changed.
+
+    Raises:
+        ModelError: the model has no adapters, or they are not those that its config describes.
+    """
+    folder, target = Path(folder), Path(target)
+    kind, config = read_config(folder)
+    found = adapters(config, kind)
+    if not found:
+        raise ModelError(f"{folder} has no adapters: there is nothing to merge")
+    _refuse_overwriting(target)
+    with TensorFiles(folder / "weights.safetensors") as files:
+        merged = MergedFiles(files, found)
+        tensors = ((name, merged.read(name)) for name in merged.facts)
+        write_tensors(target / "weights.safetensors", merged.facts, tensors)
+    if (folder / "tokenizer.json").is_file():
+        shutil.copyfile(folder / "tokenizer.json", target / "tokenizer.json")
+    if (folder / KEPT).is_dir():
+        _keep_small_files(folder / KEPT, target / KEPT)
+    write_config(target, kind, config.with_lora())
+    return len(found)
 
 
 def _recognise(path: Path) -> tuple[str, dict[str, Any]]:
@@ -290,6 +325,7 @@ def _chosen(
             f"{', '.join(k for k in (*SOLO, held) if PARTS[k] <= PARTS[held])}"
         )
     ours = {key.ours for key in hf.keys(config, kind)}
+    ours |= {key.ours for p in adapters(config, kind).values() for key in (p.a, p.b)}
     return [key for key in whole if key.ours in ours]
 
 
@@ -333,7 +369,7 @@ def _import_tensors(files: TensorFiles, table: Sequence[Key], path: Path) -> dic
 
 
 def _export_pytorch(
-    files: TensorFiles, table: Sequence[Key], target: Path
+    files: MergedFiles, table: Sequence[Key], target: Path
 ) -> dict[str, TensorFacts]:
     """One PyTorch file; unlike safetensors it has to be whole in memory first."""
     tensors = {
@@ -347,7 +383,7 @@ def _export_pytorch(
 
 
 def _export_tensors(
-    files: TensorFiles, table: Sequence[Key], target: Path
+    files: MergedFiles, table: Sequence[Key], target: Path
 ) -> dict[str, TensorFacts]:
     table = sorted(table, key=lambda key: -files.facts[key.ours].dtype.itemsize)
     facts = {
@@ -382,8 +418,10 @@ def _official_config(
 ) -> dict[str, Any] | None:
     """The config.json to write; None: the one that was kept says the same."""
     kept = _kept_config(folder)
-    if kept is not None and kept[0] == format and FORMATS[format].read(kept[1]) == config:
-        return None
+    if kept is not None and kept[0] == format:
+        merged = kept[1] | {name: 0 for name in hf.LORA_RANKS if kept[1].get(name)}
+        if FORMATS[format].read(merged) == config:
+            return None if merged == kept[1] else merged
     if format == "transformers":
         return hf.config_to_native(config, _image_token(folder, kept[1] if kept else {}))
     if format in ("llava", "llava_full"):

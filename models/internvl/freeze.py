@@ -24,6 +24,7 @@ STAGES: dict[str, tuple[str, ...]] = {
     ),
     "connector": ("connector.*", "query_connector.*"),
     "sft": ("connector.*", "query_connector.*", "language.*"),
+    "lora": ("*.lora.*",),
 }
 
 

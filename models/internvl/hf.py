@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from infra.errors import ConfigError, ModelError
-from models.common.config import DecoderConfig
+from models.common.config import DecoderConfig, LoraConfig
 from models.common.hf_decoder import decoder_keys, internlm2_keys
 from models.common.keymap import Key, join_all, one, prefixed, renamed
 from models.connector.config import ConnectorConfig
@@ -21,9 +21,14 @@ from models.qllama.config import QLlamaConfig
 
 
 def config_from_official(config: Mapping) -> InternVLConfig:
-    """`config.json` of an InternVL-14B (`qllama_config`) or an InternVL-Chat (`llm_config`)."""
+    """`config.json` of an InternVL-14B (`qllama_config`) or an InternVL-Chat (`llm_config`).
+
+    Raises:
+        ConfigError: an option is not built here.
+    """
     vision = vision_hf.config_from_official(config["vision_config"])
     if "qllama_config" in config:
+        _refuse_lora(config)
         qllama = config["qllama_config"]
         return InternVLConfig(
             vision=vision,
@@ -35,9 +40,10 @@ def config_from_official(config: Mapping) -> InternVLConfig:
             embed_dim=config["clip_embed_dim"],
             pool_heads=config["attn_pool_num_heads"],
         )
+    language = llama_hf.config_from_official(config["llm_config"])
     return InternVLConfig(
-        vision=vision,
-        language=llama_hf.config_from_official(config["llm_config"]),
+        vision=dataclasses.replace(vision, lora=_lora(config.get("use_backbone_lora"))),
+        language=dataclasses.replace(language, lora=_lora(config.get("use_llm_lora"))),
         connector=ConnectorConfig(
             kind="pixel_shuffle",
             ps_version=config["ps_version"],
@@ -45,6 +51,25 @@ def config_from_official(config: Mapping) -> InternVLConfig:
             shuffle_side=round(1 / config["downsample_ratio"]),
         ),
     )
+
+
+LORA_RANKS = ("use_backbone_lora", "use_llm_lora", "use_qllama_lora")
+"""fields of a `config.json` with the ranks of adapters that are not merged yet; 0: none"""
+
+
+def _lora(rank: int | None) -> LoraConfig | None:
+    """What the official chat class makes of a rank: all linears, and an alpha of twice the rank."""
+    return LoraConfig(rank=rank, alpha=2.0 * rank) if rank else None
+
+
+def _refuse_lora(config: Mapping) -> None:
+    ranks = {name: config[name] for name in LORA_RANKS if config.get(name)}
+    if ranks:
+        raise ConfigError(
+            f"{ranks}: the adapters of an InternVL-14B have another alpha in the official "
+            "fine-tuning than in the official model class, so what they add is not known; "
+            "merge them with the code that they were trained with"
+        )
 
 
 def config_to_official(config: InternVLConfig, kind: str) -> dict[str, Any]:

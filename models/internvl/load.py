@@ -89,8 +89,10 @@ def load_parts(model: InternVL | Chunks, folder: str | Path, parts: Mapping[str,
         or cross-attention that is new): they keep their values.
 
     Raises:
-        ModelError: nothing of a part is in the folder, or a shape differs.
+        ModelError: nothing of a part is in the folder, a shape differs, or a part has adapters
+            there and the model has no such ones.
     """
+    _refuse_other_adapters(model, folder, parts)
     weights = read_weights(folder)
     filled: set[str] = set()
     missing: list[str] = []
@@ -218,6 +220,19 @@ class Model:
             raise ModelError(
                 f"a {self.kind} model cannot {capability}; kinds that can: "
                 f"{sorted(k for k, v in CAPABILITIES.items() if capability in v)}"
+            )
+
+
+def _refuse_other_adapters(model: InternVL, folder: str | Path, parts: Mapping[str, str]) -> None:
+    """Adapters that are left behind, or scaled otherwise, would make another model of the part."""
+    config = read_config(folder)[1]
+    for target, source in parts.items():
+        theirs, ours = config.lora_of(source), model.model_config.lora_of(target)
+        if theirs is not None and (ours is None or not ours.holds(theirs)):
+            raise ModelError(
+                f"{source!r} of {folder} has adapters ({theirs}), and {target!r} of this model "
+                f"has {ours or 'none'}; fold them in with `vlfoundry merge`, or give the model "
+                "the same lora"
             )
 
 
