@@ -90,7 +90,8 @@ def test_killed_run_goes_on_bit_identical(run_ranks, tmp_path, uninterrupted, st
     with pytest.raises(RankError, match="rank 1 was killed by SIGKILL"):
         run_ranks(crash, ranks=2)
     resumed = run_ranks(_train, tmp_path, ranks=2)[0]
-    assert resumed[0].resumed_from == step // 2 * 2
+    # The last one may still have been written; the one before was committed when it was begun.
+    assert resumed[0].resumed_from in (max(0, step // 2 * 2 - 2), step // 2 * 2)
     _assert_same(resumed, uninterrupted)
 
 
