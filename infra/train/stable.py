@@ -28,7 +28,7 @@ def clip_updates(optimizer: Any) -> None:
     before: list[tuple[Tensor, Tensor, float]] = []
 
     def remember(*_: Any) -> None:
-        for (shard, _), rms in zip(shards.mine, shards.rms(), strict=True):
+        for shard, rms in shards.rms():
             if rms > 1:
                 before.append((shard, shard.detach().clone(), 1 / rms))
 
@@ -61,31 +61,31 @@ class _Shards:
             _elements(param, self._tensor.size() if cut else 1)
             for param, cut in zip(params, self._cut, strict=True)
         ]
-        self._places: list[tuple[int, dict]] = []
-        self.mine: list[tuple[Any, dict]] = []
-        """(shard of the main parameter, its group of the optimizer)"""
-        for index, param in enumerate(params):
-            if param in optimizer.model_param_group_index_map:
-                group_index, order = optimizer.model_param_group_index_map[param]
-                group = self._inner.param_groups[group_index]
-                self.mine.append((group["params"][order], group))
-                self._places.append(index)
+        # (which tensor, its group and place in the optimizer); loading makes other groups.
+        self._mine = [
+            (index, *optimizer.model_param_group_index_map[param])
+            for index, param in enumerate(params)
+            if param in optimizer.model_param_group_index_map
+        ]
 
-    def rms(self) -> list[float]:
-        """RMS of each shard's whole tensor for the step that is about to be made."""
+    def rms(self) -> list[tuple[Tensor, float]]:
+        """Each shard with the RMS of its whole tensor, for the step that is about to be made."""
         import torch
         import torch.distributed as dist
 
-        sums = torch.zeros(len(self._counts), device=self._device())
-        for index, (shard, group) in zip(self._places, self.mine, strict=True):
-            sums[index] = self._ratio(shard, group).sum()
+        sums = torch.zeros(len(self._counts), device=torch.cuda.current_device())
+        shards = []
+        for index, group_index, order in self._mine:
+            group = self._inner.param_groups[group_index]
+            shards.append((index, group["params"][order]))
+            sums[index] = self._ratio(shards[-1][1], group).sum()
         dist.all_reduce(sums, group=self._data)
         if self._tensor.size() > 1:
             whole = sums.clone()
             dist.all_reduce(whole, group=self._tensor)
             sums = torch.where(torch.tensor(self._cut, device=sums.device), whole, sums)
         values = sums.tolist()
-        return [math.sqrt(values[index] / self._counts[index]) for index in self._places]
+        return [(shard, math.sqrt(values[i] / self._counts[i])) for i, shard in shards]
 
     def _ratio(self, shard: Any, group: dict) -> Tensor:
         """g^2 / max(u, eps^2) with the second moment u as the coming step will see it."""
@@ -94,11 +94,6 @@ class _Shards:
         moment = self._inner.state[shard]["exp_avg_sq"]
         corrected = moment.lerp(squared, 1 - beta2).div_(1 - beta2**step)
         return squared / corrected.clamp_(min=group["eps"] ** 2)
-
-    def _device(self) -> Any:
-        import torch
-
-        return self.mine[0][0].device if self.mine else torch.cuda.current_device()
 
 
 def _elements(param: Any, tensor_ranks: int) -> int:
