@@ -117,7 +117,7 @@ def train(
         **options: of `fit`.
 
     Returns:
-        The result, the canonical weights (rank 0), the lines of the log, the numbers of the batches.
+        Result, canonical weights (rank 0), lines of the log, numbers of the batches.
     """
     from infra.backend import Layout
     from infra.backend.parallel import parallel

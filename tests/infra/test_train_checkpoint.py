@@ -1,4 +1,4 @@
-"""Checkpoints: written aside, complete or invisible, verified to the last bit, the right ones kept."""
+"""Checkpoints: complete or invisible, verified to the last bit, and the right ones kept."""
 
 import json
 import shutil

@@ -233,8 +233,16 @@ def test_batch_must_divide():
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("steps", 0), ("lr", 0.0), ("beta2", 1.0), ("warmup_steps", 99),
-     ("ema_decay", 1.0), ("spike_factor", 0.5), ("layer_decay", {"vision": 1.1})]
+    ("field", "value"),
+    [
+        ("steps", 0),
+        ("lr", 0.0),
+        ("beta2", 1.0),
+        ("warmup_steps", 99),
+        ("ema_decay", 1.0),
+        ("spike_factor", 0.5),
+        ("layer_decay", {"vision": 1.1}),
+    ],
 )
 def test_nonsense_is_refused(field, value):
     with pytest.raises(ConfigError, match=rf"train.{field}"):

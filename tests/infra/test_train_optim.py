@@ -26,7 +26,7 @@ def test_learning_rate_schedule():
     assert _rates(schedule="linear", min_lr_ratio=0.5) == pytest.approx(np.linspace(1, 0.5, 11))
     assert _rates(schedule="polynomial", power=2.0)[5] == pytest.approx(0.25)
     assert _rates(warmup_ratio=0.4) == _rates(warmup_steps=4)
-    with pytest.raises(ConfigError, match="warmup_steps is 4 and train.warmup_ratio 0.4"):
+    with pytest.raises(ConfigError, match=r"warmup_steps is 4 and train\.warmup_ratio 0\.4"):
         _rates(warmup_steps=4, warmup_ratio=0.4)
 
 
@@ -140,9 +140,7 @@ def test_stable_adamw_and_the_mean_agree_with_plain_ones(run_ranks, tmp_path, pl
     poison = {(rank, batch): 20.0 for rank in range(2) for batch in range(2, 9)}
 
     def run(stop=None):
-        return tower.train(
-            tmp_path, CONFIG, layout=layout, poison=poison, drop_path=0.0, stop=stop
-        )
+        return tower.train(tmp_path, CONFIG, layout=layout, poison=poison, drop_path=0.0, stop=stop)
 
     run_ranks(lambda: run(stop=(0, 2)), ranks=layout.ranks)
     result, weights, _, _ = run_ranks(run, ranks=layout.ranks)[0]
