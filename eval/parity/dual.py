@@ -38,7 +38,7 @@ from models.internvl.config import InternVLConfig
 from models.internvl.hf import config_from_official, from_official
 from models.internvl.model import build
 from models.objectives.common import gather_rows
-from models.objectives.contrastive import ContrastiveConfig, targets
+from models.objectives.contrastive import ContrastiveConfig, own_places
 from models.objectives.generative import Generative, GenerativeConfig
 from models.objectives.next_token import NextTokenConfig
 from models.objectives.retrieval import Retrieval, RetrievalConfig, embed_and_match
@@ -347,7 +347,7 @@ def _stage2_scores(
     return _similarities(model, out["image"], out["text"], "sim_{}") | {
         "itm_logits": out["match"],
         "itm_labels": torch.where(counts, is_match, -100),
-        "itc_targets": targets(out["image"], valid=~empty),
+        "itc_targets": own_places(len(empty), empty.device).masked_fill(empty, -100),
         "lm_head.out": logits,
         "itg_shift_logits": logits[:, :-1].flatten(0, 1),
         "itg_shift_labels": batch["caption_labels"][:, 1:].flatten(),
