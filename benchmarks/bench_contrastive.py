@@ -96,9 +96,7 @@ def _sigmoid(images: Any, texts: Any) -> Any:
 
     from models.objectives.contrastive import sigmoid_loss
 
-    return sigmoid_loss(
-        images, texts, torch.tensor(SIGLIP_SCALE).log(), torch.tensor(SIGLIP_BIAS)
-    )
+    return sigmoid_loss(images, texts, torch.tensor(SIGLIP_SCALE).log(), torch.tensor(SIGLIP_BIAS))
 
 
 def _open_clip() -> tuple[Callable[..., Any], Callable[..., Any]]:
@@ -135,7 +133,7 @@ def _memory(size: int) -> Case:
 
     return Case(
         name=f"ours softmax, memory, {size}", call=call, items=size, unit="pairs",
-        packages=PACKAGES, repetitions=1, facts=facts,
+        packages=PACKAGES, repetitions=1, warm_up=False, facts=facts,
     )  # fmt: skip
 
 

@@ -47,7 +47,9 @@ class Case:
     packages: tuple[str, ...] = ()
     """Distributions whose versions belong to the measurement."""
     repetitions: int = REPETITIONS
-    """Timed calls, after one that is not counted."""
+    """Timed calls."""
+    warm_up: bool = True
+    """Whether a call that is not counted goes before them."""
     against: str = ""
     """An earlier case of the benchmark; the line gives the ratio of our rate a CPU-second to its"""
     ratios_to: tuple[str, ...] = ()
@@ -115,7 +117,8 @@ def commit() -> dict[str, Any]:
 def measure(*cases: Case) -> list[dict[str, Any]]:
     """Time cases in turns: one call of each to warm up, then the repetitions."""
     for case in cases:
-        case.call()
+        if case.warm_up:
+            case.call()
     walls: list[list[float]] = [[] for _ in cases]
     cpus: list[list[float]] = [[] for _ in cases]
     for repetition in range(max(case.repetitions for case in cases)):

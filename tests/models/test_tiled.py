@@ -109,6 +109,7 @@ def test_sigmoid_is_the_plain_one(names, size, dtype, tolerance):
 def test_gradients_of_the_sums_are_those_of_small_steps():
     rows, texts, _, bias = embeddings(7, torch.float64)
     columns = torch.cat([texts, rows[:4]]).detach().requires_grad_()
+
     def both(rows, columns):
         return two_way_logsumexp(rows, columns, tile=4)[:2]
 
