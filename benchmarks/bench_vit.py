@@ -183,7 +183,7 @@ def _transformers(
     weights = {}
     for name, tensor in official.items():
         for theirs, here in names.items():
-            name = name.replace(theirs, here)  # noqa: PLW2901
+            name = name.replace(theirs, here)
         if ".attn.qkv." in name:
             for part, rows in zip("qkv", tensor.chunk(3), strict=True):
                 weights[name.replace(".attn.qkv.", f".attention.{part}_proj.")] = rows

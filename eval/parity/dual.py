@@ -432,10 +432,9 @@ def _half_a_batch(folder: Path) -> list[Check]:
         recorded = below(everything, f"rank{rank}.")
         prefix = f"{file}/rank{rank}"
         checks = forward_checks(prefix, ours, other(recorded, "grad."))
-        own = below(recorded, "grad.")
         # Ranks divide the scale's gradient in another way here: each has the share of its images'
         # rows of the logits, officially of its images and its texts. Their mean is compared below.
-        del own["logit_scale"]
+        own = {n: t for n, t in below(recorded, "grad.").items() if n != "logit_scale"}
         checks += _gradients(f"{prefix}/grad", model, own, weights)
         for parameter in model.parameters():
             if parameter.grad is not None:

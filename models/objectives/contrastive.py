@@ -102,7 +102,7 @@ def info_nce(
     scale = logit_scale.exp()
     if config.max_logit_scale is not None:
         scale = scale.clamp(max=config.max_logit_scale)
-    rows, texts = _wide(scale * images), _wide(texts)
+    rows, texts = scale * _wide(images), _wide(texts)
     both = two_way_logsumexp(rows, gather_rows(texts))
     # The mean of a row's target logits is the logit of the mean of its targets.
     row_target, text_target = (
@@ -136,7 +136,7 @@ def sigmoid_loss(
         logit_bias: of every logit; SigLIP starts at -10.
         group: [B] ids; all pairs within a group match. None: each row with its own.
     """
-    rows, texts = _wide(logit_scale.exp() * images), _wide(texts)
+    rows, texts = logit_scale.exp() * _wide(images), _wide(texts)
     bias = logit_bias.to(rows.dtype)
     mean, count = means_of_groups(texts, group)
     matches = (count * (vecdot(rows, mean) + bias)).sum()
