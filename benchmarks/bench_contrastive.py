@@ -4,6 +4,7 @@ Ours say how far their gradients are from the peer's, relative to the largest en
 "memory" run in a process of their own and say how far its resident memory rose above the inputs.
 """
 
+import ctypes
 import importlib.util
 import re
 from collections.abc import Callable, Iterator
@@ -138,7 +139,12 @@ def _memory(size: int) -> Case:
 
 
 def _peak_mib(size: int) -> float:
+    from models.objectives.tiled import TILE_COLUMNS
+
     leaves = _leaves(size)
+    # What a fork has not touched yet, or the parent freed, is no memory of the loss.
+    _gradients(_softmax, _leaves(2 * TILE_COLUMNS))
+    ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak is now what we hold
     before = _status_mib("VmRSS")
     _gradients(_softmax, leaves)

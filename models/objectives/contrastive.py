@@ -103,14 +103,11 @@ def info_nce(
     if config.max_logit_scale is not None:
         scale = scale.clamp(max=config.max_logit_scale)
     rows, texts = scale * _wide(images), _wide(texts)
+    # Before the kernel, so that its buffers are gone when the gradients of these are made.
+    row_target, text_target = _target_logits(rows, texts, group, config.label_smoothing)
     both = two_way_logsumexp(rows, gather_rows(texts))
-    # The mean of a row's target logits is the logit of the mean of its targets.
-    row_target, text_target = (
-        _mix(means_of_groups(others, group)[0], others, config.label_smoothing)
-        for others in (texts, rows)
-    )
-    row_loss = both.row_lse - vecdot(rows, row_target)
-    text_loss = scatter_rows(both.column_lse).logsumexp(0) - vecdot(texts, text_target)
+    row_loss = both.row_lse - row_target
+    text_loss = scatter_rows(both.column_lse).logsumexp(0) - text_target
     hits = _is_right(both.row_best, group) + _is_right(_best_over_ranks(both), group)
     weight = torch.ones_like(row_loss) if valid is None else valid.to(row_loss.dtype)
     count = weight.sum().clamp_min(1)
@@ -161,10 +158,22 @@ def own_places(size: int, device: torch.device) -> Tensor:
     return torch.arange(size, device=device) + data_group().rank() * size
 
 
-def _mix(targets: Tensor, others: Tensor, smoothing: float) -> Tensor:
-    if not smoothing:
-        return targets
-    return torch.lerp(targets, gather_rows(others.mean(0, keepdim=True)).mean(0), smoothing)
+def _target_logits(
+    rows: Tensor, texts: Tensor, group: Tensor | None, smoothing: float
+) -> tuple[Tensor, Tensor]:
+    """The mean of the target logits of each of our rows, and of each of our texts [B].
+
+    It is the logit of the mean of the targets, so no logits need to be at hand.
+    """
+    if group is None and not smoothing:
+        own = vecdot(rows, texts)
+        return own, own
+    means = []
+    for ours, others in ((rows, texts), (texts, rows)):
+        target, _ = means_of_groups(others, group)
+        everything = gather_rows(others.mean(0, keepdim=True)).mean(0)
+        means.append(vecdot(ours, torch.lerp(target, everything, smoothing)))
+    return means[0], means[1]
 
 
 def _best_over_ranks(both: TwoWay) -> Tensor:
