@@ -166,7 +166,7 @@ def _transformers(
             num_attention_heads=config.heads, intermediate_size=config.mlp_hidden,
             norm_type="layer_norm", attention_bias=True, image_size=[config.image_px] * 2,
             patch_size=[config.patch_px] * 2, layer_norm_eps=config.eps,
-            layer_scale_init_value=config.layerscale_init, attn_implementation="sdpa",
+            layer_scale_init_value=config.layerscale_init,
         )
     )  # fmt: skip
     names = {
