@@ -106,6 +106,7 @@ def info_nce(
     *,
     group: Tensor | None = None,
     valid: Tensor | None = None,
+    total: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Mean of both directions, our rows against the columns of all ranks.
 
@@ -118,6 +119,7 @@ def info_nce(
         logit_scale: logarithm of the inverse temperature.
         group: [B] ids; rows of one group share the target evenly. None: each row its own.
         valid: [B] boolean; rows that count. None: all.
+        total: mean over the ranks of how many count; None: this rank's own.
 
     Returns:
         The loss, and the share of our rows whose best column is right, both ways averaged.
@@ -133,7 +135,7 @@ def info_nce(
     text_loss = scatter_rows(both.column_lse).logsumexp(0) - text_target
     hits = _is_right(both.row_best, group) + _is_right(_best_over_ranks(both), group)
     weight = torch.ones_like(row_loss) if valid is None else valid.to(row_loss.dtype)
-    count = weight.sum().clamp_min(1)
+    count = weight.sum().clamp_min(1) if total is None else total
     loss = ((row_loss + text_loss) * weight).sum() / (2 * count)
     return loss, (hits * weight).sum() / (2 * count)
 
