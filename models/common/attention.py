@@ -1,17 +1,25 @@
 """Core attention on PyTorch's scaled_dot_product_attention, with a cache for decoding.
 
-Letters: S query tokens, T key tokens, B batch, N heads, G key/value heads, H head size.
+Letters: S query tokens, T key tokens, B batch, N heads, G key/value heads, H head size, P packed
+samples.
+
+Several samples may lie one behind another in a batch of one row. Where they do, a mask is
+`cu_seqlens`, int32 [P+1]: the place where each begins, and where the last ends. No token sees
+another sample. (A tensor, and not Megatron's PackedSeqParams: recompute hands masks on as tensors,
+and Megatron's own core attention refuses packed sequences without Transformer Engine.)
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from infra.errors import ModelError
 from models.common.megatron import AttnMaskType, TransformerConfig
 from models.common.parallel import Part
 
@@ -41,7 +49,8 @@ class SDPAttention(Part):
     """Softmax attention over heads that are already projected (and rotated).
 
     `attention_mask` is None, boolean (True: blocked, as everywhere in Megatron) or an additive
-    float mask, broadcastable to [B, N, S, T]. None means causal if the layer is causal, else full.
+    float mask, broadcastable to [B, N, S, T]. None means causal if the layer is causal, else full;
+    so does `cu_seqlens`, within each sample.
     """
 
     def __init__(
@@ -74,17 +83,50 @@ class SDPAttention(Part):
             key = key.repeat_interleave(heads // key.shape[2], dim=2)
             value = value.repeat_interleave(heads // value.shape[2], dim=2)
         mask = attention_mask
+        if is_packed(mask):
+            return self._packed(query, key, value, mask)
         if mask is not None and mask.dtype == torch.bool:
             mask = ~mask
+        out = self._attend(query, key, value, mask)
+        return out.reshape(tokens, batch, -1)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """[S, B, N, H] and twice [T, B, N, H] -> [S, B, N, H]."""
         out = scaled_dot_product_attention(
             query.permute(1, 2, 0, 3),
             key.permute(1, 2, 0, 3),
             value.permute(1, 2, 0, 3),
             attn_mask=mask,
-            is_causal=self.causal and mask is None and tokens > 1,
+            is_causal=self.causal and mask is None and len(query) > 1,
             scale=self.scale,
         )
-        return out.permute(2, 0, 1, 3).reshape(tokens, batch, -1)
+        return out.permute(2, 0, 1, 3)
+
+    def _packed(self, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """[T, 1, N, H] each -> [T, 1, N*H]; samples of equal length are computed together."""
+        tokens, _, heads, size = query.shape
+        assert self.cache is None, "packed samples are not decoded"
+        places: dict[int, list[int]] = {}
+        for start, end in itertools.pairwise(cu_seqlens.tolist()):
+            places.setdefault(end - start, []).append(start)
+        if all(len(starts) == 1 for starts in places.values()):
+            parts = [x.split(list(places)) for x in (query, key, value)]
+            outs = [self._attend(*part, None) for part in zip(*parts, strict=True)]
+            return torch.cat(outs).reshape(tokens, 1, -1)
+        order = torch.cat(
+            [
+                (torch.tensor(starts) + torch.arange(length)[:, None]).flatten()
+                for length, starts in places.items()
+            ]
+        ).to(query.device)
+        sizes = [length * len(starts) for length, starts in places.items()]
+        parts = [x[:, 0].index_select(0, order).split(sizes) for x in (query, key, value)]
+        outs = [
+            self._attend(*(x.view(length, -1, heads, size) for x in part), None).flatten(0, 1)
+            for length, part in zip(places, zip(*parts, strict=True), strict=True)
+        ]
+        back = order.argsort()
+        return torch.cat(outs).index_select(0, back).reshape(tokens, 1, -1)
 
 
 @contextlib.contextmanager
@@ -98,6 +140,38 @@ def key_value_cache(module: torch.nn.Module, max_tokens: int) -> Iterator[None]:
     finally:
         for core in cores:
             core.cache = None
+
+
+def is_packed(mask: Tensor | None) -> bool:
+    """Whether a mask is `cu_seqlens`."""
+    return mask is not None and mask.dtype == torch.int32 and mask.dim() == 1
+
+
+def pack_rows(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Padded rows [B, T], mask [B, T] -> the same one behind another [1, T'], and cu_seqlens."""
+    ends = mask.sum(1).cumsum(0)
+    return ids[mask.bool()][None], torch.cat([ends.new_zeros(1), ends]).int()
+
+
+def sample_of_token(cu_seqlens: Tensor) -> Tensor:
+    """Which packed sample each token belongs to: int64 [T]."""
+    lengths = cu_seqlens.diff()
+    return torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
+
+
+def packed_positions(cu_seqlens: Tensor, batch: int, tokens: int) -> Tensor:
+    """Positions [1, T] that begin at 0 in each packed sample.
+
+    Raises:
+        ModelError: the samples are not one row of that many tokens.
+    """
+    if batch != 1 or int(cu_seqlens[-1]) != tokens:
+        raise ModelError(
+            f"cu_seqlens ends at {int(cu_seqlens[-1])} for {batch} rows of {tokens} tokens; "
+            "expected one row that ends there"
+        )
+    places = torch.arange(tokens, device=cu_seqlens.device)
+    return (places - cu_seqlens[sample_of_token(cu_seqlens)])[None]
 
 
 def additive(blocked: Tensor, dtype: torch.dtype) -> Tensor:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from models.common.attention import additive
+from models.common.attention import additive, is_packed, packed_positions
 from models.common.canonical import set_init, set_rule, set_true_shape
 from models.common.config import DecoderConfig
 from models.common.layers import (
@@ -81,8 +81,9 @@ class Decoder(Part):
 
         Args:
             tokens: embeddings [B, T, D].
-            mask: None for causal; else boolean (True: blocked) or additive, [B, 1, T, T].
-            positions: rotary positions [B, T]; None: 0, 1, ... T-1 in each row.
+            mask: None for causal; else boolean (True: blocked) or additive, [B, 1, T, T]; or
+                cu_seqlens, int32 [P+1], of P samples that lie one behind another in one row.
+            positions: rotary positions [B, T]; None: 0, 1, ... in each row or packed sample.
             context: what cross-attention layers look at [B', T', D'].
 
         Returns:
@@ -90,6 +91,8 @@ class Decoder(Part):
         """
         if mask is not None and mask.dtype == torch.bool:
             mask = additive(mask, tokens.dtype)
+        if positions is None and is_packed(mask):
+            positions = packed_positions(mask, *tokens.shape[:2])
         hidden = self.decoder(
             tokens.transpose(0, 1).contiguous(),
             attention_mask=mask,
@@ -99,12 +102,17 @@ class Decoder(Part):
         return hidden.transpose(0, 1)
 
     def encode(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Causal hidden states [B, T, D] of right-padded text; those at padding mean nothing."""
-        return self(self.embed(ids), _mask_of_holes(mask))
+        """Causal hidden states [B, T, D] of right-padded text; those at padding mean nothing.
+
+        `mask` is [B, T], or cu_seqlens of texts that are packed in one row.
+        """
+        return self(self.embed(ids), mask if is_packed(mask) else _mask_of_holes(mask))
 
     def last_hidden(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Hidden state [B, D] at the last real token of each row (the end of the text)."""
+        """Hidden state [B, D] at the last real token of each row or packed text."""
         hidden = self.encode(ids, mask)
+        if is_packed(mask):
+            return hidden[0, mask[1:] - 1]
         last = mask.long().sum(1) - 1
         return hidden[torch.arange(len(ids), device=ids.device), last]
 

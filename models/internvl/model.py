@@ -157,9 +157,15 @@ class InternVL(Part):
             )
         return embeddings.masked_scatter(places[..., None], visual.to(embeddings.dtype))
 
-    def chat_hidden(self, ids: Tensor, pixels: Tensor | None, context_id=IMG_CONTEXT_ID) -> Tensor:
-        """Hidden states [B, T, D] of right-padded conversations."""
-        return self.language(self.chat_embeddings(ids, pixels, context_id))
+    def chat_hidden(
+        self,
+        ids: Tensor,
+        pixels: Tensor | None,
+        context_id: int = IMG_CONTEXT_ID,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
+        """Hidden states [B, T, D] of conversations, right-padded or (`cu_seqlens`) packed."""
+        return self.language(self.chat_embeddings(ids, pixels, context_id), cu_seqlens)
 
     # --- generation -------------------------------------------------------------------------
 

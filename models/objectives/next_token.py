@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from models.common.attention import sample_of_token
 from models.common.parallel import data_group
 from models.objectives.common import Batch, Metrics, unwrap
 
@@ -31,36 +32,51 @@ class NextTokenConfig:
 
 
 class TextObjective:
-    """Language modelling on texts: the batch holds `ids`, `mask` and maybe `labels` [B, T]."""
+    """Language modelling on texts: the batch holds `ids`, `mask` and maybe `labels` [B, T].
+
+    Or packed texts: `ids` and `labels` [1, T] and `cu_seqlens`.
+    """
 
     def __init__(self, config: NextTokenConfig | None = None):
         self.config = config or NextTokenConfig()
 
     def __call__(self, model, batch: Batch) -> tuple[Tensor, Metrics]:
         model = unwrap(model)
-        ids, mask = batch["ids"], batch["mask"]
-        labels = batch.get("labels")
+        ids, labels, cu_seqlens = batch["ids"], batch.get("labels"), batch.get("cu_seqlens")
+        mask = batch["mask"] if cu_seqlens is None else cu_seqlens
         if labels is None:
-            labels = ids.masked_fill(mask == 0, IGNORE)
+            labels = ids if cu_seqlens is not None else ids.masked_fill(mask == 0, IGNORE)
         hidden = model.text.encode(ids, mask)
-        return next_token(hidden, labels, model.text.logits, self.config)
+        return next_token(
+            hidden, labels, model.text.logits, self.config, cu_seqlens=cu_seqlens
+        )
 
 
 class ChatObjective:
     """Conversations about images: the batch holds `pixels` [N, 3, H, W] or none, `ids` and
-    `labels` [B, T]; `labels` is -100 outside the answers."""
+    `labels` [B, T]; `labels` is -100 outside the answers. With `cu_seqlens` the one row of `ids`
+    holds several conversations, and `pixels` their tiles in the same order."""
 
     def __init__(self, config: NextTokenConfig | None = None):
         self.config = config or NextTokenConfig()
 
     def __call__(self, model, batch: Batch) -> tuple[Tensor, Metrics]:
         model = unwrap(model)
-        hidden = model.chat_hidden(batch["ids"], batch.get("pixels"))
-        return next_token(hidden, batch["labels"], model.language.logits, self.config)
+        cu_seqlens = batch.get("cu_seqlens")
+        hidden = model.chat_hidden(batch["ids"], batch.get("pixels"), cu_seqlens=cu_seqlens)
+        return next_token(
+            hidden, batch["labels"], model.language.logits, self.config, cu_seqlens=cu_seqlens
+        )
 
 
 def next_token(
-    hidden: Tensor, labels: Tensor, head, config: NextTokenConfig, weights: Tensor | None = None
+    hidden: Tensor,
+    labels: Tensor,
+    head,
+    config: NextTokenConfig,
+    weights: Tensor | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Metrics]:
     """Weighted mean cross-entropy of each labelled token given those before it.
 
@@ -70,11 +86,14 @@ def next_token(
         head: states [N, D] -> logits [N, V]; called on labelled places only.
         config: how tokens are weighted.
         weights: [B, T] instead of those of `config.averaging`.
+        cu_seqlens: where each sample begins, if the one row holds several.
     """
+    if cu_seqlens is not None:  # what another sample's last token would have to foresee
+        labels = labels.index_fill(1, cu_seqlens[:-1].long(), IGNORE)
     targets = labels[:, 1:]
     learnt = targets != IGNORE
     if weights is None:
-        weights = token_weights(learnt, config.averaging)
+        weights = token_weights(learnt, config.averaging, cu_seqlens)
     else:
         weights = weights[:, 1:]
     logits = head(hidden[:, :-1][learnt])
@@ -89,11 +108,21 @@ def next_token(
     return loss, {"loss": loss.detach(), "token_accuracy": accuracy}
 
 
-def token_weights(learnt: Tensor, averaging: Averaging) -> Tensor:
-    """[B, T] boolean -> weight of each token, by the number of learnt ones in its row."""
-    count = learnt.sum(1, keepdim=True).clamp_min(1).float()
+def token_weights(
+    learnt: Tensor, averaging: Averaging, cu_seqlens: Tensor | None = None
+) -> Tensor:
+    """[B, T] boolean -> weight of each token, by the number of learnt ones in its row.
+
+    With `cu_seqlens` of a row of T+1 tokens, by the number of learnt ones in its sample.
+    """
+    if cu_seqlens is None:
+        count = learnt.sum(1, keepdim=True)
+    else:
+        sample = sample_of_token(cu_seqlens)[1:]
+        each = learnt.new_zeros(len(cu_seqlens) - 1, dtype=torch.long)
+        count = each.index_add(0, sample, learnt[0].long())[sample][None]
     power = {"token": 0.0, "sample": -1.0, "square": -0.5}[averaging]
-    return count.pow(power).expand(learnt.shape)
+    return count.clamp_min(1).float().pow(power).expand(learnt.shape)
 
 
 def _mean_over_ranks(total: Tensor) -> Tensor:
