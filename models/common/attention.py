@@ -2,11 +2,6 @@
 
 Letters: S query tokens, T key tokens, B batch, N heads, G key/value heads, H head size, P packed
 samples.
-
-Several samples may lie one behind another in a batch of one row. Where they do, a mask is
-`cu_seqlens`, int32 [P+1]: the place where each begins, and where the last ends. No token sees
-another sample. (A tensor, and not Megatron's PackedSeqParams: recompute hands masks on as tensors,
-and Megatron's own core attention refuses packed sequences without Transformer Engine.)
 """
 
 from __future__ import annotations
@@ -19,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from infra.errors import ModelError
 from models.common.megatron import AttnMaskType, TransformerConfig
+from models.common.packing import is_packed
 from models.common.parallel import Part
 
 
@@ -50,7 +45,7 @@ class SDPAttention(Part):
 
     `attention_mask` is None, boolean (True: blocked, as everywhere in Megatron) or an additive
     float mask, broadcastable to [B, N, S, T]. None means causal if the layer is causal, else full;
-    so does `cu_seqlens`, within each sample.
+    so does `cu_seqlens` (models.common.packing), within each sample.
     """
 
     def __init__(
@@ -140,38 +135,6 @@ def key_value_cache(module: torch.nn.Module, max_tokens: int) -> Iterator[None]:
     finally:
         for core in cores:
             core.cache = None
-
-
-def is_packed(mask: Tensor | None) -> bool:
-    """Whether a mask is `cu_seqlens`."""
-    return mask is not None and mask.dtype == torch.int32 and mask.dim() == 1
-
-
-def pack_rows(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Padded rows [B, T], mask [B, T] -> the same one behind another [1, T'], and cu_seqlens."""
-    ends = mask.sum(1).cumsum(0)
-    return ids[mask.bool()][None], torch.cat([ends.new_zeros(1), ends]).int()
-
-
-def sample_of_token(cu_seqlens: Tensor) -> Tensor:
-    """Which packed sample each token belongs to: int64 [T]."""
-    lengths = cu_seqlens.diff()
-    return torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
-
-
-def packed_positions(cu_seqlens: Tensor, batch: int, tokens: int) -> Tensor:
-    """Positions [1, T] that begin at 0 in each packed sample.
-
-    Raises:
-        ModelError: the samples are not one row of that many tokens.
-    """
-    if batch != 1 or int(cu_seqlens[-1]) != tokens:
-        raise ModelError(
-            f"cu_seqlens ends at {int(cu_seqlens[-1])} for {batch} rows of {tokens} tokens; "
-            "expected one row that ends there"
-        )
-    places = torch.arange(tokens, device=cu_seqlens.device)
-    return (places - cu_seqlens[sample_of_token(cu_seqlens)])[None]
 
 
 def additive(blocked: Tensor, dtype: torch.dtype) -> Tensor:

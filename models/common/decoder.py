@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from models.common.attention import additive, is_packed, packed_positions
+from models.common.attention import additive
 from models.common.canonical import set_init, set_rule, set_true_shape
 from models.common.config import DecoderConfig
 from models.common.layers import (
@@ -28,6 +28,7 @@ from models.common.megatron import (
     TransformerConfig,
 )
 from models.common.norms import RMSNorm
+from models.common.packing import is_packed, packed_positions
 from models.common.parallel import Part, pad_to_multiple, process_groups, stack_config
 
 

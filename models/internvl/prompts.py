@@ -61,26 +61,6 @@ def chat_prompt(tokenizer: Tokenizer, question: str, visual_tokens: int) -> list
     return [BOS_ID, *image, *tokenizer.encode(f"\nUser: {question}\nAssistant:")]
 
 
-def chat_rows(
-    tokenizer: Tokenizer,
-    questions: Sequence[str],
-    answers: Sequence[str],
-    *,
-    visual_tokens: int,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Conversations of one turn; only the answer and the end are learnt.
-
-    Returns:
-        ids, mask and labels, each int64 [B, T].
-    """
-    return labelled_rows(
-        [
-            chat_row(tokenizer, question, answer, visual_tokens=visual_tokens)
-            for question, answer in zip(questions, answers, strict=True)
-        ]
-    )
-
-
 def chat_row(
     tokenizer: Tokenizer, question: str, answer: str, *, visual_tokens: int
 ) -> tuple[list[int], list[int]]:

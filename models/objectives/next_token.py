@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from models.common.attention import sample_of_token
+from models.common.packing import sample_of_token
 from models.common.parallel import data_group
 from models.objectives.common import Batch, Metrics, unwrap
 

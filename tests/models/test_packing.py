@@ -7,8 +7,14 @@ import torch
 from torch import Tensor
 
 from infra.errors import ModelError
-from models.common.attention import SDPAttention, pack_rows, packed_positions, sample_of_token
+from models.common.attention import SDPAttention
 from models.common.config import DecoderConfig
+from models.common.packing import (
+    pack_rows,
+    packed_positions,
+    sample_of_token,
+    split_packs,
+)
 from models.internvl.config import InternVLConfig
 from models.internvl.model import InternVL, build
 from models.internvl.prompts import labelled_rows, packed_rows
@@ -152,6 +158,22 @@ def test_weights_count_each_samples_own_tokens():
     cu_seqlens = torch.tensor([0, 3, 4, 9], dtype=torch.int32)
     weights = token_weights(learnt, "sample", cu_seqlens)
     assert weights[learnt].tolist() == [1.0, 0.25, 0.25, 0.25, 0.25]
+
+
+def test_packs_are_micro_batches(chat):
+    rows = conversations(chat.model_config)
+    _, whole = batches(rows, pixels=pixels(sum(TILES)))
+    whole |= {"tiles": torch.tensor(TILES), "packs": torch.tensor([1, 2, 1])}
+    start = 0
+    for pack, samples in zip(split_packs(whole), ([0], [1, 2], [3]), strict=True):
+        _, alone = batches([rows[i] for i in samples])
+        for name in ("ids", "labels", "cu_seqlens"):
+            assert torch.equal(pack[name], alone[name])
+        assert pack["cu_seqlens"].dtype == torch.int32
+        end = start + sum(TILES[i] for i in samples)
+        assert torch.equal(pack["pixels"], whole["pixels"][start:end])
+        assert ChatObjective()(chat, pack)[0].isfinite()
+        start = end
 
 
 def test_ends_that_do_not_fit_are_refused(text):
