@@ -1,7 +1,7 @@
 """Reading shards: every sample once, in order and at random, against webdataset on the same files.
 
-Pictures are read as bytes and not decoded: that is the same work for all. To resume is to read
-samples from three quarters of an epoch on, with all that is opened anew.
+Raw is both members as bytes; else the JSON is parsed. Pictures are not decoded: that is the same
+work for all. To resume is to read samples from three quarters of an epoch on, all opened anew.
 """
 
 import importlib.util
@@ -44,7 +44,7 @@ def shards() -> Iterator[Case | LeftOut]:
 
 
 def _webdataset(folder: Path) -> Iterator[Case | LeftOut]:
-    names = ("webdataset, in order", "webdataset, resume")
+    names = ("webdataset, raw", "webdataset", "webdataset, resume")
     if importlib.util.find_spec("webdataset") is None:
         reason = "webdataset is not installed; `make bench LOCK=bench`"
         yield from (LeftOut(name=name, reason=reason) for name in names)
@@ -60,10 +60,17 @@ def _webdataset(folder: Path) -> Iterator[Case | LeftOut]:
             for sample in itertools.islice(stream, first, stop)
         )
 
+    def read_raw() -> int:
+        return sum(
+            len(sample["webp"]) + len(sample["json"])
+            for sample in webdataset.WebDataset(urls, shardshuffle=False)
+        )
+
     counted = {"unit": "samples", "packages": ("webdataset",)}
-    yield Case(name=names[0], call=lambda: read(0, SAMPLES), items=SAMPLES, **counted)
+    yield Case(name=names[0], call=read_raw, items=SAMPLES, **counted)
+    yield Case(name=names[1], call=lambda: read(0, SAMPLES), items=SAMPLES, **counted)
     start = SAMPLES * 3 // 4
-    yield Case(name=names[1], call=lambda: read(start, start + RESUMED), items=RESUMED, **counted)
+    yield Case(name=names[2], call=lambda: read(start, start + RESUMED), items=RESUMED, **counted)
 
 
 def _ours(folder: str) -> Iterator[Case]:
@@ -71,7 +78,6 @@ def _ours(folder: str) -> Iterator[Case]:
 
     ours = ShardSet(folder)
     order = global_order(SAMPLES, SEED, 0).tolist()
-    peers = ("webdataset, in order", "webdataset, resume")
     has_peer = importlib.util.find_spec("webdataset") is not None
     counted: dict[str, Any] = {"unit": "samples", "packages": ("numpy", "fsspec")}
 
@@ -83,9 +89,15 @@ def _ours(folder: str) -> Iterator[Case]:
         places = SampleStream(SAMPLES, SEED).indices(SAMPLES * 3 // 4, RESUMED)
         return len(ShardSet(folder).samples([index for _, index in places]))
 
-    def any_order() -> int:
-        return sum(len(ours[i].image_bytes) for i in order)
+    def raw(indices: list[int]) -> int:
+        return sum(len(image) + len(meta) for image, meta in map(ours.members, indices))
 
-    yield case("ours, in order", lambda: sum(len(s.image_bytes) for s in ours), peers[0])
-    yield case("ours, any order", any_order, peers[0])
-    yield case("ours, resume", resume, peers[1], RESUMED)
+    def parsed(indices: list[int]) -> int:
+        return sum(len(ours[i].image_bytes) for i in indices)
+
+    in_order = list(range(SAMPLES))
+    yield case("ours, raw", lambda: raw(in_order), "webdataset, raw")
+    yield case("ours, raw, any order", lambda: raw(order), "webdataset, raw")
+    yield case("ours", lambda: parsed(in_order), "webdataset")
+    yield case("ours, any order", lambda: parsed(order), "webdataset")
+    yield case("ours, resume", resume, "webdataset, resume", RESUMED)

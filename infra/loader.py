@@ -8,7 +8,7 @@ permutation. A run killed on four ranks goes on on two with the same samples in 
 import bisect
 import contextlib
 import functools
-import json
+import itertools
 import math
 import mmap
 import os
@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
+import orjson
 
 from infra.errors import DataError
 from infra.shards import INDEX_FILE, Sample, parse_index
@@ -54,7 +55,7 @@ class ShardSet(Sequence[Sample]):
         index = parse_index(_read_text(where, options), where)
         self._names: list[str] = [shard["name"] for shard in index["shards"]]
         counts = [len(shard["keys"]) for shard in index["shards"]]
-        self._first = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+        self._first = [0, *itertools.accumulate(counts)]
         self._keys: list[str] = [key for shard in index["shards"] for key in shard["keys"]]
         tables = [np.asarray(s["offsets"], np.int64).reshape(-1, 4) for s in index["shards"]]
         self._spans = np.concatenate(tables) if tables else np.empty((0, 4), np.int64)
@@ -69,9 +70,13 @@ class ShardSet(Sequence[Sample]):
         return len(self._keys)
 
     def __getitem__(self, i: int) -> Sample:  # pyrefly: ignore[bad-override]
-        return self.samples([i])[0]
+        image_bytes, meta = self.members(i)
+        return Sample(key=self._keys[i], image_bytes=image_bytes, meta=self._parse(i, meta))
 
     def __iter__(self) -> Iterator[Sample]:
+        if isinstance(self._storage, _MappedShards):
+            yield from map(self.__getitem__, range(len(self)))
+            return
         for chunk in self._chunks():
             yield from self.samples(chunk)
 
@@ -90,6 +95,13 @@ class ShardSet(Sequence[Sample]):
             Sample(key=self._keys[i], image_bytes=image, meta=self._parse(i, meta))
             for i, image, meta in zip(indices, parts[::2], parts[1::2], strict=True)
         ]
+
+    def members(self, i: int) -> tuple[bytes, bytes]:
+        """A sample as it stands in its shard: the encoded picture, and JSON."""
+        shard, (image_at, image_size, meta_at, meta_size) = self._locate(i)
+        spans = (shard, image_at, image_size), (shard, meta_at, meta_size)
+        image_bytes, meta = self._storage.read(spans)
+        return image_bytes, meta
 
     def image_bytes(self, i: int) -> bytes:
         """The encoded picture alone."""
@@ -124,7 +136,7 @@ class ShardSet(Sequence[Sample]):
 
     def _parse(self, i: int, meta: bytes) -> dict[str, Any]:
         try:
-            return json.loads(meta)
+            return orjson.loads(meta)
         except ValueError as error:
             raise DataError(f"{self.where(i)}: its metadata is no JSON: {error}") from error
 
@@ -138,8 +150,7 @@ class ShardSet(Sequence[Sample]):
     def _locate(self, i: int) -> tuple[int, list[int]]:
         if not 0 <= i < len(self._keys):
             raise IndexError(f"sample {i} of {len(self._keys)}")
-        shard = int(self._first.searchsorted(i, side="right")) - 1
-        return shard, self._spans[i].tolist()
+        return bisect.bisect_right(self._first, i) - 1, self._spans[i].tolist()
 
 
 class _Storage(Protocol):
