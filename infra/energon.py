@@ -103,9 +103,7 @@ def _expanded(pattern: str) -> Iterator[str]:
         yield from _expanded(pattern[: braces.start()] + option + pattern[braces.end() :])
 
 
-def _shard(
-    folder: Path, name: str, rows: sqlite3.Cursor, excluded: set[str]
-) -> dict[str, Any]:
+def _shard(folder: Path, name: str, rows: sqlite3.Cursor, excluded: set[str]) -> dict[str, Any]:
     keys: list[str] = []
     offsets: list[int] = []
     for key, group in itertools.groupby(rows, key=lambda row: row[0]):

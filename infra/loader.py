@@ -22,7 +22,6 @@ from infra.errors import DataError
 from infra.shards import INDEX_FILE, Sample, parse_index
 from infra.splitmix import mix64
 
-
 READ_AHEAD_BYTES = 8 << 20
 """remote: what is asked for at once when samples are read in order, and the longest request"""
 GAP_BYTES = 64 << 10
@@ -197,10 +196,12 @@ class _RemoteShards:
         paths = [f"{folder}/{self._names[shard]}" for shard, _, _ in spans]
         try:
             self._check(fs, dict(zip((shard for shard, _, _ in spans), paths, strict=True)))
-            starts = [start for _, start, _ in spans]
-            ends = [start + size for _, start, size in spans]
             blocks = merge_offset_ranges(
-                paths, starts, ends, max_gap=GAP_BYTES, max_block=READ_AHEAD_BYTES
+                paths,
+                [start for _, start, _ in spans],
+                [start + size for _, start, size in spans],
+                max_gap=GAP_BYTES,
+                max_block=READ_AHEAD_BYTES,
             )
             contents = fs.cat_ranges(*blocks, on_error="raise")
         except FileNotFoundError as error:
@@ -209,10 +210,10 @@ class _RemoteShards:
             ) from error
         begins = list(zip(*blocks[:2], strict=True))
         result = []
-        for path, start, end in zip(paths, starts, ends, strict=True):
+        for path, (_, start, size) in zip(paths, spans, strict=True):
             block = bisect.bisect_right(begins, (path, start)) - 1
-            first = begins[block][1]
-            result.append(contents[block][start - first : end - first])
+            offset = start - begins[block][1]
+            result.append(contents[block][offset : offset + size])
         return result
 
     def _check(self, fs: Any, paths: dict[int, str]) -> None:

@@ -83,9 +83,7 @@ def _deal(
                 return None  # nor has any longer one
             if pictures + tiles[i] <= config.max_tiles:
                 packs[number].append(i)
-                heapq.heappush(
-                    shortest_first, (length + tokens[i], number, pictures + tiles[i])
-                )
+                heapq.heappush(shortest_first, (length + tokens[i], number, pictures + tiles[i]))
                 break
             passed.append((length, number, pictures))
         else:

@@ -211,6 +211,7 @@ def _job(config: Config, context: Context, place: Place) -> Job:
 
     def packed_at(step: int) -> dict[str, Any]:
         """Every rank looks at the whole step, so that all agree on its packs."""
+        assert place.packing is not None
         pictures, rows = asked(range(step * batch, (step + 1) * batch))
         lengths = [len(prompt) + len(answer) for prompt, answer in rows]
         packs = pack(lengths, [1] * batch, place.packing, multiple=place.ranks)

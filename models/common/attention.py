@@ -85,7 +85,9 @@ class SDPAttention(Part):
         out = self._attend(query, key, value, mask)
         return out.reshape(tokens, batch, -1)
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
         """[S, B, N, H] and twice [T, B, N, H] -> [S, B, N, H]."""
         out = scaled_dot_product_attention(
             query.permute(1, 2, 0, 3),
@@ -106,7 +108,7 @@ class SDPAttention(Part):
             places.setdefault(end - start, []).append(start)
         if all(len(starts) == 1 for starts in places.values()):
             parts = [x.split(list(places)) for x in (query, key, value)]
-            outs = [self._attend(*part, None) for part in zip(*parts, strict=True)]
+            outs = [self._attend(*part) for part in zip(*parts, strict=True)]
             return torch.cat(outs).reshape(tokens, 1, -1)
         order = torch.cat(
             [
@@ -117,7 +119,7 @@ class SDPAttention(Part):
         sizes = [length * len(starts) for length, starts in places.items()]
         parts = [x[:, 0].index_select(0, order).split(sizes) for x in (query, key, value)]
         outs = [
-            self._attend(*(x.view(length, -1, heads, size) for x in part), None).flatten(0, 1)
+            self._attend(*(x.view(length, -1, heads, size) for x in part)).flatten(0, 1)
             for length, part in zip(places, zip(*parts, strict=True), strict=True)
         ]
         back = order.argsort()

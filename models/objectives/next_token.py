@@ -47,9 +47,7 @@ class TextObjective:
         if labels is None:
             labels = ids if cu_seqlens is not None else ids.masked_fill(mask == 0, IGNORE)
         hidden = model.text.encode(ids, mask)
-        return next_token(
-            hidden, labels, model.text.logits, self.config, cu_seqlens=cu_seqlens
-        )
+        return next_token(hidden, labels, model.text.logits, self.config, cu_seqlens=cu_seqlens)
 
 
 class ChatObjective:
@@ -108,9 +106,7 @@ def next_token(
     return loss, {"loss": loss.detach(), "token_accuracy": accuracy}
 
 
-def token_weights(
-    learnt: Tensor, averaging: Averaging, cu_seqlens: Tensor | None = None
-) -> Tensor:
+def token_weights(learnt: Tensor, averaging: Averaging, cu_seqlens: Tensor | None = None) -> Tensor:
     """[B, T] boolean -> weight of each token, by the number of learnt ones in its row.
 
     With `cu_seqlens` of a row of T+1 tokens, by the number of learnt ones in its sample.

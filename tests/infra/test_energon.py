@@ -30,9 +30,7 @@ def opened(folder: Path, split: str = "train") -> ShardSet:
 
 def sample(number: int) -> Sample:
     picture = made.parts(number)["jpg"]
-    return Sample(
-        key=f"{number:04d}", image_bytes=picture, meta={"caption": f"picture {number}"}
-    )
+    return Sample(key=f"{number:04d}", image_bytes=picture, meta={"caption": f"picture {number}"})
 
 
 @pytest.mark.parametrize(("split", "numbers"), [("train", range(6)), ("val", range(6, 9))])

@@ -223,7 +223,10 @@ def test_an_order_without_a_table_looks_random():
 
 def test_this_order_without_a_table_is_pinned():
     assert scattered(np.arange(8), 8, 0, 0).tolist() == [5, 6, 4, 7, 3, 0, 1, 2]
-    assert scattered(np.array([0, 10**12]), 5 * 10**12, 3, 2).tolist() == [4802219821709, 3322758905744]
+    assert scattered(np.array([0, 10**12]), 5 * 10**12, 3, 2).tolist() == [
+        4802219821709,
+        3322758905744,
+    ]
 
 
 def test_large_and_small_sets_agree_on_what_a_stream_is(monkeypatch):

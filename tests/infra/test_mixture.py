@@ -1,5 +1,6 @@
 """Mixtures: proportions that hold in every window, and a place that is known by its number."""
 
+import itertools
 import time
 from collections import Counter
 
@@ -60,7 +61,7 @@ def test_sources_come_in_no_fixed_order():
         for start in (0, WINDOW)
     )
     assert first != second
-    runs = sum(a != b for a, b in zip(first, first[1:], strict=False))
+    runs = sum(a != b for a, b in itertools.pairwise(first))
     assert 400 < runs < 600
 
 
@@ -70,7 +71,9 @@ def test_resuming_anywhere_on_any_number_of_ranks(ranks):
     whole = mixed.indices(WINDOW - 100, 10 * batch)
     for step in (0, 3, 9):
         start = (WINDOW - 100) // batch + step
-        got = [p for rank in range(ranks) for p in mixture().rank_indices(start, batch, rank, ranks)]
+        got = [
+            p for rank in range(ranks) for p in mixture().rank_indices(start, batch, rank, ranks)
+        ]
         offset = start * batch - (WINDOW - 100)
         if offset >= 0:
             assert got == whole[offset : offset + batch]

@@ -89,9 +89,7 @@ def text() -> InternVL:
 @pytest.fixture(scope="module")
 def chat() -> InternVL:
     """The language model has full heads; the text tower's are grouped."""
-    words = DecoderConfig(
-        vocab_size=VOCAB, width=16, depth=2, heads=2, mlp_hidden=12, init_std=0.3
-    )
+    words = DecoderConfig(vocab_size=VOCAB, width=16, depth=2, heads=2, mlp_hidden=12, init_std=0.3)
     return build("chat_simple", tiny_config(language=words), seed=3)
 
 
@@ -140,10 +138,10 @@ def test_the_comparison_notices_a_forgotten_mask(text, monkeypatch):
     """(Positions that run on would change nothing: rotary ones are relative.)"""
 
     def whole(self, query, key, value, _cu_seqlens):
-        return self._attend(query, key, value, None).reshape(len(query), 1, -1)
+        return self._attend(query, key, value).reshape(len(query), 1, -1)
 
     monkeypatch.setattr(SDPAttention, "_packed", whole)
-    with pytest.raises(AssertionError, match="relative error|=="):
+    with pytest.raises(AssertionError, match=r"relative error|=="):
         assert_same_training(text, TextObjective(), *batches(rows_of(LENGTHS["some alike"])))
 
 
