@@ -37,6 +37,12 @@ class LauncherProfile:
     packing: PackingConfig | None = None
     """Samples share sequences up to this size (sft); None: each has a row, padded to the longest.
     Changes speed and memory, not what is learnt."""
+    virtual_pipeline: int | None = None
+    """Pieces of the model that each of those holds (the interleaved schedule); null: one."""
+    sequence_parallel: bool = False
+    """Cut activations along the sequence over the tensor ranks."""
+    recompute: bool = False
+    """Keep only what goes into each layer, and run it again in the backward pass."""
 
     def __post_init__(self) -> None:
         for field in ("ranks", "threads", "tensor", "pipeline"):

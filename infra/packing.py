@@ -41,7 +41,8 @@ def pack(
     Args:
         tokens, tiles: of each sample.
         config: how much a pack holds.
-        multiple: the number of packs is a multiple of it, such as of the data-parallel ranks.
+        multiple: the number of packs is a multiple of it, such as of the data-parallel ranks
+            times the micro-batches of a round.
 
     Returns:
         Indices of the samples of each pack, ascending; none is empty.
@@ -65,7 +66,7 @@ def pack(
         count += multiple
     raise DataError(
         f"{len(tokens)} samples of a step cannot fill {count} packs; "
-        f"give a step more samples than the {multiple} ranks that share it"
+        f"give a step at least {multiple} samples"
     )
 
 

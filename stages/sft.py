@@ -8,6 +8,7 @@ pictures, so every answer is known exactly.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,9 @@ from infra.scenes import KINDS, Drawing, Scene, compose, conversation, pick
 from infra.stage import Context, Stage, main
 from infra.train.config import TrainConfig
 from infra.train.session import Job, Place, train
+from models.common.config import LoraConfig
 from models.internvl.config import InternVLConfig
+from models.internvl.cut import check_layout
 from models.objectives.next_token import NextTokenConfig
 
 SHARDS = "artifacts/shard/stage2"
@@ -35,6 +38,8 @@ PARTS = {
     },
 }
 """what each variant starts from: folder -> {part of the new model: part in the folder}"""
+TOWERS = ("vision", "text", "language")
+"""what can have adapters"""
 KIND = {"simple": "chat_simple", "full": "chat_full"}
 SCENE_STREAM = 1 << 33
 """added to the seed, so that scenes do not repeat another stage's numbers"""
@@ -48,6 +53,8 @@ class SftStageConfig:
     """for each variant optimizer and schedule; a sample is one scene with one question"""
     trainable: tuple[str, ...] = ("sft", "vision")
     """what is trained (models.internvl.freeze)"""
+    lora: dict[str, LoraConfig] = field(default_factory=dict)
+    """adapters of vision, text (QLLaMA's base) and language; `trainable` has to name them"""
     mix: dict[str, float] = field(default_factory=lambda: {"colour": 1, "box": 2, "caption": 1})
     """kinds of questions and how often each comes, relatively"""
     begins: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -66,6 +73,13 @@ class SftStageConfig:
             raise ConfigError(f"sft.train has {sorted(self.train)}, expected {sorted(KIND)}")
         if not self.mix or sum(self.mix.values()) <= 0 or sum(self.objects) <= 0:
             raise ConfigError("sft.mix and sft.objects need at least one positive weight")
+        if not set(self.lora) <= set(TOWERS):
+            raise ConfigError(f"sft.lora names {sorted(self.lora)}; expected some of {TOWERS}")
+        if self.lora and "lora" not in self.trainable:
+            raise ConfigError(
+                f"sft.lora is set, but sft.trainable is {list(self.trainable)}: the adapters would "
+                'stay as they are; expected e.g. ["lora", "connector"]'
+            )
         for variant, begins in self.begins.items():
             if variant not in KIND or not set(begins) <= set(KINDS):
                 raise ConfigError(
@@ -103,6 +117,7 @@ def run(config: Config, context: Context) -> None:
         context,
         config.sft.train[context.variant],
         lambda place: _job(config, context, place),
+        check=partial(check_layout, f"chat_{context.variant}", config.model),
         model_folder=f"{folder}/model",
         history=f"{folder}/history.json",
     )
@@ -191,7 +206,8 @@ def _job(config: Config, context: Context, place: Place) -> Job:
         seed=config.seed,
     )
     tokenizer = Tokenizer.load(context.path(next(iter(starts))) / "tokenizer.json")
-    model = build(kind, config.model, seed=config.seed)
+    architecture = config.model.with_lora(**options.lora) if options.lora else config.model
+    model = build(kind, architecture, seed=config.seed)
     for folder, parts in starts.items():
         load_parts(model, context.path(folder), parts)
     freeze(model, options.trainable)
@@ -214,7 +230,7 @@ def _job(config: Config, context: Context, place: Place) -> Job:
         assert place.packing is not None
         pictures, rows = asked(range(step * batch, (step + 1) * batch))
         lengths = [len(prompt) + len(answer) for prompt, answer in rows]
-        packs = pack(lengths, [1] * batch, place.packing, multiple=place.ranks)
+        packs = pack(lengths, [1] * batch, place.packing, multiple=place.ranks * place.rounds)
         packs = packs[place.rank :: place.ranks]
         mine = [i for members in packs for i in members]
         ids, labels, cu_seqlens = map(torch.from_numpy, packed_rows([rows[i] for i in mine]))
@@ -228,14 +244,15 @@ def _job(config: Config, context: Context, place: Place) -> Job:
         }
 
     def finish(made: dict[str, Any]) -> dict[str, Any]:
-        return {**made, "pixels": normalise(made["pictures"].numpy())}
+        rest = {name: value for name, value in made.items() if name != "pictures"}
+        return {**rest, "pixels": normalise(made["pictures"].numpy())}
 
     return Job(
         model=model,
         objective=ChatObjective(options.objective),
         batch_at=packed_at if place.packing else padded_at,
         finish=finish,
-        save=lambda folder: save_model(folder, kind, config.model, model, tokenizer),
+        save=lambda folder: save_model(folder, kind, architecture, model, tokenizer),
     )
 
 

@@ -18,9 +18,11 @@ from infra.progress import Progress
 from infra.train.checkpoint import Checkpoints, Saved, newest
 from infra.train.config import TrainConfig
 from infra.train.optim import build_optimizer, set_step
+from infra.train.step import Engine
 
-Objective = Callable[[Any, Any], tuple[Any, dict[str, Any]]]
-"""(model, batch) -> (loss to differentiate, {name: detached scalar})"""
+Objective = Any
+"""what `infra.train.step` can differentiate: pieces of a loss, or a function
+(model, batch) -> (loss, {name: detached scalar})"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,9 +81,9 @@ def fit(
         # Megatron looks at the gradient of a slice of a parameter to find that it has none.
         warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not")
         saved = _agree(newest(work / "checkpoints", run_key, log) if is_first else None)
+        run = _Run(model, objective, config, layout)
         if saved is None:
-            _dry_run(model, objective, batch_at)
-        run = _Run(model, objective, config)
+            run.dry_run(batch_at(0))
         checkpoints = Checkpoints(work / "checkpoints", run_key, model, run.optimizer)
         if saved is not None:
             _resume(checkpoints, saved, config, log)
@@ -119,31 +121,31 @@ def fit(
 class _Run:
     """The wrapped model, its optimizer, and one step of both."""
 
-    def __init__(self, model: Any, objective: Objective, config: TrainConfig) -> None:
-        from megatron.core.distributed import finalize_model_grads
-        from megatron.core.pipeline_parallel import get_forward_backward_func
-
-        self._model, self._objective, self._config = model, objective, config
-        self._wrapped = _wrap(model)
+    def __init__(
+        self, model: Any, objective: Objective, config: TrainConfig, layout: Layout
+    ) -> None:
+        self._config = config
+        self._wrapped = [_wrap(chunk) for chunk in getattr(model, "chunks", [model])]
+        self._engine = Engine(model, self._wrapped, objective, layout)
         self.optimizer = build_optimizer(self._wrapped, config)
-        model.config.no_sync_func = self._wrapped.no_sync
-        model.config.finalize_model_grads_func = finalize_model_grads
-        self._schedule = get_forward_backward_func()
         model.train()
+
+    def dry_run(self, batch: Any) -> None:
+        """Forward one batch, so that wrong shapes and lack of memory show in the first seconds."""
+        import torch
+
+        state = torch.get_rng_state()
+        self._engine.forward(batch)
+        torch.set_rng_state(state)
 
     def step(self, step: int, batch: Any, stop_asked: bool) -> tuple[dict[str, float], bool]:
         """One update. Returns the history's row and whether any rank was asked to stop."""
-        self._wrapped.zero_grad_buffer()
+        for wrapped in self._wrapped:
+            wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
-        (terms,) = self._schedule(
-            forward_step_func=self._forward,
-            data_iterator=iter([batch]),
-            model=self._wrapped,
-            num_microbatches=1,
-            seq_length=1,  # the schedule without pipelining does not look at these two
-            micro_batch_size=1,
-        )
-        terms, stop = _mean_over_ranks(terms, stop_asked)
+        terms = self._engine.gradients(batch)
+        self._engine.finalise()
+        stop = _any_rank(stop_asked)
         if not math.isfinite(terms["loss"]):
             raise UserError(
                 f"the loss is {terms['loss']} at step {step}; lower train.lr "
@@ -152,11 +154,6 @@ class _Run:
         lr = set_step(self.optimizer, step, self._config)
         _, grad_norm, _ = self.optimizer.step()
         return {"step": step, **terms, "lr": lr, "grad_norm": float(grad_norm)}, stop
-
-    def _forward(self, batches: Any, _wrapped: Any) -> tuple[Any, Callable]:
-        loss, terms = self._objective(self._model, next(batches))
-        terms = {"loss": loss.detach().clone(), **terms}
-        return loss, lambda output: (output, terms)
 
 
 def _wrap(model: Any) -> Any:
@@ -167,27 +164,13 @@ def _wrap(model: Any) -> Any:
     )
     from megatron.core.enums import ModelType
 
-    # What the schedules ask of a model; without pipelining nothing is handed over.
     if not hasattr(model, "model_type"):
         model.model_type = ModelType.encoder_or_decoder
-    if not hasattr(model, "set_input_tensor"):
-        model.set_input_tensor = lambda _tensor: None
     settings = DistributedDataParallelConfig(
         use_distributed_optimizer=True,
         grad_reduce_in_fp32=True,
-        overlap_grad_reduce=install().kind == "cuda",
     )
     return DistributedDataParallel(model.config, settings, model)
-
-
-def _dry_run(model: Any, objective: Objective, batch_at: Callable[[int], Any]) -> None:
-    """Forward one batch, so that wrong shapes and lack of memory show in the first seconds."""
-    import torch
-
-    state = torch.get_rng_state()
-    with torch.no_grad():
-        objective(model, batch_at(0))
-    torch.set_rng_state(state)
 
 
 def _resume(
@@ -210,20 +193,14 @@ def _agree(saved: Saved | None) -> Saved | None:
     return box[0]
 
 
-def _mean_over_ranks(terms: dict[str, Any], stop_asked: bool) -> tuple[dict[str, float], bool]:
-    """Mean of each term over all ranks (tensor ranks hold equal values); whether any must stop."""
+def _any_rank(asked: bool) -> bool:
+    """Whether any rank was asked to stop."""
     import torch
     import torch.distributed as dist
 
-    device = terms["loss"].device
-    values = torch.tensor(
-        [float(value) for value in terms.values()] + [float(stop_asked)],
-        dtype=torch.float64,
-        device=device,
-    )
-    dist.all_reduce(values)
-    means = (values[:-1] / dist.get_world_size()).tolist()
-    return dict(zip(terms, means, strict=True)), bool(values[-1] > 0)
+    box = torch.tensor(float(asked), device=install().kind)
+    dist.all_reduce(box)
+    return bool(box > 0)
 
 
 def _line(row: dict[str, float], config: TrainConfig, samples_per_s: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from infra.errors import ConfigError
@@ -33,11 +34,11 @@ def set_step(optimizer: Any, step: int, config: TrainConfig) -> float:
     return lr
 
 
-def build_optimizer(model: Any, config: TrainConfig) -> Any:
+def build_optimizer(models: Sequence[Any], config: TrainConfig) -> Any:
     """Megatron's DistributedOptimizer over the trainable parameters.
 
     Args:
-        model: a Megatron DistributedDataParallel module.
+        models: Megatron DistributedDataParallel modules: what this rank holds of the model.
 
     Raises:
         ConfigError: an entry of `lr_scale` matches no parameter.
@@ -45,7 +46,7 @@ def build_optimizer(model: Any, config: TrainConfig) -> Any:
     import torch
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
-    dtype = next(model.parameters()).dtype
+    dtype = next(models[0].parameters()).dtype
     settings = OptimizerConfig(
         optimizer="adam",
         lr=config.lr,
@@ -61,17 +62,17 @@ def build_optimizer(model: Any, config: TrainConfig) -> Any:
     )
     return get_megatron_optimizer(
         settings,
-        [model],
-        config_overrides=_overrides(model, config),
+        list(models),
+        config_overrides=_overrides(models, config),
         use_gloo_process_groups=False,
     )
 
 
-def _overrides(model: Any, config: TrainConfig) -> dict:
+def _overrides(models: Sequence[Any], config: TrainConfig) -> dict:
     """Megatron's way to say which parameters get another rate or no decay."""
     from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
 
-    names = [_bare(name) for name, _ in model.named_parameters()]
+    names = _names_of_all_stages(models)
     for prefix in config.lr_scale:
         if not any(name.startswith(prefix) for name in names):
             tops = sorted({name.split(".")[0] for name in names})
@@ -94,6 +95,18 @@ def _overrides(model: Any, config: TrainConfig) -> dict:
 
         overrides[key(f"lr:{prefix}", matches)] = {"max_lr": config.lr * factor}
     return overrides
+
+
+def _names_of_all_stages(models: Sequence[Any]) -> list[str]:
+    """A stage of a pipeline holds part of the model; what a rate is for may be in another's."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    group = parallel_state.get_pipeline_model_parallel_group()
+    every: list[list[str]] = [[]] * group.size()
+    names = [_bare(name) for model in models for name, _ in model.named_parameters()]
+    dist.all_gather_object(every, names, group=group)
+    return [name for stage in every for name in stage]
 
 
 def _decays(param: Any, name: str, config: TrainConfig) -> bool:

@@ -33,6 +33,8 @@ class Place:
     """data-parallel size"""
     packing: PackingConfig | None = None
     """samples share sequences up to this size; None: each has a row of its own"""
+    rounds: int = 1
+    """micro-batches of a rank are a multiple of this (the interleaved schedule)"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,16 +58,30 @@ def train(
     config: TrainConfig,
     make: Callable[[Place], Job],
     *,
+    check: Callable[[Layout], None],
     model_folder: str,
     history: str,
 ) -> None:
     """Fork the launcher's ranks, fit, and write the model folder and the history.
 
+    Args:
+        check: refuses a layout that the model cannot have.
+
     Raises:
+        LayoutError: the launcher's layout does not fit; nothing has been started.
         Interrupted: asked to stop; everything needed to go on is saved.
     """
     profile = local_profile()
-    layout = Layout(tensor=profile.tensor, pipeline=profile.pipeline, data=profile.data)
+    layout = Layout(
+        tensor=profile.tensor,
+        pipeline=profile.pipeline,
+        virtual_pipeline=profile.virtual_pipeline,
+        data=profile.data,
+        sequence_parallel=profile.sequence_parallel,
+        recompute=profile.recompute,
+    )
+    check(layout)
+    config.samples_per_rank(layout.data)
     target = context.output(model_folder)
     started = time.perf_counter()
     results = run_ranks(
@@ -119,6 +135,7 @@ def _work(
             rank=parallel_state.get_data_parallel_rank(),
             ranks=parallel_state.get_data_parallel_world_size(),
             packing=profile.packing,
+            rounds=layout.pipeline if layout.interleaved else 1,
         )
         job = make(place)
         batches = Prefetch(job.batch_at, steps=config.steps, workers=profile.workers)

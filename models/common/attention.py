@@ -44,8 +44,10 @@ class SDPAttention(Part):
     """Softmax attention over heads that are already projected (and rotated).
 
     `attention_mask` is None, boolean (True: blocked, as everywhere in Megatron) or an additive
-    float mask, broadcastable to [B, N, S, T]. None means causal if the layer is causal, else full;
-    so does `cu_seqlens` (models.common.packing), within each sample.
+    float mask, broadcastable to [B, N, S, T]. None means causal if the layer is causal, else full.
+    So does `cu_seqlens` (models.common.packing), within each sample.
+    A scalar says how many keys are real: padding comes last. (That needs no mask, and without one
+    attention is faster.)
     """
 
     def __init__(
@@ -80,6 +82,8 @@ class SDPAttention(Part):
         mask = attention_mask
         if is_packed(mask):
             return self._packed(query, key, value, mask)
+        if mask is not None and mask.dim() == 0:
+            key, value, mask = key[: int(mask)], value[: int(mask)], None
         if mask is not None and mask.dtype == torch.bool:
             mask = ~mask
         out = self._attend(query, key, value, mask)

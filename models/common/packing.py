@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,25 +52,35 @@ def packed_positions(cu_seqlens: Tensor, batch: int, tokens: int) -> Tensor:
     return (places - cu_seqlens[sample_of_token(cu_seqlens)])[None]
 
 
-def split_packs(batch: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+def split_packs(batch: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """The packs of a batch, one by one: micro-batches of one row each.
 
-    The batch holds `ids` and `labels` [1, T], `cu_seqlens` [P+1], `tiles` [P] (of each sample),
-    `packs` [K] (samples of each) and `pixels`, all samples' tiles in order.
+    The batch holds `cu_seqlens` [P+1] and tensors [1, T] such as `ids`. `packs` [K] says how many
+    samples each pack has (all are one pack if it is missing), `tiles` [P] how many `pixels` (and
+    numbers `samples` of them, where drop path asks for these) each sample has. All else goes into
+    every micro-batch.
     """
-    ends = _ends(batch["packs"])
-    tokens = batch["cu_seqlens"][ends].tolist()
-    tiles = torch.tensor(_ends(batch["tiles"]))[ends].tolist()
-    for number, (first, last) in enumerate(itertools.pairwise(ends)):
-        row = slice(tokens[number], tokens[number + 1])
-        yield {
-            "ids": batch["ids"][:, row],
-            "labels": batch["labels"][:, row],
-            "cu_seqlens": batch["cu_seqlens"][first : last + 1] - tokens[number],
-            "tiles": batch["tiles"][first:last],
-            "packs": batch["packs"][number : number + 1],
-            "pixels": batch["pixels"][tiles[number] : tiles[number + 1]],
+    cu_seqlens, tiles = batch["cu_seqlens"], batch.get("tiles")
+    ends = _ends(batch["packs"]) if "packs" in batch else [0, len(cu_seqlens) - 1]
+    seen = _ends(tiles) if tiles is not None else []
+    length = int(cu_seqlens[-1])
+    for first, last in itertools.pairwise(ends):
+        row = slice(int(cu_seqlens[first]), int(cu_seqlens[last]))
+        part = {
+            name: value[:, row] if _is_row(value, length) else value
+            for name, value in batch.items()
         }
+        part["cu_seqlens"] = cu_seqlens[first : last + 1] - row.start
+        part["packs"] = cu_seqlens.new_tensor([last - first])
+        if tiles is not None:
+            part["tiles"] = tiles[first:last]
+            images = slice(seen[first], seen[last])
+            part |= {name: batch[name][images] for name in ("pixels", "samples") if name in batch}
+        yield part
+
+
+def _is_row(value: Any, length: int) -> bool:
+    return isinstance(value, Tensor) and value.shape == (1, length)
 
 
 def _ends(counts: Tensor) -> list[int]:

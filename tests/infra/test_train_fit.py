@@ -232,7 +232,7 @@ def test_parameter_groups(run_ranks):
         from infra.train.optim import build_optimizer, set_step
 
         with parallel(Layout()), device_literals():
-            optimizer = build_optimizer(_wrap(tower.build()), CONFIG)
+            optimizer = build_optimizer([_wrap(tower.build())], CONFIG)
             set_step(optimizer, 1, CONFIG)
             return sorted(
                 (group["lr"], group["weight_decay"], sum(p.numel() for p in group["params"]))

@@ -123,9 +123,8 @@ def test_conversations_with_tiles_train_alike(chat, averaging):
     padded, packed = batches(conversations(config), pixels=pixels(sum(TILES)))
     objective = ChatObjective(NextTokenConfig(averaging=averaging))
     assert_same_training(chat, objective, padded, packed)
-    hidden = chat.chat_hidden(packed["ids"], packed["pixels"], cu_seqlens=packed["cu_seqlens"])
-    expected = chat.chat_hidden(padded["ids"], padded["pixels"])[padded["mask"].bool()]
-    assert_same(hidden[0], expected)
+    got, expected = (chat.run("chat", batch)["hidden"] for batch in (packed, padded))
+    assert_same(got[0], expected[padded["mask"].bool()])
 
 
 def test_embeddings_of_packed_captions():
@@ -152,7 +151,7 @@ def test_positions_and_samples():
 
 
 def test_weights_count_each_samples_own_tokens():
-    learnt = torch.tensor([[False, True, False, False, True, True, True, True]])
+    learnt = torch.tensor([[False, False, True, False, False, True, True, True, True]])
     cu_seqlens = torch.tensor([0, 3, 4, 9], dtype=torch.int32)
     weights = token_weights(learnt, "sample", cu_seqlens)
     assert weights[learnt].tolist() == [1.0, 0.25, 0.25, 0.25, 0.25]
