@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -79,22 +80,17 @@ def train(
         data=profile.data,
         sequence_parallel=profile.sequence_parallel,
         recompute=profile.recompute,
+        micro_batch_samples=profile.micro_batch_samples,
     )
     check(layout)
     config.samples_per_rank(layout.data)
     target = context.output(model_folder)
     started = time.perf_counter()
+    deadline = math.inf if profile.limit_s is None else time.monotonic() + profile.limit_s
     results = run_ranks(
-        _work,
-        context,
-        config,
-        make,
-        layout,
-        target,
-        profile,
-        ranks=profile.ranks,
-        threads=profile.threads,
-    )
+        _work, context, config, make, layout, target, profile, deadline,
+        ranks=profile.ranks, threads=profile.threads,
+    )  # fmt: skip
     result: FitResult = results[0]["result"]
     if result.interrupted:
         raise Interrupted("run it again to go on")
@@ -104,6 +100,7 @@ def train(
             "format": HISTORY_FORMAT,
             "batch_samples": config.batch_samples,
             "steps": result.history,
+            "bad_steps": result.bad_steps,
         },
     )
     context.record(
@@ -111,6 +108,8 @@ def train(
         resumed_from=result.resumed_from,
         launcher=dataclasses.asdict(profile),
         steps=result.steps,
+        bad_steps=len(result.bad_steps),
+        best_step=result.best_step,
         samples=result.steps * config.batch_samples,
         throughput=_throughput(results, context.work / "steps.jsonl", config.batch_samples),
     )
@@ -123,6 +122,7 @@ def _work(
     layout: Layout,
     target: Path,
     profile: LauncherProfile,
+    deadline: float,
 ) -> dict[str, Any]:
     """One rank's whole life."""
     from megatron.core import parallel_state
@@ -150,6 +150,7 @@ def _work(
             layout=layout,
             log=context.log,
             label=context.bound.address,
+            deadline=deadline,
         )
         if not result.interrupted:
             job.save(target)
