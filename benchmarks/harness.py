@@ -49,7 +49,8 @@ class Case:
     repetitions: int = REPETITIONS
     """Timed calls, after one that is not counted."""
     against: str = ""
-    """An earlier case of the benchmark; the line gives the ratio of our rate a CPU-second to its"""
+    """An earlier case of the benchmark, called again in turn with this one; the line gives the
+    median ratio of our rate a CPU-second to its"""
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """What else the line says, e.g. how far the results are from each other."""
 
@@ -109,18 +110,23 @@ def commit() -> dict[str, Any]:
     return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
 
 
-def measure(case: Case) -> dict[str, Any]:
-    """Time a case: one call to warm up, then the repetitions."""
+def measure(case: Case, other: Case | None = None) -> dict[str, Any]:
+    """Time a case: one call to warm up, then the repetitions.
+
+    With an `other` case each repetition calls that first, so that a machine whose speed drifts
+    under load is as slow for the one as for the other.
+    """
     case.call()
-    walls, cpus = [], []
+    walls, cpus, ratios = [], [], []
     for _ in range(case.repetitions):
-        gc.collect()
-        cpu, wall = _cpu_s(), time.perf_counter()
-        case.call()
-        walls.append(time.perf_counter() - wall)
-        cpus.append(_cpu_s() - cpu)
+        other_cpu = _time(other)[1] if other else 0.0
+        wall, cpu = _time(case)
+        walls.append(wall)
+        cpus.append(cpu)
+        if other:
+            ratios.append(other_cpu / other.items * case.items / cpu)
     median, cpu_s = statistics.median(walls), statistics.median(cpus)
-    return {
+    line = {
         "median_s": round(median, 6),
         "min_s": round(min(walls), 6),
         "max_s": round(max(walls), 6),
@@ -133,24 +139,33 @@ def measure(case: Case) -> dict[str, Any]:
         "peak_rss_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
         "versions": {name: importlib.metadata.version(name) for name in case.packages},
     }
+    if other:
+        line |= {
+            "against": other.name,
+            "ratio": round(statistics.median(ratios), 2),
+            "ratio_range": [round(min(ratios), 2), round(max(ratios), 2)],
+        }
+    return line
+
+
+def _time(case: Case) -> tuple[float, float]:
+    """Wall and CPU seconds of one call."""
+    gc.collect()
+    cpu, wall = _cpu_s(), time.perf_counter()
+    case.call()
+    return time.perf_counter() - wall, _cpu_s() - cpu
 
 
 def run(name: str) -> Iterator[dict[str, Any]]:
     """All measurements of one benchmark, as JSON-ready lines."""
-    rates: dict[str, float | None] = {}
+    timed: dict[str, Case] = {}
     for case in REGISTRY[name]():
         line: dict[str, Any] = {"format": FORMAT, "benchmark": name, "case": case.name}
         if isinstance(case, LeftOut):
             line["left_out"] = case.reason
         else:
-            line |= measure(case) | dict(case.facts)
-            rates[case.name] = rate = line["items_per_cpu_s"]
-            if case.against:
-                other = rates[case.against]
-                line |= {
-                    "against": case.against,
-                    "ratio": rate and other and round(rate / other, 2),
-                }
+            line |= measure(case, timed[case.against] if case.against else None) | case.facts
+            timed[case.name] = case
         yield line | commit() | {"machine": machine()}
 
 

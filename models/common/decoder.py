@@ -93,7 +93,7 @@ class Decoder(Part):
         hidden = self.decoder(
             tokens.transpose(0, 1).contiguous(),
             attention_mask=mask,
-            rotary_pos_emb=self._angles(positions, tokens.shape[1], tokens.device),
+            rotary_pos_emb=self.angles(positions, tokens.shape[1], tokens.device),
             context=None if context is None else context.transpose(0, 1),
         )
         return hidden.transpose(0, 1)
@@ -113,7 +113,7 @@ class Decoder(Part):
         flat, _ = self.head(hidden.reshape(-1, 1, hidden.shape[-1]))
         return flat[:, 0, : self.decoder_config.vocab_size].view(*hidden.shape[:-1], -1)
 
-    def _angles(self, positions: Tensor | None, length: int, device: torch.device) -> Tensor:
+    def angles(self, positions: Tensor | None, length: int, device: torch.device) -> Tensor:
         """Rotary angles [T, B or 1, 1, head size], the two halves alike ("rotate half")."""
         config = self.decoder_config
         if positions is None:
