@@ -28,7 +28,7 @@ SIZES_PX = {
     "photo": ((1920, 1080), (2000, 1500), (3000, 2000)),
 }  # fmt: skip
 QUALITY = 87
-PACKAGES = ("pillow", "torch", "numpy")
+PACKAGES = ("pillow", "simplejpeg", "torch", "numpy")
 
 
 @benchmark("tiling")
