@@ -1,6 +1,7 @@
 """Greedy decoding with a key/value cache, against transformers' `generate` with the same weights.
 
-One thread, batch 1 and 8, a prompt of 64 tokens and 64 new ones; the tokens must be the same.
+One thread, batch 1 and 8, a prompt of 64 tokens and 64 new ones. `tokens_that_differ` must be 0.
+The limit is what no loop over these weights can pass: each token's matrix products, nothing else.
 """
 
 import importlib.util
@@ -67,7 +68,26 @@ def _cases(config: "LlamaConfig", batch: int) -> Iterator[Case | LeftOut]:
     if isinstance(theirs, Case):
         wrong = int((theirs.call() != ours()).sum())
         shared |= {"against": theirs.name, "facts": {"tokens_that_differ": wrong}}
-    yield Case(name=f"ours, {label}", call=ours, packages=("torch", "megatron-core"), **shared)
+    packages = ("torch", "megatron-core")
+    yield (own := Case(name=f"ours, {label}", call=ours, packages=packages, **shared))
+    yield Case(
+        name=f"limit, {label}",
+        call=lambda: _products(model, batch),
+        items=own.items,
+        unit=own.unit,
+        packages=packages,
+        against=own.name,
+    )
+
+
+def _products(model: "Llama", batch: int) -> None:
+    import torch
+    from torch.nn.functional import linear
+
+    matrices = [weight for name, weight in model.named_parameters() if "linear" in name]
+    with torch.no_grad():
+        for weight in [*matrices, model.head.weight] * NEW_TOKENS:
+            linear(torch.ones(batch, weight.shape[1]), weight)
 
 
 def _transformers(model: "Llama", ids: "Tensor", label: str, shared: dict) -> Case | LeftOut:

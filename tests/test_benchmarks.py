@@ -58,13 +58,14 @@ def test_a_line_says_how_fast_it_is_against_another(
     peer, ours = harness.run("burns")
     assert "ratio" not in peer
     assert ours["ratio"] == pytest.approx(3, rel=0.3)
+    assert ours["ratio_range"][0] <= ours["ratio"] <= ours["ratio_range"][1]
     assert ours["items_per_cpu_s"] == pytest.approx(50, rel=0.3)
     assert (ours["against"], ours["wrong"]) == ("peer", 0)
 
 
 def test_every_benchmark_yields_cases() -> None:
     harness.load_all()
-    assert {"shards", "start", "tiling"} <= harness.REGISTRY.keys()
+    assert {"decode", "shards", "start", "tiling"} <= harness.REGISTRY.keys()
     for benchmark in harness.REGISTRY.values():
         case = next(iter(benchmark()))
         assert case.name

@@ -126,6 +126,5 @@ def _reorder(decoder: Decoder, parents: Tensor) -> None:
     """Give each beam the remembered keys and values of the beam that it continues."""
     for module in decoder.modules():
         cache = getattr(module, "cache", None)
-        if isinstance(cache, KeyValueCache) and cache.key is not None:
-            cache.key = cache.key[:, parents]
-            cache.value = cache.value[:, parents]
+        if isinstance(cache, KeyValueCache):
+            cache.reorder(parents)

@@ -65,11 +65,20 @@ class Continuation:
         if self.layers is None:
             place = self.positions[:, step : self.fed]
             return self.decoder(token, seen, positions=place)[:, 0]
-        x, cos, sin = token[:, 0], self.cos[step], self.sin[step]
+        x = token[:, 0]
+        cos, sin = self._but_values(self.cos[step], 1.0), self._but_values(self.sin[step], 0.0)
         for layer in self.layers:
             x = layer(x, cos, sin, seen)
         final = self.decoder.decoder.final_layernorm
         return rms_norm(x, final.weight, final.eps)
+
+    def _but_values(self, factors: Tensor, neutral: float) -> Tensor:
+        """[B, 1, 1, H] for each query and the key of a group, and `neutral` for its value:
+        [B, 1, R + 2, H]."""
+        config = self.decoder.decoder_config
+        queries = config.heads // (config.key_value_heads or config.heads)
+        turned = factors.expand(-1, -1, queries + 1, -1)
+        return torch.cat([turned, torch.full_like(factors, neutral)], 2)
 
     def _rotations(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin [N, B, 1, 1, H]; the first half of sin is negative: it meets the second
@@ -83,13 +92,14 @@ class Continuation:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlainWeights:
-    """One layer's weights, as [out, in], and the keys and values that it has seen."""
+    """One layer's weights, and the keys and values that it has seen."""
 
     attention_norm: Tensor
     qkv: Tensor
     """[G * (R + 2) * H, D]: the queries of a group, its key, its value"""
     qkv_bias: Tensor | None
     projection: Tensor
+    """[in, out], as is `down`"""
     mlp_norm: Tensor
     gate_up: Tensor
     """gate first"""
@@ -105,25 +115,24 @@ class PlainWeights:
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, seen: Tensor | None) -> Tensor:
         """One token a row through the layer: [B, D] -> [B, D].
 
-        cos and sin are [B, 1, 1, H], `seen` is None or additive [B, 1, 1, tokens so far].
+        cos and sin are [B, 1, R + 2, H], `seen` is None or additive [B, 1, 1, tokens so far].
         """
         rows = x.shape[0]
         mixed = linear(rms_norm(x, self.attention_norm, self.eps), self.qkv, self.qkv_bias)
         mixed = mixed.view(rows, self.groups, -1, self.head_size)  # [B, G, R + 2, H]
-        turned = mixed[:, :, :-1]
-        turned = torch.addcmul(turned * cos, turned.roll(self.head_size // 2, -1), sin)
-        key, value = self.cache.append(turned[None, :, :, -1], mixed[None, :, :, -1])
+        mixed = torch.addcmul(mixed * cos, mixed.roll(self.head_size // 2, -1), sin)
+        key, value = self.cache.append(mixed[None, :, :, -2:]).permute(3, 1, 2, 0, 4).unbind()
         # A group's queries take the place of tokens, so that no key is repeated for them.
         found = scaled_dot_product_attention(
-            turned[:, :, :-1],
-            key.permute(1, 2, 0, 3),
-            value.permute(1, 2, 0, 3),
+            mixed[:, :, :-2],
+            key,
+            value,
             attn_mask=seen,
             scale=self.scale,
         )
-        x = torch.addmm(x, found.reshape(rows, -1), self.projection.T)
+        x = torch.addmm(x, found.reshape(rows, -1), self.projection)
         gate, up = linear(rms_norm(x, self.mlp_norm, self.eps), self.gate_up).chunk(2, -1)
-        return torch.addmm(x, silu(gate).mul_(up), self.down.T)
+        return torch.addmm(x, silu(gate).mul_(up), self.down)
 
 
 def plain_layers(decoder: Decoder) -> list[PlainWeights] | None:
@@ -160,10 +169,10 @@ def _weights(layer: PlainLayer) -> PlainWeights:
         attention_norm=layer.input_layernorm.weight,
         qkv=attention.linear_qkv.weight,
         qkv_bias=attention.linear_qkv.bias,
-        projection=attention.linear_proj.weight,
+        projection=attention.linear_proj.weight.T,
         mlp_norm=layer.pre_mlp_layernorm.weight,
         gate_up=mlp.linear_fc1.weight,
-        down=mlp.linear_fc2.weight,
+        down=mlp.linear_fc2.weight.T,
         groups=attention.num_query_groups_per_partition,
         head_size=attention.hidden_size_per_attention_head,
         scale=core.scale,
