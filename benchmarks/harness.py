@@ -164,7 +164,8 @@ def run(name: str) -> Iterator[dict[str, Any]]:
         if isinstance(case, LeftOut):
             line["left_out"] = case.reason
         else:
-            line |= measure(case, timed[case.against] if case.against else None) | case.facts
+            line |= measure(case, timed[case.against] if case.against else None)
+            line |= case.facts
             timed[case.name] = case
         yield line | commit() | {"machine": machine()}
 

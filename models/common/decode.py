@@ -57,6 +57,7 @@ class Continuation:
         if self.layers is not None:
             self.cos, self.sin = self._rotations(decoder.embedding.weight.dtype)
 
+    @torch.inference_mode()
     def __call__(self, ids: Tensor) -> Tensor:
         """Token ids [B] -> hidden states [B, D] after the final norm."""
         step, self.fed = self.fed, self.fed + 1

@@ -32,9 +32,10 @@ def make(shape: str = "grouped", **options) -> Llama:
     )
     model = (QLlama if options else Llama)(config, **options).eval()
     initialise(model, 5)
+    draw = torch.Generator().manual_seed(4)
     for name, parameter in model.named_parameters():
         if name.endswith(("norm.weight", ".bias")):
-            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+            torch.nn.init.uniform_(parameter, 0.5, 1.5, generator=draw)
     return model
 
 
