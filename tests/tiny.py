@@ -47,10 +47,12 @@ PARAMS: dict[str, Any] = {
     },
     "pretrain_text": {"conversation_share": 0.5, "train": {**_TRAIN, "steps": 4}},
     "contrastive": {"captions": 2, "train": {**_TRAIN, "steps": 16, "save_every_steps": 4}},
-    "generative": {"train": {**_TRAIN, "steps": 4}},
+    "generative": {"train": {**_TRAIN, "steps": 8, "save_every_steps": 2}},
     "sft": {
         "trainable": ["sft", "vision"],
-        "train": {key: {**_TRAIN, "steps": 4} for key in ("simple", "full")},
+        "train": {
+            key: {**_TRAIN, "steps": 8, "save_every_steps": 2} for key in ("simple", "full")
+        },
     },
 }  # fmt: skip
 
@@ -154,6 +156,7 @@ def start_process(root: Path, stage: str, *arguments: str) -> Running:
 def start_fork(root: Path, stage: str, *arguments: str) -> Running:
     """The same stage in the project, forked from this process, whose imports it has."""
     log = _log(root, stage)
+    log.touch()  # it is read before the fork has opened it
     definition = importlib.import_module(f"stages.{stage}").STAGE
     sys.stdout.flush()
     sys.stderr.flush()

@@ -51,7 +51,7 @@ class Continuation:
         self.positions = mask.long().sum(1, keepdim=True) + new  # [B, N]
         self.prompt_tokens = mask.shape[1]
         self.seen = None  # [B, 1, 1, T + N], additive
-        if not bool(mask.all()):
+        if self.layers is None or not bool(mask.all()):
             blocked = torch.nn.functional.pad(~mask.bool(), (0, max_new_tokens), value=False)
             self.seen = additive(blocked[:, None, None], decoder.embedding.weight.dtype)
         if self.layers is not None:
@@ -84,8 +84,13 @@ class Continuation:
     def _rotations(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin [N, B, 1, 1, H]; the first half of sin is negative: it meets the second
         half of a head."""
-        new = self.positions.shape[1]
-        angles = self.decoder.angles(self.positions, new, self.positions.device)[:, :, None]
+        scaling = self.decoder.decoder_config.rope_scaling
+        # Dynamic scaling looks at the furthest position at hand: one token at a time.
+        at_once = 1 if scaling and scaling.kind == "dynamic" else self.positions.shape[1]
+        parts = self.positions.split(at_once, 1)
+        angles = torch.cat([self.decoder.angles(p, p.shape[1], p.device) for p in parts])[
+            :, :, None
+        ]
         sin = angles.sin()
         sin[..., : sin.shape[-1] // 2].neg_()
         return angles.cos().to(dtype), sin.to(dtype)

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
+import torch
 from torch import nn
 
 from infra.errors import ConfigError
+from models.common.megatron import parallel_state
+from models.common.parallel import is_distributed
 
 STAGES: dict[str, tuple[str, ...]] = {
     "all": ("*",),
@@ -21,6 +24,7 @@ STAGES: dict[str, tuple[str, ...]] = {
     ),
     "connector": ("connector.*", "query_connector.*"),
     "sft": ("connector.*", "query_connector.*", "language.*"),
+    "lora": ("*.lora.*",),
 }
 
 
@@ -38,7 +42,7 @@ def freeze(model: nn.Module, trained: str | Sequence[str]) -> list[str]:
     Raises:
         ConfigError: a pattern matches nothing that the model has.
     """
-    names = [name for name, _ in model.named_parameters()]
+    names = _names_of_all_stages(model)
     wanted: set[str] = set()
     for entry in [trained] if isinstance(trained, str) else trained:
         matched = [n for n in names if any(_matches(n, p) for p in STAGES.get(entry, (entry,)))]
@@ -51,6 +55,17 @@ def freeze(model: nn.Module, trained: str | Sequence[str]) -> list[str]:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in wanted)
     return [name for name in names if name in wanted]
+
+
+def _names_of_all_stages(model: nn.Module) -> list[str]:
+    """A stage of a pipeline holds part of the model; what is asked for may be in another's."""
+    names = [name for name, _ in model.named_parameters()]
+    if not is_distributed():
+        return names
+    group = parallel_state.get_pipeline_model_parallel_group()
+    every: list[list[str]] = [[] for _ in range(group.size())]
+    torch.distributed.all_gather_object(every, names, group=group)
+    return [name for stage in every for name in stage]
 
 
 def _matches(name: str, pattern: str) -> bool:

@@ -9,7 +9,7 @@ from models.common import decode
 from models.common.attention import key_value_cache
 from models.common.beam import beam_search
 from models.common.canonical import initialise
-from models.common.config import DecoderConfig
+from models.common.config import DecoderConfig, LoraConfig, RopeScaling
 from models.common.generate import causal_blocked, greedy
 from models.internvl.model import build
 from models.llama.model import Llama
@@ -23,12 +23,18 @@ SHAPES = {
     "grouped": {"key_value_heads": 2},
     "one key for all": {"key_value_heads": 1, "rope_base": 500.0},
     "biases": {"key_value_heads": 2, "qkv_bias": True},
+    "head tied": {"tied_head": True},
+}
+STRETCHED = {
+    kind: {"max_tokens": 6, "rope_scaling": RopeScaling(kind=kind, factor=4.0)}
+    for kind in ("linear", "dynamic", "llama3")
 }
 
 
-def make(shape: str = "grouped", **options) -> Llama:
+def make(shape: str = "grouped", lora: LoraConfig | None = None, **options) -> Llama:
+    fields = (SHAPES | STRETCHED)[shape]
     config = DecoderConfig(
-        vocab_size=97, width=32, depth=3, heads=4, mlp_hidden=24, init_std=0.4, **SHAPES[shape]
+        vocab_size=97, width=32, depth=3, heads=4, mlp_hidden=24, init_std=0.4, lora=lora, **fields
     )
     model = (QLlama if options else Llama)(config, **options).eval()
     initialise(model, 5)
@@ -82,6 +88,16 @@ def test_a_token_at_a_time_is_the_whole_text_at_once(shape, padded, monkeypatch)
     assert torch.allclose(plain, continued(model, ids, mask, tokens), rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize("shape", STRETCHED)
+def test_stretched_positions_are_the_modules(shape, monkeypatch):
+    model = make(shape)
+    tokens = torch.randint(97, (3, NEW), generator=torch.Generator().manual_seed(2))
+    plain = continued(model, *prompt(), tokens)
+    with_modules(monkeypatch)
+
+    assert torch.allclose(plain, continued(model, *prompt(), tokens), rtol=0, atol=2e-5)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_greedy_and_beams_choose_what_the_modules_choose(shape, monkeypatch):
     model = make(shape)
@@ -133,11 +149,6 @@ def test_the_weights_are_the_modules_own():
     assert used == {parameter.data_ptr() for parameter in model.decoder.layers.parameters()}
 
 
-def adapter(model) -> None:
-    linear = model.decoder.layers[1].mlp.linear_fc1
-    linear.adapter = torch.nn.Parameter(torch.zeros(1))
-
-
 def another_linear(model) -> None:
     projection = model.decoder.layers[2].self_attention.linear_proj
     projection.__class__ = type("Scaled", (type(projection),), {})
@@ -147,12 +158,17 @@ def hook(model) -> None:
     model.decoder.layers[0].mlp.register_forward_hook(lambda *_: None)
 
 
-@pytest.mark.parametrize("change", [adapter, another_linear, hook])
+@pytest.mark.parametrize("change", [another_linear, hook])
 def test_what_is_not_known_runs_through_the_modules(change):
     model = make()
     assert is_plain(model)
     change(model)
     assert not is_plain(model)
+
+
+@pytest.mark.parametrize("linear", ["qkv", "proj", "fc1", "fc2"])
+def test_adapters_run_through_the_modules(linear):
+    assert not is_plain(make(lora=LoraConfig(rank=2, linears=(linear,))))
 
 
 def replies(tensor: int) -> list:
