@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-
-from torch import nn
+from typing import TYPE_CHECKING
 
 from infra.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 STAGES: dict[str, tuple[str, ...]] = {
     "all": ("*",),
@@ -38,7 +40,15 @@ def freeze(model: nn.Module, trained: str | Sequence[str]) -> list[str]:
     Raises:
         ConfigError: a pattern matches nothing that the model has.
     """
-    names = [name for name, _ in model.named_parameters()]
+    wanted = select([name for name, _ in model.named_parameters()], trained)
+    kept = set(wanted)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in kept)
+    return wanted
+
+
+def select(names: Sequence[str], trained: str | Sequence[str]) -> list[str]:
+    """What `freeze` would train of a model with parameters of these names, in their order."""
     wanted: set[str] = set()
     for entry in [trained] if isinstance(trained, str) else trained:
         matched = [n for n in names if any(_matches(n, p) for p in STAGES.get(entry, (entry,)))]
@@ -48,8 +58,6 @@ def freeze(model: nn.Module, trained: str | Sequence[str]) -> list[str]:
                 f"parts of this model: {sorted({n.split('.')[0] for n in names})}"
             )
         wanted |= set(matched)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in wanted)
     return [name for name in names if name in wanted]
 
 

@@ -1,0 +1,164 @@
+"""Every parameter of a configuration, by its canonical name, as one tensor rank holds it.
+
+Letters: D width, F hidden size of the MLP, H head size, V vocabulary, E embedding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from models.common.config import DecoderConfig
+from models.connector.config import ConnectorConfig
+from models.internvit.config import InternViTConfig
+from models.internvl.config import PARTS, InternVLConfig
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One parameter."""
+
+    name: str
+    """canonical name"""
+    shape: tuple[int, ...]
+    """of one tensor rank's part"""
+    place: float
+    """where in its stack it is: 0 beside the first layer, towards 1 beside the last"""
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+
+def weights(kind: str, config: InternVLConfig, tensor: int = 1) -> list[Weight]:
+    """All parameters of a rank of `tensor` tensor ranks, padding of heads and vocabulary included.
+
+    Args:
+        kind: one of `models.internvl.config.PARTS`.
+    """
+    parts = PARTS[kind]
+    found: list[Weight] = []
+    if "vision" in parts:
+        found += _vision(config.vision, tensor)
+    if "text" in parts:
+        head = "text_head" in parts
+        found += _decoder("text", config.text, tensor, head=head)
+    if "queries" in parts:
+        found += _queries(config, tensor)
+    if "language" in parts:
+        found += _decoder("language", config.chat, tensor, head=True)
+    if "contrast" in parts:
+        found += _contrast(config, with_queries="queries" in parts)
+    if "connector" in parts:
+        found += _connector("connector", config.connector, config.vision.width, config.chat.width)
+        if "queries" in parts:
+            plain = ConnectorConfig(kind="mlp2x")
+            found += _connector("query_connector", plain, config.text.width, config.chat.width)
+    return found
+
+
+def padded(amount: int, parts: int) -> int:
+    """The smallest multiple of `parts` that is at least `amount`."""
+    return -(-amount // parts) * parts
+
+
+def _vision(config: InternViTConfig, tensor: int) -> Iterator[Weight]:
+    width, depth = config.width, config.depth
+    yield Weight("vision.class_embedding", (width,), 0)
+    yield Weight("vision.position_embedding", (1 + config.patches, width), 0)
+    yield from _linear("vision.patch_embedding", width, 3 * config.patch_px**2, 0)
+    inner = padded(config.heads, tensor) // tensor * config.head_size
+    hidden = config.mlp_hidden // tensor
+    for layer in range(depth):
+        name, place = f"vision.decoder.layers.{layer}", layer / depth
+        for norm in ("input_layernorm", "pre_mlp_layernorm"):
+            yield Weight(f"{name}.{norm}.weight", (width,), place)
+            if config.norm == "layer":
+                yield Weight(f"{name}.{norm}.bias", (width,), place)
+        attention, mlp = f"{name}.self_attention", f"{name}.mlp"
+        yield from _linear(f"{attention}.linear_qkv", 3 * inner, width, place, config.qkv_bias)
+        if config.qk_norm:
+            yield Weight(f"{attention}.q_layernorm.weight", (inner,), place)
+            yield Weight(f"{attention}.k_layernorm.weight", (inner,), place)
+        yield from _linear(f"{attention}.linear_proj", width, inner, place)
+        yield from _linear(f"{mlp}.linear_fc1", hidden, width, place)
+        yield from _linear(f"{mlp}.linear_fc2", width, hidden, place)
+        yield Weight(f"{name}.ls1", (width,), place)
+        yield Weight(f"{name}.ls2", (width,), place)
+
+
+def _decoder(part: str, config: DecoderConfig, tensor: int, *, head: bool) -> Iterator[Weight]:
+    width, depth = config.width, config.depth
+    vocabulary = padded(config.vocab_size, tensor) // tensor
+    groups = config.key_value_heads or config.heads
+    inner, hidden = width // tensor, config.mlp_hidden // tensor
+    mixed = (config.heads + 2 * groups) * config.head_size // tensor
+    yield Weight(f"{part}.embedding.weight", (vocabulary, width), 0)
+    for layer in range(depth):
+        name, place = f"{part}.decoder.layers.{layer}", layer / depth
+        yield Weight(f"{name}.input_layernorm.weight", (width,), place)
+        yield Weight(f"{name}.pre_mlp_layernorm.weight", (width,), place)
+        attention, mlp = f"{name}.self_attention", f"{name}.mlp"
+        yield from _linear(f"{attention}.linear_qkv", mixed, width, place, config.qkv_bias)
+        yield from _linear(f"{attention}.linear_proj", width, inner, place, bias=False)
+        yield from _linear(f"{mlp}.linear_fc1", 2 * hidden, width, place, bias=False)
+        yield from _linear(f"{mlp}.linear_fc2", width, hidden, place, bias=False)
+    last = (depth - 1) / depth
+    yield Weight(f"{part}.decoder.final_layernorm.weight", (width,), last)
+    if head:
+        yield Weight(f"{part}.head.weight", (vocabulary, width), last)
+
+
+def _queries(config: InternVLConfig, tensor: int) -> Iterator[Weight]:
+    width, vision = config.text.width, config.vision.width
+    inner = width // tensor
+    yield Weight("text.query_tokens", (config.queries.num_queries, width), 0)
+    for layer in range(0, config.text.depth, config.queries.cross_attention_frequency):
+        name = f"text.decoder.layers.{layer}.cross_attention"
+        place = layer / config.text.depth
+        yield Weight(f"{name}.query_norm.weight", (width,), place)
+        yield Weight(f"{name}.vision_norm.weight", (vision,), place)
+        yield from _linear(f"{name}.linear_q", inner, width, place, bias=False)
+        yield from _linear(f"{name}.linear_k", inner, vision, place, bias=False)
+        yield from _linear(f"{name}.linear_v", inner, vision, place, bias=False)
+        yield from _linear(f"{name}.linear_proj", width, inner, place, bias=False)
+
+
+def _contrast(config: InternVLConfig, *, with_queries: bool) -> Iterator[Weight]:
+    text = config.text.width
+    yield from _pool("clip_projector", config.vision.width, config)
+    yield Weight("text_projection", (text, config.embed_dim), _LAST)
+    yield Weight("logit_scale", (), _LAST)
+    if with_queries:
+        yield from _pool("clip_projector2", text, config)
+        yield from _linear("itm_head", 2, text, _LAST)
+
+
+def _pool(name: str, width: int, config: InternVLConfig) -> Iterator[Weight]:
+    for part in ("q", "k", "v"):
+        yield Weight(f"{name}.norm_{part}.weight", (width,), _LAST)
+        yield Weight(f"{name}.norm_{part}.bias", (width,), _LAST)
+        yield from _linear(f"{name}.linear_{part}", width, width, _LAST)
+    yield from _linear(f"{name}.linear_proj", config.embed_dim, width, _LAST)
+
+
+def _connector(name: str, config: ConnectorConfig, vision: int, width: int) -> Iterator[Weight]:
+    inner = vision * config.merge**2
+    if config.kind == "pixel_shuffle":
+        yield Weight(f"{name}.norm.weight", (inner,), 0)
+        yield Weight(f"{name}.norm.bias", (inner,), 0)
+    yield from _linear(f"{name}.linear1", width, inner, 0)
+    yield from _linear(f"{name}.linear2", width, width, 0)
+
+
+def _linear(
+    name: str, rows: int, columns: int, place: float, bias: bool = True
+) -> Iterator[Weight]:
+    yield Weight(f"{name}.weight", (rows, columns), place)
+    if bias:
+        yield Weight(f"{name}.bias", (rows,), place)
+
+
+_LAST = 1 - 1e-9
+"""the place of what stands behind a stack"""
