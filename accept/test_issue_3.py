@@ -1,4 +1,4 @@
-"""Issue 3: the InternVL family equals the official implementation, and its weights go in and out."""
+"""Issue 3: the InternVL family equals the official one, and its weights go in and out."""
 
 import json
 import os
@@ -46,9 +46,7 @@ def test_all_golden_folders(tmp_path: Path, record_property: Record) -> None:
     assert "does not apply" not in text
 
 
-@pytest.mark.parametrize(
-    ("bench", "least"), [("tiling", 3.0), ("decode", 1.5)]
-)
+@pytest.mark.parametrize(("bench", "least"), [("tiling", 3.0), ("decode", 1.5)])
 def test_speed(bench: str, least: float, tmp_path: Path, record_property: Record) -> None:
     """Ratios of CPU-seconds, both sides in turns in one run."""
     out = tmp_path / f"{bench}.jsonl"
