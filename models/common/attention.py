@@ -25,19 +25,21 @@ class KeyValueCache:
     def __init__(self, max_tokens: int):
         self.max_tokens = max_tokens
         self.length = 0
-        self.key: Tensor | None = None
-        self.value: Tensor | None = None
+        self.buffer: Tensor | None = None
 
-    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Add [S, B, G, H] tokens; returns all so far as [T, B, G, H]."""
-        if self.key is None:
-            self.key = key.new_empty(self.max_tokens, *key.shape[1:])
-            self.value = value.new_empty(self.max_tokens, *value.shape[1:])
-        end = self.length + key.shape[0]
-        self.key[self.length : end] = key
-        self.value[self.length : end] = value
+    def append(self, new: Tensor) -> Tensor:
+        """Add tokens [S, B, G, 2, H], key and value; returns all so far as [T, B, G, 2, H]."""
+        if self.buffer is None:
+            self.buffer = new.new_empty(self.max_tokens, *new.shape[1:])
+        end = self.length + new.shape[0]
+        self.buffer[self.length : end] = new
         self.length = end
-        return self.key[:end], self.value[:end]
+        return self.buffer[:end]
+
+    def reorder(self, rows: Tensor) -> None:
+        """Row b goes on from what row `rows[b]` has seen."""
+        if self.buffer is not None:
+            self.buffer[: self.length] = self.buffer[: self.length, rows]
 
 
 class SDPAttention(Part):
@@ -74,7 +76,7 @@ class SDPAttention(Part):
     ) -> Tensor:
         """Returns [S, B, N*H]."""
         if self.cache is not None:
-            key, value = self.cache.append(key, value)
+            key, value = self.cache.append(torch.stack([key, value], 3)).unbind(3)
         tokens, batch, heads, _size = query.shape
         if key.shape[2] != heads:
             key = key.repeat_interleave(heads // key.shape[2], dim=2)

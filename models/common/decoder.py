@@ -145,7 +145,7 @@ class Decoder(Part):
             hidden,
             length,
             mask=mask,
-            rotary=self._angles(positions, length, hidden.device),
+            rotary=self.angles(positions, length, hidden.device),
             context=None if context is None else context.transpose(0, 1),
         )
         return result
@@ -163,7 +163,7 @@ class Decoder(Part):
         flat, _ = self.head(hidden.reshape(-1, 1, hidden.shape[-1]), weight)
         return flat[:, 0, : self.decoder_config.vocab_size].view(*hidden.shape[:-1], -1)
 
-    def _angles(self, positions: Tensor | None, length: int, device: torch.device) -> Tensor:
+    def angles(self, positions: Tensor | None, length: int, device: torch.device) -> Tensor:
         """Rotary angles [T, B or 1, 1, head size], the two halves alike ("rotate half")."""
         if positions is None:
             positions = torch.arange(length, device=device)[None]
