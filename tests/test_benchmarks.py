@@ -87,7 +87,7 @@ def test_cases_of_a_tuple_are_timed_in_turns(registry: dict[str, harness.Benchma
 
 def test_every_benchmark_yields_cases() -> None:
     harness.load_all()
-    assert {"contrastive", "shards", "start", "tiling", "vit"} <= harness.REGISTRY.keys()
+    assert {"contrastive", "decode", "shards", "start", "tiling", "vit"} <= harness.REGISTRY.keys()
     for benchmark in harness.REGISTRY.values():
         first = next(iter(benchmark()))
         for case in first if isinstance(first, tuple) else (first,):
