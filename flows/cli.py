@@ -181,6 +181,46 @@ def merge(
 
 
 @app.command()
+def plan(
+    config: Annotated[
+        str, typer.Argument(help="a recipe (`vlfoundry recipes`) or a stage: contrastive, sft@full")
+    ],
+    gpus: Annotated[int, typer.Option(help="how many")],
+    memory: Annotated[float, typer.Option(help="of each, in GiB")],
+    mfu: Annotated[float, typer.Option(help="share of the peak that is reached")] = 0.4,
+    peak_tflops: Annotated[float, typer.Option(help="of each; 989: an H100 in bf16")] = 989.0,
+    reserve: Annotated[
+        float, typer.Option(help="GiB of each set aside: context, workspaces, fragmentation")
+    ] = 4.0,
+    fp32: Annotated[bool, typer.Option("--fp32", help="not bf16")] = False,
+    profile: Annotated[
+        str | None, typer.Option(help="a file of profiles/, merged over params.yaml")
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="KEY=VALUE: change a parameter")
+    ] = None,
+) -> None:
+    """Say which layouts fit a machine, what each rank holds, and how long a step takes."""
+    from flows.plan import find_job, machine_of, make_plan, plan_lines
+
+    job = find_job(find_root(), config, profile=profile, overrides=tuple(set_ or ()))
+    machine = machine_of(gpus, memory, mfu, peak_tflops, fp32=fp32, reserve=reserve)
+    for line in plan_lines(job, make_plan(job, machine), machine):
+        typer.echo(line)
+
+
+@app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="show this one")] = None,
+) -> None:
+    """List the published training runs, or show one: numbers, command, cost, memory plan."""
+    from flows.plan import recipe_lines, show_lines
+
+    for line in show_lines(find_root(), name) if name else recipe_lines(find_root()):
+        typer.echo(line)
+
+
+@app.command()
 def report(
     out: Annotated[Path | None, typer.Option(help="where; default work/report/index.html")] = None,
 ) -> None:

@@ -11,12 +11,12 @@ import io
 from pathlib import Path
 from typing import Any
 
-from infra.config import PARAMS_FILE, apply_overrides, canonical_json, load_params, merge
+from flows.recipes import with_profile
+from infra.config import PARAMS_FILE, apply_overrides, canonical_json, load_params
 from infra.errors import ConfigError
 from infra.git import git, snapshot
 from infra.registry import cache_folder
 
-PROFILES = "profiles"
 KEPT_FILES = ("dvc.lock",)
 """What a workspace keeps of its own when it is brought up to date."""
 
@@ -46,17 +46,8 @@ class Variation:
         """The parameters of the run. Raises ConfigError for what does not exist in params.yaml."""
         params = load_params(root / PARAMS_FILE)
         if self.profile:
-            params = merge(params, load_params(profile_path(root, self.profile)))
+            params = with_profile(params, root, self.profile)
         return apply_overrides(params, self.overrides)
-
-
-def profile_path(root: Path, name: str) -> Path:
-    """The file of a profile. Raises ConfigError, naming those there are."""
-    path = root / PROFILES / f"{name}.yaml"
-    if not path.is_file():
-        known = sorted(file.stem for file in (root / PROFILES).glob("*.yaml"))
-        raise ConfigError(f"no profile {name!r}: expected one of {known} (files of {PROFILES}/)")
-    return path
 
 
 def prepare(root: Path, variation: Variation, folder: Path | None = None) -> Path:

@@ -42,6 +42,8 @@ class ContrastiveStageConfig:
     """longest caption, special tokens included (80 in the paper); a longer one is cut"""
     mask_ratio: float = 0.5
     """share of the patches left out (FLIP)"""
+    masked_px: int | None = None
+    """side of the pictures while patches are left out (196 in the paper); None: the model's"""
     unmasked_share: float = 0.1
     """last share of the steps, in which nothing is masked"""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -62,6 +64,14 @@ class Config:
     seed: int
     model: InternVLConfig
     contrastive: ContrastiveStageConfig
+
+    def __post_init__(self) -> None:
+        side, patch = self.contrastive.masked_px, self.model.vision.patch_px
+        if side is not None and (side < patch or side % patch):
+            raise ConfigError(
+                f"contrastive.masked_px is {side}, expected a multiple of {patch}, the side of a "
+                "patch (model.vision.patch_px)"
+            )
 
 
 def run(config: Config, context: Context) -> None:
@@ -99,18 +109,19 @@ def _job(config: Config, context: Context, place: Place) -> Job:
     from models.tokenizer import Tokenizer
 
     options, vision = config.contrastive, config.model.vision
-    pairs = PairStream(
-        ShardSet(context.path(SHARDS)),
-        seed=config.seed,
-        size_px=vision.image_px,
-        captions=options.captions,
-    )
+    shards, masked_px = ShardSet(context.path(SHARDS)), options.masked_px or vision.image_px
+    streams = {
+        size_px: PairStream(shards, seed=config.seed, size_px=size_px, captions=options.captions)
+        for size_px in {vision.image_px, masked_px}
+    }
     tokenizer = Tokenizer.load(context.path(TEXT_MODEL) / "tokenizer.json")
     model = build("internvl_c", config.model, seed=config.seed)
     load_parts(model, context.path(TEXT_MODEL), {"text": "text"})
     unmasked_from = round(options.train.steps * (1 - options.unmasked_share))
 
     def batch_at(step: int) -> dict[str, torch.Tensor]:
+        masked = bool(options.mask_ratio) and step < unmasked_from
+        pairs = streams[masked_px if masked else vision.image_px]
         batch = pairs.take(step, options.train.batch_samples, place.rank, place.ranks)
         pictures = augment(batch.rgba, config.seed, batch.positions, options.augment)
         ids, mask = tokenizer.encode_batch(
@@ -121,8 +132,9 @@ def _job(config: Config, context: Context, place: Place) -> Job:
             "ids": torch.from_numpy(ids),
             "mask": torch.from_numpy(mask),
         }
-        if options.mask_ratio and step < unmasked_from:
-            kept = kept_patches(config.seed, batch.positions, vision.patches, options.mask_ratio)
+        if masked:
+            patches = (masked_px // vision.patch_px) ** 2
+            kept = kept_patches(config.seed, batch.positions, patches, options.mask_ratio)
             tensors["kept"] = torch.from_numpy(kept)
         return tensors
 

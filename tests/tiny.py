@@ -46,7 +46,9 @@ PARAMS: dict[str, Any] = {
         "pool_heads": 2,
     },
     "pretrain_text": {"conversation_share": 0.5, "train": {**_TRAIN, "steps": 4}},
-    "contrastive": {"captions": 2, "train": {**_TRAIN, "steps": 16, "save_every_steps": 4}},
+    "contrastive": {
+        "captions": 2, "masked_px": 48, "train": {**_TRAIN, "steps": 16, "save_every_steps": 4},
+    },
     "generative": {"train": {**_TRAIN, "steps": 8, "save_every_steps": 2}},
     "sft": {
         "trainable": ["sft", "vision"],

@@ -1,11 +1,13 @@
 """Core attention on PyTorch's scaled_dot_product_attention, with a cache for decoding.
 
-Letters: S query tokens, T key tokens, B batch, N heads, G key/value heads, H head size.
+Letters: S query tokens, T key tokens, B batch, N heads, G key/value heads, H head size, P packed
+samples.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from models.common.megatron import AttnMaskType, TransformerConfig
+from models.common.packing import is_packed
 from models.common.parallel import Part
 
 
@@ -44,6 +47,7 @@ class SDPAttention(Part):
 
     `attention_mask` is None, boolean (True: blocked, as everywhere in Megatron) or an additive
     float mask, broadcastable to [B, N, S, T]. None means causal if the layer is causal, else full.
+    So does `cu_seqlens` (models.common.packing), within each sample.
     A scalar says how many keys are real: padding comes last. (That needs no mask, and without one
     attention is faster.)
     """
@@ -78,19 +82,54 @@ class SDPAttention(Part):
             key = key.repeat_interleave(heads // key.shape[2], dim=2)
             value = value.repeat_interleave(heads // value.shape[2], dim=2)
         mask = attention_mask
+        if is_packed(mask):
+            return self._packed(query, key, value, mask)
         if mask is not None and mask.dim() == 0:
             key, value, mask = key[: int(mask)], value[: int(mask)], None
         if mask is not None and mask.dtype == torch.bool:
             mask = ~mask
+        out = self._attend(query, key, value, mask)
+        return out.reshape(tokens, batch, -1)
+
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
+        """[S, B, N, H] and twice [T, B, N, H] -> [S, B, N, H]."""
         out = scaled_dot_product_attention(
             query.permute(1, 2, 0, 3),
             key.permute(1, 2, 0, 3),
             value.permute(1, 2, 0, 3),
             attn_mask=mask,
-            is_causal=self.causal and mask is None and tokens > 1,
+            is_causal=self.causal and mask is None and len(query) > 1,
             scale=self.scale,
         )
-        return out.permute(2, 0, 1, 3).reshape(tokens, batch, -1)
+        return out.permute(2, 0, 1, 3)
+
+    def _packed(self, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """[T, 1, N, H] each -> [T, 1, N*H]; samples of equal length are computed together."""
+        tokens, _, heads, size = query.shape
+        assert self.cache is None, "packed samples are not decoded"
+        places: dict[int, list[int]] = {}
+        for start, end in itertools.pairwise(cu_seqlens.tolist()):
+            places.setdefault(end - start, []).append(start)
+        if all(len(starts) == 1 for starts in places.values()):
+            parts = [x.split(list(places)) for x in (query, key, value)]
+            outs = [self._attend(*part) for part in zip(*parts, strict=True)]
+            return torch.cat(outs).reshape(tokens, 1, -1)
+        order = torch.cat(
+            [
+                (torch.tensor(starts) + torch.arange(length)[:, None]).flatten()
+                for length, starts in places.items()
+            ]
+        ).to(query.device)
+        sizes = [length * len(starts) for length, starts in places.items()]
+        parts = [x[:, 0].index_select(0, order).split(sizes) for x in (query, key, value)]
+        outs = [
+            self._attend(*(x.view(length, -1, heads, size) for x in part)).flatten(0, 1)
+            for length, part in zip(places, zip(*parts, strict=True), strict=True)
+        ]
+        back = order.argsort()
+        return torch.cat(outs).index_select(0, back).reshape(tokens, 1, -1)
 
 
 @contextlib.contextmanager

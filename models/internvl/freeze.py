@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING
 
 from infra.errors import ConfigError
-from models.common.megatron import parallel_state
-from models.common.parallel import is_distributed
+
+if TYPE_CHECKING:
+    from torch import nn
 
 STAGES: dict[str, tuple[str, ...]] = {
     "all": ("*",),
@@ -42,7 +41,15 @@ def freeze(model: nn.Module, trained: str | Sequence[str]) -> list[str]:
     Raises:
         ConfigError: a pattern matches nothing that the model has.
     """
-    names = _names_of_all_stages(model)
+    wanted = select(_names_of_all_stages(model), trained)
+    kept = set(wanted)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in kept)
+    return wanted
+
+
+def select(names: Sequence[str], trained: str | Sequence[str]) -> list[str]:
+    """What `freeze` would train of a model with parameters of these names, in their order."""
     wanted: set[str] = set()
     for entry in [trained] if isinstance(trained, str) else trained:
         matched = [n for n in names if any(_matches(n, p) for p in STAGES.get(entry, (entry,)))]
@@ -52,13 +59,16 @@ def freeze(model: nn.Module, trained: str | Sequence[str]) -> list[str]:
                 f"parts of this model: {sorted({n.split('.')[0] for n in names})}"
             )
         wanted |= set(matched)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in wanted)
     return [name for name in names if name in wanted]
 
 
 def _names_of_all_stages(model: nn.Module) -> list[str]:
     """A stage of a pipeline holds part of the model; what is asked for may be in another's."""
+    import torch
+
+    from models.common.megatron import parallel_state
+    from models.common.parallel import is_distributed
+
     names = [name for name, _ in model.named_parameters()]
     if not is_distributed():
         return names

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from infra.config import load_params, merge
+from flows.recipes import with_profile
+from infra.config import load_params
 from infra.runkey import PACKAGES, import_closure
 from infra.stage import Bound, parameters_of
 
@@ -210,7 +211,7 @@ def test_params_hold_what_stages_read_and_nothing_else(stages) -> None:
 def test_params_and_every_profile_build_every_stage(stages) -> None:
     params = load_params(ROOT / "params.yaml")
     profiles = {
-        path.stem: merge(params, load_params(path))
+        path.stem: with_profile(params, ROOT, path.stem)
         for path in sorted((ROOT / "profiles").glob("*.yaml"))
     }
     for values in ({"params.yaml": params} | profiles).values():

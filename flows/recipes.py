@@ -1,0 +1,111 @@
+"""Published training runs as profiles: a file of profiles/ with a section `recipe`.
+
+A recipe's model starts from a named flavour, not from params.yaml's, and every section that it
+has stands for itself: nothing of params.yaml's shows through. Other sections are params.yaml's.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from infra.config import build, load_params, merge
+from infra.errors import ConfigError
+
+PROFILES = "profiles"
+SECTION = "recipe"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What the memory plan of a recipe is made for."""
+
+    gpus: int
+    """devices"""
+    memory: float = 80.0
+    """GiB of each"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What a recipe says of itself."""
+
+    title: str
+    """which published run it is"""
+    stage: str
+    """its address in the pipeline (sft@full), or `retrieval`, which has no stage yet"""
+    source: str
+    """where the numbers are published; all that `ours` does not name are from there"""
+    published_on: str = ""
+    """the machines of the published run"""
+    flavour: str
+    """of models.internvl.config"""
+    vision: str | None = None
+    """another vision flavour than the flavour's"""
+    language: str | None = None
+    """another language flavour than the flavour's"""
+    machine: Machine
+    """what its memory plan is made for"""
+    text_tokens: int | None = None
+    """length of a conversation, visual tokens included"""
+    images: float = 1.0
+    """pictures, or tiles, of a conversation"""
+    ours: dict[str, str] = dataclasses.field(default_factory=dict)
+    """key -> why this value: the numbers that are not published"""
+    differs: tuple[str, ...] = ()
+    """what the published run did and this one does not"""
+
+
+def profile_path(root: Path, name: str) -> Path:
+    """The file of a profile. Raises ConfigError, naming those there are."""
+    path = root / PROFILES / f"{name}.yaml"
+    if not path.is_file():
+        known = sorted(file.stem for file in (root / PROFILES).glob("*.yaml"))
+        raise ConfigError(f"no profile {name!r}: expected one of {known} (files of {PROFILES}/)")
+    return path
+
+
+def recipes(root: Path) -> dict[str, Recipe]:
+    """All recipes by name."""
+    files = sorted((root / PROFILES).glob("*.yaml"))
+    found = {file.stem: load_params(file) for file in files}
+    return {name: _header(name, content) for name, content in found.items() if SECTION in content}
+
+
+def find_recipe(root: Path, name: str) -> Recipe | None:
+    """The recipe of that name, if there is one."""
+    path = root / PROFILES / f"{name}.yaml"
+    content = load_params(path) if path.is_file() else {}
+    return _header(name, content) if SECTION in content else None
+
+
+def with_profile(params: Mapping[str, Any], root: Path, name: str) -> dict[str, Any]:
+    """`params` with a profile laid over them.
+
+    Raises:
+        ConfigError: there is no such profile, or it names a parameter that does not exist.
+    """
+    changes = load_params(profile_path(root, name))
+    if SECTION not in changes:
+        return merge(params, changes)
+    recipe = _header(name, changes)
+    sections = {key: value for key, value in changes.items() if key not in (SECTION, "model")}
+    model = merge(_flavour(recipe), changes.get("model", {}), "model")
+    return {**params, **sections, "model": model}
+
+
+def _header(name: str, content: Mapping[str, Any]) -> Recipe:
+    return build(Recipe, content[SECTION], where=f"{PROFILES}/{name}.yaml: {SECTION}")
+
+
+def _flavour(recipe: Recipe) -> dict[str, Any]:
+    from models.internvit.config import internvit
+    from models.internvl.config import internvl
+    from models.llama.config import llama
+
+    changes: dict[str, Any] = {}
+    if recipe.vision:
+        changes["vision"] = internvit(recipe.vision)
+    if recipe.language:
+        changes["language"] = llama(recipe.language)
+    return dataclasses.asdict(internvl(recipe.flavour, **changes))
