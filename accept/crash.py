@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from infra.config import load_params
-from tests.tiny import ROOT, Running, artifacts, make_project, run_stage, start_process
+from tests.tiny import ROOT, Running, Start, artifacts, make_project, run_stage, start_process
 
 STAGE = "contrastive"
 STEPS = 24
@@ -17,6 +17,37 @@ CHECKPOINT_STEPS = 3
 CONCEPTS = 60
 KILLS = int(os.environ.get("ACCEPT_KILLS", "10"))
 SEED = int(os.environ.get("ACCEPT_SEED", "0"))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Target:
+    """A stage that is killed, and where it keeps what it makes."""
+
+    root: Path
+    """The project."""
+    stage: str = STAGE
+    variant: str = ""
+    start: Start = start_process
+    """How it is started."""
+
+    @property
+    def made(self) -> str:
+        return f"{self.stage}/{self.variant}".rstrip("/")
+
+    @property
+    def work(self) -> Path:
+        return self.root / "work" / f"{self.stage}-{self.variant}".rstrip("-")
+
+    def run(self) -> Running:
+        """Start it."""
+        return self.start(
+            self.root, self.stage, *([f"variant={self.variant}"] if self.variant else [])
+        )
+
+    def clear(self) -> None:
+        """Forget all that it has made."""
+        shutil.rmtree(self.work)
+        shutil.rmtree(self.root / "artifacts" / self.made)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,54 +87,49 @@ def make_place(root: Path) -> None:
     run_stage(root, "pretrain_text", start=start_process)
 
 
-def besiege(root: Path, kills: int = KILLS, seed: int = SEED) -> Siege:
+def besiege(target: Target, kills: int = KILLS, seed: int = SEED) -> Siege:
     """Kill the stage `kills` times; whenever it ends before its kill, compare and begin again."""
-    running, began = _begun(root)
+    running, began = _begun(target)
     assert running.wait() == 0, running.output
     whole_s = time.monotonic() - began
-    expected = artifacts(root, STAGE)
-    _clear(root)
+    expected = artifacts(target.root, target.made)
+    target.clear()
     moments, done = random.Random(seed), list[Kill]()
     resumed_from, same = list[int](), True
     while True:
         after_s = moments.uniform(0, whole_s)
-        running, began = _begun(root)
+        running, began = _begun(target)
         last = len(done) == kills
         while running.collect() is None and (last or time.monotonic() < began + after_s):
             time.sleep(0.002)
-        if running.collect() is None and f"{STAGE}: done" not in running.output:
+        if running.collect() is None and ": done in" not in running.output:
             running.kill_9()
-            done.append(_traces(root, after_s))
+            done.append(_traces(target, after_s))
             continue
         assert running.wait() == 0, running.output
-        resumed_from.append(_resumed_from(root))
-        same = same and artifacts(root, STAGE) == expected
+        resumed_from.append(_resumed_from(target))
+        same = same and artifacts(target.root, target.made) == expected
         if last:
             return Siege(
                 whole_s=round(whole_s, 1), kills=done, resumed_from=resumed_from, same=same
             )
-        _clear(root)
+        target.clear()
 
 
-def _begun(root: Path) -> tuple[Running, float]:
+def _begun(target: Target) -> tuple[Running, float]:
     """Started, and the time at which it had said its run key: imports are not worth a kill."""
-    running = start_process(root, STAGE)
+    running = target.run()
     while "run key" not in running.output and running.collect() is None:
         time.sleep(0.005)
     return running, time.monotonic()
 
 
-def _clear(root: Path) -> None:
-    shutil.rmtree(root / "work" / STAGE)
-    shutil.rmtree(root / "artifacts" / STAGE)
-
-
-def _traces(root: Path, after_s: float) -> Kill:
-    checkpoints = root / "work" / STAGE / "checkpoints"
+def _traces(target: Target, after_s: float) -> Kill:
+    checkpoints = target.work / "checkpoints"
     steps = [int(path.name.partition("-")[2]) for path in checkpoints.glob("step-*")]
     torn = bool(list(checkpoints.glob(".step-*.part")))
     return Kill(after_s=round(after_s, 2), checkpoint=max(steps, default=0), torn=torn)
 
 
-def _resumed_from(root: Path) -> int:
-    return json.loads((root / "work" / STAGE / "record.json").read_text("utf-8"))["resumed_from"]
+def _resumed_from(target: Target) -> int:
+    return json.loads((target.work / "record.json").read_text("utf-8"))["resumed_from"]

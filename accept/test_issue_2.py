@@ -184,7 +184,7 @@ def test_kills_at_any_moment_do_not_change_a_bit(
     """`ACCEPT_KILLS` and `ACCEPT_SEED` choose how many and which; alone: `-k kills`."""
     root = tmp_path_factory.mktemp("crash")
     crash.make_place(root)
-    siege = crash.besiege(root)
+    siege = crash.besiege(crash.Target(root=root))
     for name, value in dataclasses.asdict(siege).items():
         record_property(name, value)
     assert len(siege.kills) == crash.KILLS

@@ -130,6 +130,10 @@ def import_(
     config: Annotated[
         Path | None, typer.Option(help="of a .pth: the official config.json; default: beside it")
     ] = None,
+    tower_config: Annotated[
+        Path | None,
+        typer.Option(help="of a folder in LLaVA's form: the config.json of its vision tower"),
+    ] = None,
 ) -> None:
     """Make a model folder of official weights: InternViT, InternVL-14B, InternVL-Chat.
 
@@ -137,7 +141,7 @@ def import_(
     """
     from models.internvl.convert import import_model
 
-    done = import_model(source, target, kind=kind, config_file=config)
+    done = import_model(source, target, kind=kind, config_file=config, tower_config=tower_config)
     typer.echo(f"{source} ({done.format}) is the {done.kind} in {target}: {done.summary}")
     if done.left_out:
         typer.echo(f"left out: {', '.join(done.left_out)}")
@@ -150,8 +154,8 @@ def export(
     format: Annotated[
         str,
         typer.Option(
-            help="internvit, internvl_14b, internvl_chat, transformers, internvit_pth or "
-            "internvl_c_pth"
+            help="internvit, internvl_14b, internvl_chat, transformers, llava, llava_full, "
+            "internvit_pth or internvl_c_pth"
         ),
     ],
 ) -> None:
@@ -161,6 +165,19 @@ def export(
 
     done = export_model(resolve_model(model), target, format)
     typer.echo(f"{model} ({done.kind}) is in {target} as {done.format}: {done.summary}")
+
+
+@app.command()
+def merge(
+    model: ModelRef,
+    target: Annotated[Path, typer.Argument(help="the model folder to make")],
+) -> None:
+    """Fold a model's LoRA adapters into its weights (export does that too)."""
+    from infra.registry import resolve_model
+    from models.internvl.convert import merge_model
+
+    changed = merge_model(resolve_model(model), target)
+    typer.echo(f"{model} is in {target}, the adapters of {changed} weights folded in")
 
 
 @app.command()

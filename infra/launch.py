@@ -31,12 +31,30 @@ class LauncherProfile:
     """Ranks that share each layer (TP)."""
     pipeline: int = 1
     """Ranks that share the depth (PP)."""
+    virtual_pipeline: int | None = None
+    """Pieces of the model that each of those holds (the interleaved schedule); null: one."""
+    sequence_parallel: bool = False
+    """Cut activations along the sequence over the tensor ranks."""
+    recompute: bool = False
+    """Keep only what goes into each layer, and run it again in the backward pass."""
+    micro_batch_samples: int | None = None
+    """Samples that a rank computes at once; null: all of its share. Changes speed and memory,
+    not results."""
+    limit_s: float | None = None
+    """Seconds after which a stage saves and leaves resumable, e.g. Slurm's time limit less a few
+    minutes; null: no limit."""
 
     def __post_init__(self) -> None:
         for field in ("ranks", "threads", "tensor", "pipeline"):
             if getattr(self, field) < 1:
                 raise ConfigError(
                     f"launcher {self.name}: {field} is {getattr(self, field)}, expected 1 or more"
+                )
+        for field in ("micro_batch_samples", "limit_s"):
+            value = getattr(self, field)
+            if value is not None and value <= 0:
+                raise ConfigError(
+                    f"launcher {self.name}: {field} is {value}, expected more than 0, or null"
                 )
         model_parallel = self.tensor * self.pipeline
         if self.ranks % model_parallel:

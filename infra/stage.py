@@ -127,7 +127,8 @@ def main(stage: Stage, arguments: Sequence[str] | None = None) -> int:
     """The command line of a stage module; returns the exit status."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     _leave_with_parent()
-    signal.signal(signal.SIGTERM, _raise_interrupt)
+    for signum in (signal.SIGTERM, signal.SIGUSR1):  # the latter: Slurm, before the time limit
+        signal.signal(signum, _raise_interrupt)
     try:
         return _main(stage, arguments)
     except UserError as error:

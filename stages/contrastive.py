@@ -7,6 +7,7 @@ part; the text tower starts from text pre-training at a lower learning rate.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from infra.stage import Context, Stage, main
 from infra.train.config import TrainConfig
 from infra.train.session import Job, Place, train
 from models.internvl.config import InternVLConfig
+from models.internvl.cut import check_layout
 from models.objectives.contrastive import ContrastiveConfig
 
 SHARDS = "artifacts/shard/stage1"
@@ -78,6 +80,7 @@ def run(config: Config, context: Context) -> None:
         context,
         config.contrastive.train,
         lambda place: _job(config, context, place),
+        check=partial(check_layout, "internvl_c", config.model),
         model_folder=MODEL,
         history=HISTORY,
     )

@@ -6,6 +6,7 @@ Three losses of equal weight: image-text contrast, matching, and captioning, on 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from infra.images import AugmentConfig, augment
@@ -15,6 +16,7 @@ from infra.stage import Context, Stage, main
 from infra.train.config import TrainConfig
 from infra.train.session import Job, Place, train
 from models.internvl.config import InternVLConfig
+from models.internvl.cut import check_layout
 from models.objectives.generative import GenerativeConfig
 
 SHARDS = "artifacts/shard/stage2"
@@ -55,6 +57,7 @@ def run(config: Config, context: Context) -> None:
         context,
         config.generative.train,
         lambda place: _job(config, context, place),
+        check=partial(check_layout, "internvl_g", config.model),
         model_folder=MODEL,
         history=HISTORY,
     )

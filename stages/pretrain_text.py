@@ -10,6 +10,7 @@ text tower, QLLaMA's base, and the chat models' language model.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
@@ -30,6 +31,7 @@ from infra.stage import Context, Stage, main
 from infra.train.config import TrainConfig
 from infra.train.session import Job, Place, train
 from models.internvl.config import InternVLConfig
+from models.internvl.cut import check_layout
 from models.objectives.next_token import NextTokenConfig
 
 SHARDS = "artifacts/shard/stage1"
@@ -85,6 +87,7 @@ def run(config: Config, context: Context) -> None:
         context,
         config.pretrain_text.train,
         lambda place: _job(config, lines, names, place),
+        check=partial(check_layout, "text", config.model),
         model_folder=MODEL,
         history=HISTORY,
     )

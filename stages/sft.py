@@ -8,6 +8,7 @@ pictures, so every answer is known exactly.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,9 @@ from infra.scenes import KINDS, Drawing, Scene, compose, conversation, pick
 from infra.stage import Context, Stage, main
 from infra.train.config import TrainConfig
 from infra.train.session import Job, Place, train
+from models.common.config import LoraConfig
 from models.internvl.config import InternVLConfig
+from models.internvl.cut import check_layout
 from models.objectives.next_token import NextTokenConfig
 
 SHARDS = "artifacts/shard/stage2"
@@ -34,6 +37,8 @@ PARTS = {
     },
 }
 """what each variant starts from: folder -> {part of the new model: part in the folder}"""
+TOWERS = ("vision", "text", "language")
+"""what can have adapters"""
 KIND = {"simple": "chat_simple", "full": "chat_full"}
 SCENE_STREAM = 1 << 33
 """added to the seed, so that scenes do not repeat another stage's numbers"""
@@ -47,6 +52,8 @@ class SftStageConfig:
     """for each variant optimizer and schedule; a sample is one scene with one question"""
     trainable: tuple[str, ...] = ("sft", "vision")
     """what is trained (models.internvl.freeze)"""
+    lora: dict[str, LoraConfig] = field(default_factory=dict)
+    """adapters of vision, text (QLLaMA's base) and language; `trainable` has to name them"""
     mix: dict[str, float] = field(default_factory=lambda: {"colour": 1, "box": 2, "caption": 1})
     """kinds of questions and how often each comes, relatively"""
     begins: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -65,6 +72,13 @@ class SftStageConfig:
             raise ConfigError(f"sft.train has {sorted(self.train)}, expected {sorted(KIND)}")
         if not self.mix or sum(self.mix.values()) <= 0 or sum(self.objects) <= 0:
             raise ConfigError("sft.mix and sft.objects need at least one positive weight")
+        if not set(self.lora) <= set(TOWERS):
+            raise ConfigError(f"sft.lora names {sorted(self.lora)}; expected some of {TOWERS}")
+        if self.lora and "lora" not in self.trainable:
+            raise ConfigError(
+                f"sft.lora is set, but sft.trainable is {list(self.trainable)}: the adapters would "
+                'stay as they are; expected e.g. ["lora", "connector"]'
+            )
         for variant, begins in self.begins.items():
             if variant not in KIND or not set(begins) <= set(KINDS):
                 raise ConfigError(
@@ -102,6 +116,7 @@ def run(config: Config, context: Context) -> None:
         context,
         config.sft.train[context.variant],
         lambda place: _job(config, context, place),
+        check=partial(check_layout, f"chat_{context.variant}", config.model),
         model_folder=f"{folder}/model",
         history=f"{folder}/history.json",
     )
@@ -190,7 +205,8 @@ def _job(config: Config, context: Context, place: Place) -> Job:
         seed=config.seed,
     )
     tokenizer = Tokenizer.load(context.path(next(iter(starts))) / "tokenizer.json")
-    model = build(kind, config.model, seed=config.seed)
+    architecture = config.model.with_lora(**options.lora) if options.lora else config.model
+    model = build(kind, architecture, seed=config.seed)
     for folder, parts in starts.items():
         load_parts(model, context.path(folder), parts)
     freeze(model, options.trainable)
@@ -216,7 +232,7 @@ def _job(config: Config, context: Context, place: Place) -> Job:
         model=model,
         objective=ChatObjective(options.objective),
         batch_at=batch_at,
-        save=lambda folder: save_model(folder, kind, config.model, model, tokenizer),
+        save=lambda folder: save_model(folder, kind, architecture, model, tokenizer),
     )
 
 

@@ -89,6 +89,14 @@ def stage2_batch(count: int, seed: int = 0) -> dict[str, torch.Tensor]:
     return batch
 
 
+def three_tasks(model, images, match, summary, caption) -> dict[str, torch.Tensor]:
+    """Stage 2's pass of a whole InternVL-G over (ids, mask) of each task."""
+    batch = {"pixels": images}
+    for name, (ids, mask) in {"match": match, "summary": summary, "caption": caption}.items():
+        batch |= {f"{name}_ids": ids, f"{name}_mask": mask}
+    return model.run("tasks", batch)
+
+
 def chat_batch(config: InternVLConfig, kind: str, count: int) -> dict[str, torch.Tensor]:
     """Begin, image places, four words; the last three are answers."""
     generator = torch.Generator().manual_seed(3)

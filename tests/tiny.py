@@ -49,10 +49,12 @@ PARAMS: dict[str, Any] = {
     "contrastive": {
         "captions": 2, "masked_px": 48, "train": {**_TRAIN, "steps": 16, "save_every_steps": 4},
     },
-    "generative": {"train": {**_TRAIN, "steps": 4}},
+    "generative": {"train": {**_TRAIN, "steps": 8, "save_every_steps": 2}},
     "sft": {
         "trainable": ["sft", "vision"],
-        "train": {key: {**_TRAIN, "steps": 4} for key in ("simple", "full")},
+        "train": {
+            key: {**_TRAIN, "steps": 8, "save_every_steps": 2} for key in ("simple", "full")
+        },
     },
 }  # fmt: skip
 
@@ -156,6 +158,7 @@ def start_process(root: Path, stage: str, *arguments: str) -> Running:
 def start_fork(root: Path, stage: str, *arguments: str) -> Running:
     """The same stage in the project, forked from this process, whose imports it has."""
     log = _log(root, stage)
+    log.touch()  # it is read before the fork has opened it
     definition = importlib.import_module(f"stages.{stage}").STAGE
     sys.stdout.flush()
     sys.stderr.flush()

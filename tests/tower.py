@@ -1,6 +1,10 @@
 """A small InternViT for tests of the backend and of training: 5 heads, which pad under TP."""
 
 import hashlib
+import os
+import signal
+
+import numpy as np
 
 BATCH = 8
 
@@ -82,3 +86,74 @@ def gradients(*, sum_qk_norms_by_name: bool = False) -> dict | None:
         parameter.data.copy_(parameter.main_grad)
     whole = gather_weights(model)
     return None if whole is None else {name: grad.numpy() for name, grad in whole.items()}
+
+
+def train(
+    work,
+    config,
+    *,
+    layout=None,
+    run_key="key",
+    kill=None,
+    stop=None,
+    stop_signal=signal.SIGTERM,
+    poison=None,
+    frozen="",
+    drop_path=0.3,
+    **options,
+):
+    """On each rank: fit the tower.
+
+    Args:
+        work: folder.
+        config: TrainConfig.
+        layout: Layout; None: two data-parallel ranks.
+        run_key: of the run.
+        kill: (rank, batch) of a SIGKILL.
+        stop: (rank, batch) of `stop_signal`.
+        poison: {(rank, batch): factor} on the batch's targets.
+        frozen: prefix of parameters that are not trained.
+        drop_path: of the tower.
+        **options: of `fit`.
+
+    Returns:
+        Result, canonical weights (rank 0), lines of the log, numbers of the batches.
+    """
+    from infra.backend import Layout
+    from infra.backend.parallel import parallel
+    from infra.backend.ranks import this_rank
+    from infra.train.loop import fit
+    from infra.train.weights import gather_weights
+
+    layout = layout or Layout(data=2)
+    lines, batches = [], []
+
+    def numbered_batch_at(number):
+        here = (this_rank().index, number)
+        batches.append(number)
+        if here == kill:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if here == stop:
+            os.kill(os.getpid(), stop_signal)
+        pixels, targets = data_batch_at(number)
+        return pixels, targets * (poison or {}).get(here, 1.0)
+
+    with parallel(layout, seed=config.seed):
+        model = build(drop_path=drop_path)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not (frozen and name.startswith(frozen)))
+        result = fit(
+            model, objective, numbered_batch_at, config,
+            work=work, run_key=run_key, layout=layout, log=lines.append, **options,
+        )  # fmt: skip
+        whole = gather_weights(model)
+        weights = None if whole is None else {name: w.numpy() for name, w in whole.items()}
+    return result, weights, lines, batches
+
+
+def assert_same(got, expected):
+    """Two results of `train` on rank 0 agree in every bit of history and weights."""
+    assert got[0].history == expected[0].history
+    assert got[0].bad_steps == expected[0].bad_steps
+    for name, want in expected[1].items():
+        assert np.array_equal(got[1][name], want), name

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from eval.parity.check import Check
+from eval.parity.layouts import listen_stages, through_stages
 from eval.parity.recorded import (
     canonical_gradients,
     forward_checks,
@@ -93,6 +94,43 @@ def _conversations(folder: Path, model: Model, file: str, recorded: Tensors) -> 
         model.train()
         ours["train.loss"] = _loss(model, _hidden(model, inputs, official), inputs, weighted=False)
     return forward_checks(file, ours, recorded, places)
+
+
+def check_chat_stages(folder: Path) -> list[Check]:
+    """What goes forward through two pipeline stages: states, logits, losses."""
+    weights, inputs = read_tensors(folder, "weights"), read_tensors(folder, "inputs")
+    recorded, official = read_tensors(folder, "outputs"), read_config(folder)
+    if not weights or not recorded:
+        return []
+    config = config_from_official(official)
+    model = build(KIND, config)
+    load_weights(model, from_official(weights, config, KIND))
+    batch = {
+        "ids": inputs["input_ids"],
+        "pixels": inputs["pixel_values"][_real_tiles(inputs)],
+        "context_id": official["img_context_token_id"],
+    }
+
+    def finish(last: Model, state: dict[str, Tensor], _batch: Any) -> dict[str, Tensor]:
+        hidden = state["hidden"]
+        return {
+            "logits": last.language.logits(hidden),
+            "loss": _loss(last, hidden, inputs, weighted=False)[None],
+            "loss_weighted": _loss(last, hidden, inputs, weighted=True)[None],
+        }
+
+    with listen_stages("language", model) as stack:
+        ours = through_stages(model, "chat", batch, finish)
+    ours |= {name: ours[name][0] for name in ("loss", "loss_weighted")}
+    states = _states(dict(sorted(stack.items(), key=_by_layer)))
+    places = dict.fromkeys(["logits", *states], inputs["attention_mask"].bool())
+    ours |= states
+    return forward_checks("outputs", ours, {n: t for n, t in recorded.items() if n in ours}, places)
+
+
+def _by_layer(entry: tuple[str, Tensor]) -> tuple[str, int]:
+    kind, _, index = entry[0].partition(".")
+    return kind, int(index or 0)
 
 
 def _hidden(model: Model, inputs: Tensors, official: Mapping) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from eval.parity.check import Check
+from eval.parity.layouts import listen_stages, through_stages
 from eval.parity.recorded import (
     EPS_PROBE_SCALE,
     below,
@@ -31,9 +32,11 @@ from eval.parity.recorded import (
     whole_gradients,
 )
 from infra.backend import Layout
-from infra.backend.parallel import parallel
+from infra.backend.parallel import current_layout, parallel
 from infra.backend.ranks import run_ranks, this_rank
+from infra.train.step import Engine
 from infra.train.weights import load_weights
+from models.common.decoder import at_end
 from models.internvl.config import InternVLConfig
 from models.internvl.hf import config_from_official, from_official
 from models.internvl.model import build
@@ -41,7 +44,7 @@ from models.objectives.common import gather_rows
 from models.objectives.contrastive import ContrastiveConfig, targets
 from models.objectives.generative import Generative, GenerativeConfig
 from models.objectives.next_token import NextTokenConfig
-from models.objectives.retrieval import Retrieval, RetrievalConfig, embed_and_match
+from models.objectives.retrieval import Retrieval, RetrievalConfig
 
 _BATCH = {
     "pixels": "pixel_values",
@@ -108,7 +111,7 @@ def _inference(folder: Path, config: InternVLConfig, weights: Weights) -> list[C
     mask = ids > 0
     small, big = (_build(kind, config, weights).eval() for kind in ("internvl_c", "internvl_g"))
     ours = _image_states(big, pixels) | _text_states(big, ids, mask)
-    with listen(vision=small.vision, pooled=small.clip_projector) as heard:
+    with listen(vision=small.vision.decoder, pooled=small.clip_projector) as heard:
         ours |= _similarity("C", small, pixels, ids, mask)
     ours["C.image_features"] = heard["pooled"]
     ours["C.vision.last_hidden_state"] = heard["vision"]
@@ -133,7 +136,7 @@ def _similarity(
 def _image_states(model: Model, pixels: Tensor) -> dict[str, Tensor]:
     """What -G's image side goes through. Its feature is the sum of two unit vectors."""
     parts = {
-        "vision.last_hidden_state": model.vision,
+        "vision.last_hidden_state": model.vision.decoder,
         "clip_projector.out": model.clip_projector,
         "clip_projector2.out": model.clip_projector2,
     }
@@ -150,7 +153,7 @@ def _image_states(model: Model, pixels: Tensor) -> dict[str, Tensor]:
 
 def _text_states(model: Model, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
     with listen_decoder(model.text) as stack:
-        pooled = model.text.last_hidden(ids, mask.long())
+        pooled = at_end(model.text.encode(ids, mask.long()), mask)
     return {f"text.{name}": value for name, value in _named(stack).items()} | {
         "get_text_features": stack["after_norm"],
         "text_features": pooled @ model.text_projection,
@@ -161,6 +164,55 @@ def _named(stack: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Names as recorded: states are `qllama.<name>`."""
     plain = ("attention_mask_additive", "position_ids")
     return {name if name in plain else f"qllama.{name}": value for name, value in stack.items()}
+
+
+def check_dual_stages(folder: Path) -> list[Check]:
+    """What goes forward through two pipeline stages: both models' features, and stage 2."""
+    config, weights = _read(folder)
+    return _embedding_stages(folder, config, weights) + _stage2_stages(folder, config, weights)
+
+
+def _embedding_stages(folder: Path, config: InternVLConfig, weights: Weights) -> list[Check]:
+    inputs, recorded = read_tensors(folder, "inputs"), blocked(read_tensors(folder, "outputs"))
+    if not recorded:
+        return []
+    ids = inputs["text"]
+    mask = ids > 0
+    ours: dict[str, Tensor] = {}
+    for case, kind in (("C", "internvl_c"), ("G", "internvl_g")):
+        model = _build(kind, config, weights)
+        scale = from_official(weights, config, kind)["logit_scale"].exp()
+        with listen_stages("text", model) as image_stack:
+            image = through_stages(model, "image", {"pixels": inputs["pixel_values"]})["image"]
+        with listen_stages("text", model) as text_stack:
+            text = through_stages(model, "text", {"ids": ids, "mask": mask.long()})["text"]
+        cosine = image @ text.T
+        ours |= {
+            f"{case}.cosine": cosine,
+            f"{case}.logits_per_image": scale * cosine,
+            f"{case}.logits_per_text": scale * cosine.T,
+        }
+    # InternVL-G's, the second.
+    ours |= {f"G.image.{name}": value for name, value in _named(image_stack).items()}
+    ours |= {f"text.{name}": value for name, value in _named(text_stack).items()}
+    ours["G.get_image_features.qllama"] = image_stack["after_norm"]
+    ours["get_text_features"] = text_stack["after_norm"]
+    rows = {n: mask for n in ours if n.startswith("text.") or n == "get_text_features"}
+    rows.pop("text.position_ids", None)
+    found = {name: tensor for name, tensor in recorded.items() if name in ours}
+    return forward_checks("outputs", ours, found, rows)
+
+
+def _stage2_stages(folder: Path, config: InternVLConfig, weights: Weights) -> list[Check]:
+    recorded = blocked(read_tensors(folder, "train_outputs"))
+    if not recorded:
+        return []
+    model, objective = _build("internvl_g", config, weights), _objective()
+    batch = _batch(read_tensors(folder, "train_inputs"))
+    terms = Engine(model.eval(), [model], objective, current_layout()).forward(batch)
+    ours = {_LOSSES[name]: torch.tensor(value) for name, value in terms.items() if name in _LOSSES}
+    found = {name: tensor for name, tensor in recorded.items() if name in ours}
+    return forward_checks("train_outputs", ours, found)
 
 
 @torch.no_grad()
@@ -323,7 +375,7 @@ def _wide(names: Mapping[str, Tensor]) -> list[str]:
 
 def _stage2_states(model: Model, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     parts = {
-        "vision.last_hidden_state": model.vision,
+        "vision.last_hidden_state": model.vision.decoder,
         "clip_projector2.out": model.clip_projector2,
         "itm_head.out": model.itm_head,
     }
@@ -337,11 +389,9 @@ def _stage2_scores(
     model: Model, objective: Generative, batch: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """Logits and targets of the three losses."""
-    matching, is_match, counts = objective.matching(model, batch)
-    summary, caption = (
-        (batch[f"{name}_ids"], batch[f"{name}_mask"]) for name in ("summary", "caption")
-    )
-    out = model.three_tasks(batch["pixels"], matching, summary, caption)
+    (ids, mask), is_match, counts = objective.matching(model, batch)
+    summary = (batch["summary_ids"], batch["summary_mask"])
+    out = model.run("tasks", {**batch, "match_ids": ids, "match_mask": mask})
     logits = model.text.logits(out["hidden"])
     empty = summary[1].sum(1) == objective.config.empty_summary_tokens
     return _similarities(model, out["image"], out["text"], "sim_{}") | {
@@ -390,7 +440,7 @@ def _retrieval(folder: Path, model: Model, weights: Weights) -> list[Check]:
         "itm_head.out": model.itm_head,
     }
     with torch.no_grad(), listen(**parts) as heard, listen_decoder(model.text) as stack:
-        out = embed_and_match(model, batch)
+        out = model.run("retrieval", batch)
         ours |= heard | _named(stack)
         ours |= _similarities(model, out["image"], out["text"], "sim_{}")
         ours |= _similarities(model, out["backbone"], out["text"], "backbone_{}")

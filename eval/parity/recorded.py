@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from eval.parity.check import Check, close, same
 from infra.train.weights import gather_weights
 from models.common.parallel import tensor_group
+from models.common.stack import Stack
 
 FORWARD_ATOL = 1e-4
 """largest absolute difference of a forward value"""
@@ -158,12 +159,13 @@ def _until(eos_id: int, row: list[int]) -> list[int]:
 
 @contextlib.contextmanager
 def listen(**modules: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Within the context, what each module returned last, by the given names."""
+    """Within the context, what each module returned last, by the given names; rows first."""
     heard: dict[str, Tensor] = {}
 
     def hook(name: str):
-        def keep(_module, _arguments, output):
-            heard[name] = (output[0] if isinstance(output, tuple) else output).detach()
+        def keep(module, _arguments, output):
+            first = (output[0] if isinstance(output, tuple) else output).detach()
+            heard[name] = first.transpose(0, 1) if isinstance(module, Stack) else first
 
         return keep
 
@@ -204,7 +206,7 @@ def listen_decoder(decoder: Any) -> Iterator[dict[str, Tensor]]:
 
     stack = decoder.decoder
     handles = [stack.register_forward_hook(keep_stack, with_kwargs=True)]
-    for index, layer in enumerate(stack.layers):
+    for index, layer in zip(stack.held, stack.layers, strict=True):
         handles.append(layer.register_forward_hook(keep(f"after_layer.{index}")))
         cross = getattr(layer.cross_attention, "linear_proj", None)
         if cross is not None:

@@ -11,13 +11,14 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from eval.parity.chat import check_chat, is_chat
+from eval.parity.chat import check_chat, check_chat_stages, is_chat
 from eval.parity.check import Check
 from eval.parity.conversations import check_conversations, is_conversations
-from eval.parity.dual import check_dual, is_dual
+from eval.parity.dual import check_dual, check_dual_stages, is_dual
+from eval.parity.layouts import check_layouts
 from eval.parity.metrics import check_metrics, is_metrics
 from eval.parity.tiling import check_tiling, is_tiling
-from eval.parity.vision import check_vision, is_vision
+from eval.parity.vision import check_vision, check_vision_stages, is_vision
 from infra.devices import find_device
 from infra.errors import DataError, UserError
 
@@ -30,6 +31,12 @@ GROUPS: tuple[tuple[str, Callable[[Path], bool], Callable[[Path], list[Check]]],
     ("metrics: files named after the official metrics", is_metrics, check_metrics),
 )
 """what a folder of the group holds, whether a folder is one, and its comparison"""
+STAGED = {
+    check_vision: check_vision_stages,
+    check_dual: check_dual_stages,
+    check_chat: check_chat_stages,
+}
+"""a model's comparison, and that of what goes through a pipeline"""
 
 
 def check_folder(folder: Path) -> list[Check]:
@@ -53,6 +60,8 @@ def check_folder(folder: Path) -> list[Check]:
     # Ranks are forked from this process, which must not have computed with several threads.
     torch.set_num_threads(1)
     checks = check(folder)
+    if check in STAGED:
+        checks += check_layouts(folder, check, STAGED[check])
     if not checks:
         raise DataError(f"{folder} has no file of recorded results; see the README beside it")
     return checks

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from eval.parity.check import Check
+from eval.parity.layouts import through_stages
 from eval.parity.recorded import (
     EPS_PROBE_SCALE,
     below,
@@ -23,6 +24,8 @@ from eval.parity.recorded import (
 from infra.train.weights import load_weights
 from models.internvit.hf import config_from_official, from_official
 from models.internvit.model import InternViT
+from models.internvl.config import InternVLConfig
+from models.internvl.model import build
 
 
 def is_vision(folder: Path) -> bool:
@@ -89,6 +92,24 @@ def _training(
     config = model.vit_config
     wanted = canonical_gradients(grads, weights, lambda t: from_official(t, config))
     return checks + gradient_checks("grads", got, wanted)
+
+
+def check_vision_stages(folder: Path) -> list[Check]:
+    """What goes forward through two pipeline stages, of the native size and of others."""
+    vision = dataclasses.replace(config_from_official(read_config(folder)), drop_path=0.0)
+    model = build("vision", InternVLConfig(vision=vision))
+    weights = from_official(read_tensors(folder, "weights"), vision)
+    load_weights(model, {f"vision.{name}": tensor for name, tensor in weights.items()})
+    wanted = range(vision.depth + 1)
+    ours: dict[str, Tensor] = {}
+    for name, pixels in below(read_tensors(folder, "inputs"), "pixel_values").items():
+        case = name.removeprefix("_") or "native"
+        found = through_stages(model, "vision", {"pixels": pixels, "wanted": wanted})
+        ours |= {f"{case}.hidden_states.{i}": found[f"vision.{i}"] for i in wanted}
+        ours[f"{case}.last_hidden_state"] = found[f"vision.{vision.depth}"]
+        ours[f"{case}.pooler_output"] = found[f"vision.{vision.depth}"][:, 0]
+    recorded = read_tensors(folder, "outputs")
+    return forward_checks("outputs", ours, {n: t for n, t in recorded.items() if n in ours})
 
 
 @torch.no_grad()

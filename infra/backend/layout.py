@@ -13,8 +13,6 @@ class ModelFacts:
 
     name: str
     """how messages call it, e.g. "vision" """
-    layers: int
-    """transformer layers"""
     heads: int
     """attention heads, without padding"""
     width: int
@@ -23,8 +21,6 @@ class ModelFacts:
     """hidden size of the MLP"""
     key_value_heads: int | None = None
     """heads of keys and values under grouped-query attention; None: as many as heads"""
-    tokens: int | None = None
-    """sequence length, where it is fixed; sequence parallelism cuts it"""
     pads_heads: bool = False
     """the model adds zero heads up to a multiple of the tensor-parallel size"""
 
@@ -45,6 +41,11 @@ class Layout:
     """cut activations outside attention and MLP along the sequence over the tensor ranks"""
     batch_p2p: bool | None = None
     """send and receive between stages in one batched call; None: whatever is right"""
+    recompute: bool = False
+    """keep only what goes into each layer, and run the layer again in the backward pass"""
+    micro_batch_samples: int | None = None
+    """samples that a data-parallel rank computes at once; None: all of its share, or where there
+    is a pipeline enough micro-batches to fill it"""
 
     @property
     def ranks(self) -> int:
@@ -54,6 +55,20 @@ class Layout:
     @property
     def interleaved(self) -> bool:
         return self.virtual_pipeline is not None
+
+    @property
+    def stages(self) -> int:
+        """Pieces that a model is cut into: pipeline ranks times the pieces that each holds."""
+        return self.pipeline * (self.virtual_pipeline or 1)
+
+    def micro_batches(self, samples: int) -> int:
+        """How many micro-batches a rank's share of a batch is computed in."""
+        if self.micro_batch_samples is not None:
+            wanted = -(-samples // self.micro_batch_samples)
+        else:
+            wanted = 1 if self.pipeline == 1 else min(samples, 2 * self.stages)
+        # The interleaved schedule goes round in groups of as many as there are ranks.
+        return -(-wanted // self.pipeline) * self.pipeline if self.interleaved else wanted
 
     @property
     def batched_p2p(self) -> bool:
@@ -77,6 +92,8 @@ class Layout:
 
     def _check_sizes(self, ranks: int | None) -> None:
         sizes = {"tensor": self.tensor, "pipeline": self.pipeline, "data": self.data}
+        if self.micro_batch_samples is not None:
+            sizes["micro_batch_samples"] = self.micro_batch_samples
         for name, size in sizes.items():
             if size < 1:
                 raise LayoutError(f"layout.{name} is {size}; expected at least 1")
@@ -112,16 +129,12 @@ class Layout:
 
     def _check_model(self, facts: ModelFacts) -> None:
         padded = -(-facts.heads // self.tensor) * self.tensor if facts.pads_heads else facts.heads
-        stages = self.pipeline * (self.virtual_pipeline or 1)
         self._divide(facts, "heads", padded, "tensor", self.tensor)
         kv_heads = facts.key_value_heads
         if kv_heads is not None and kv_heads != facts.heads:
             self._divide(facts, "key_value_heads", kv_heads, "tensor", self.tensor)
         self._divide(facts, "mlp_hidden", facts.mlp_hidden, "tensor", self.tensor)
-        self._divide(facts, "layers", facts.layers, "pipeline x virtual_pipeline", stages)
         self._divide(facts, "width", facts.width, "heads", facts.heads)
-        if self.sequence_parallel and facts.tokens is not None:
-            self._divide(facts, "tokens", facts.tokens, "tensor", self.tensor)
 
     @staticmethod
     def _divide(facts: ModelFacts, what: str, amount: int, by: str, parts: int) -> None:

@@ -14,6 +14,22 @@ from infra.backend.ranks import Rank, forbid_forks, this_rank
 # One rendezvous store a rank, kept for as long as it lives, and how many worlds met there.
 _store: Any = None
 _worlds = 0
+_layout: Layout | None = None
+
+
+class SoloGroup:
+    """Stands for a process group of one rank where there is nobody to talk to."""
+
+    def size(self) -> int:
+        return 1
+
+    def rank(self) -> int:
+        return 0
+
+
+def current_layout() -> Layout:
+    """The layout that this process has joined; one rank where there is none."""
+    return _layout or Layout()
 
 
 @contextlib.contextmanager
@@ -26,6 +42,7 @@ def parallel(layout: Layout, *, seed: int = 0) -> Iterator[Layout]:
     Raises:
         LayoutError: the layout needs another number of ranks than there are.
     """
+    global _layout
     device = install()
     import torch.distributed as dist
     from megatron.core import parallel_state
@@ -46,8 +63,10 @@ def parallel(layout: Layout, *, seed: int = 0) -> Iterator[Layout]:
             create_gloo_process_groups=False,
         )
         seed_everything(seed)
+        _layout = layout
         yield layout
     finally:
+        _layout = None
         parallel_state.destroy_model_parallel()
         # Megatron's own teardown forgets its groups but leaves them open; this closes them all.
         dist.destroy_process_group()

@@ -3,9 +3,9 @@
     results = run_ranks(work, arguments, ranks=2, threads=1)      # work(arguments) on each rank
 
 The parent must not have computed with several threads and must hold no process group: neither
-survives a fork. No rank outlives the parent, even after kill -9. SIGINT and SIGTERM to the parent
-are passed on; a rank that is inside `stop_requests()` finishes its step, saves and returns, any
-other leaves at once.
+survives a fork. No rank outlives the parent, even after kill -9. SIGINT, SIGTERM and SIGUSR1 (which
+Slurm can send before the time limit) to the parent are passed on; a rank that is inside
+`stop_requests()` finishes its step, saves and returns, any other leaves at once.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from infra.launch import die_with_parent
 
 EXIT_FAILED = 1
 EXIT_STOPPED = 130
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 PR_SET_NAME = 15
 # After the first failure the other ranks fail too, because their peer is gone. This is how long
 # we collect what they say, to tell the cause from the consequences.
@@ -83,7 +84,7 @@ def this_rank() -> Rank | None:
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[StopRequests]:
-    """Inside, SIGINT and SIGTERM set `.asked` and do not end this rank."""
+    """Inside, `STOP_SIGNALS` set `.asked` and do not end this rank."""
     global _stop
     outer, _stop = _stop, StopRequests()
     try:
@@ -200,7 +201,7 @@ class _Crew:
         read_end, write_end = os.pipe()
         parent = os.getpid()
         # Until the rank has its own handlers, a signal must not run the parent's in it.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         pid = os.fork()
         if pid == 0:
             for pipe in (read_end, *(member.pipe for member in self._members)):
@@ -284,7 +285,7 @@ def _be_rank(
         if os.getppid() != parent:  # it was gone before we could ask
             os._exit(EXIT_FAILED)
         _this_rank = rank
-        for signum in (signal.SIGINT, signal.SIGTERM):
+        for signum in STOP_SIGNALS:
             signal.signal(signum, _on_signal)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         _name_process(f"rank {rank.index}/{rank.count}")
@@ -319,7 +320,7 @@ def _name_process(name: str) -> None:
 
 @contextlib.contextmanager
 def _forward_signals(crew: _Crew) -> Iterator[None]:
-    """Pass SIGINT and SIGTERM on while the ranks run; a second, later Ctrl-C ends them at once."""
+    """Pass `STOP_SIGNALS` on while the ranks run; a second, later Ctrl-C ends them at once."""
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may set handlers
         return
@@ -332,7 +333,7 @@ def _forward_signals(crew: _Crew) -> Iterator[None]:
             raise KeyboardInterrupt
         crew.signal(signal.SIGTERM)
 
-    before = {signum: signal.signal(signum, forward) for signum in (signal.SIGINT, signal.SIGTERM)}
+    before = {signum: signal.signal(signum, forward) for signum in STOP_SIGNALS}
     try:
         yield
     finally:

@@ -1,23 +1,39 @@
-"""Checkpoints that a kill -9 at any moment cannot spoil.
+"""Checkpoints that a kill -9 at any moment cannot spoil, written beside the training.
 
 One checkpoint is one folder, `step-00000100`: Megatron's distributed checkpoint of model, optimizer
-and random states, and `train.json` with the run key, the history and a checksum of every file. It
-is written under another name and renamed last, so a folder of that name is complete.
+and random states, and `train.json` with the run key, the account of the run and a checksum of every
+file and of itself. It is written under another name and renamed last, so a folder of that name is
+complete.
+
+The state is copied and a forked process of each rank writes it while training goes on. What the
+processes found is put together (`Checkpoints.commit`) when all of them are done.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import hashlib
 import json
+import os
+import pickle
+import queue
 import shutil
+import signal
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-FORMAT = "vlfoundry.checkpoint.v1"
+from infra.config import canonical_json
+from infra.launch import die_with_parent
+from infra.train.config import TrainConfig
+from infra.train.ema import Ema
+from infra.train.spikes import Account
+
+FORMAT = "vlfoundry.checkpoint.v2"
 MANIFEST = "train.json"
-KEEP = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,10 +42,8 @@ class Saved:
 
     folder: Path
     """where it lies"""
-    step: int
-    """optimizer steps done"""
-    history: list[dict[str, float]]
-    """one row a step"""
+    account: Account
+    """where the run stood"""
     ranks: int
     """size of the world that wrote it; random states exist once a rank"""
 
@@ -42,42 +56,93 @@ class Checkpoints:
         run_key: checkpoints of another run key are ignored.
         model: the model itself, not wrapped.
         optimizer: Megatron's.
+        ema: the running mean of the weights, if there is one.
+        config: which checkpoints are kept.
     """
 
-    def __init__(self, folder: Path, run_key: str, model: Any, optimizer: Any) -> None:
-        self._folder, self._run_key = folder, run_key
-        self._model, self._optimizer = model, optimizer
+    def __init__(
+        self,
+        folder: Path,
+        run_key: str,
+        model: Any,
+        optimizer: Any,
+        ema: Ema | None,
+        config: TrainConfig,
+    ) -> None:
+        self._folder, self._run_key, self._config = folder, run_key, config
+        self._model, self._optimizer, self._ema = model, optimizer, ema
+        self._pending: _Pending | None = None
 
-    def save(self, step: int, history: list[dict[str, float]]) -> None:
-        """Write the state after `step` steps, then forget all but the last two."""
+    def save(self, account: Account) -> None:
+        """Begin to write the state; the one before is committed first."""
         import torch.distributed as dist
         from megatron.core import dist_checkpointing
 
-        final = self._folder / f"step-{step:08d}"
+        self.finish()
+        final = self._folder / f"step-{account.step:08d}"
         unfinished = final.with_name(f".{final.name}.part")
         if dist.get_rank() == 0:
-            shutil.rmtree(unfinished, ignore_errors=True)
+            for old in self._folder.glob(".step-*.part"):
+                shutil.rmtree(old)
             unfinished.mkdir(parents=True)
         dist.barrier()
-        # Returns when every rank has written.
-        dist_checkpointing.save(self._state(loading=False), str(unfinished))
-        if dist.get_rank() == 0:
-            manifest = {
-                "format": FORMAT,
-                "run_key": self._run_key,
-                "step": step,
-                "ranks": dist.get_world_size(),
-                "files": {path.name: _digest(path) for path in sorted(unfinished.iterdir())},
-                "history": history,
-            }
-            (unfinished / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
-            shutil.rmtree(final, ignore_errors=True)
-            unfinished.rename(final)
-            for old in _folders(self._folder)[KEEP:]:
-                shutil.rmtree(old)
+        request = dist_checkpointing.save(
+            self._state(loading=False), str(unfinished),
+            async_sharded_save=True, async_strategy="mcore",
+        )  # fmt: skip
+        # The manifest is made of what is known now: the account moves on.
+        self._pending = _Pending(
+            final=final,
+            unfinished=unfinished,
+            manifest=self._manifest(account),
+            request=request,
+            writer=_Writer(request),
+        )
+
+    @property
+    def writing(self) -> bool:
+        """Whether this rank is still writing; when no rank is, every rank must `commit`."""
+        return self._pending is not None and not self._pending.writer.done
+
+    @property
+    def waits_for_commit(self) -> bool:
+        """Whether a save was begun that is not committed; the same on all ranks."""
+        return self._pending is not None
+
+    def finish(self) -> None:
+        """Wait until what was begun is written, and commit it."""
+        if self._pending is not None:
+            self._pending.writer.wait()
+            self.commit()
+
+    def commit(self) -> None:
+        """Make the checkpoint that all ranks have written a complete one, and forget old ones."""
+        import torch.distributed as dist
+        from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+        pending, self._pending = self._pending, None
+        assert pending is not None, "nothing was begun"
+        written = pending.writer.result()
+        if written.results is not None:
+            filesystem_async.get_write_results_queue().put(written.results)
+        for finalize in pending.request.finalize_fns:  # raises where a rank could not write
+            finalize()
+        digests: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(digests, written.digests)
+        if dist.get_rank() != 0:
+            return
+        files = {name: digest for found in digests for name, digest in found.items()}
+        for path in pending.unfinished.iterdir():  # what is written last is small
+            if path.name not in files:
+                files[path.name] = _digest(path)
+        manifest = {**pending.manifest, "files": dict(sorted(files.items()))}
+        _write_manifest(pending.unfinished / MANIFEST, manifest)
+        shutil.rmtree(pending.final, ignore_errors=True)
+        pending.unfinished.rename(pending.final)
+        self._forget_old()
 
     def load(self, saved: Saved) -> bool:
-        """Fill model, optimizer and random states.
+        """Fill model, optimizer, running mean and random states.
 
         Returns:
             Whether the random states were restored; another number of ranks has no use for them.
@@ -94,6 +159,8 @@ class Checkpoints:
         with torch.no_grad():  # Megatron fills views of the parameters in place
             self._model.load_state_dict(loaded["model"])
             self._optimizer.load_state_dict(loaded["optimizer"])
+            if self._ema:
+                self._ema.load_state_dict(loaded["ema"])
         if same_ranks:
             torch.set_rng_state(loaded["random"]["torch"])
             tensor_parallel.get_cuda_rng_tracker().set_states(loaded["random"]["megatron"])
@@ -129,12 +196,141 @@ class Checkpoints:
                 model, is_loading=loading, metadata=metadata
             ),
             "random": ShardedObject("random", random, (dist.get_world_size(),), (dist.get_rank(),)),
+        } | ({"ema": self._ema.sharded_state_dict(model)} if self._ema else {})
+
+    def _manifest(self, account: Account) -> dict[str, Any]:
+        import torch.distributed as dist
+
+        config = self._config
+        value = None
+        if config.keep_best:
+            value = account.mean_since(
+                account.step - config.save_every_steps, config.keep_best.removeprefix("-")
+            )
+        manifest = {
+            "format": FORMAT,
+            "run_key": self._run_key,
+            "ranks": dist.get_world_size(),
+            "account": dataclasses.asdict(account),
+            "value": value,
         }
+        return json.loads(json.dumps(manifest))
+
+    def _forget_old(self) -> None:
+        """Keep the newest, the best, and the newest to which a run can roll back."""
+        folders = _folders(self._folder)
+        kept = set(folders[: self._config.keep_checkpoints])
+        regular = [p for p in folders if _step(p) % self._config.save_every_steps == 0]
+        kept |= set(regular[:1])
+        best = (
+            best_checkpoint(self._folder, self._run_key, self._config)
+            if (self._config.keep_best)
+            else None
+        )
+        for folder in folders:
+            if folder not in kept and folder != best:
+                shutil.rmtree(folder)
 
 
-def newest(folder: Path, run_key: str, log: Callable[[str], None]) -> Saved | None:
-    """The newest complete checkpoint of this run key, or None. Damaged ones are passed over."""
+@dataclass(frozen=True, kw_only=True)
+class _Pending:
+    """A checkpoint that is being written."""
+
+    final: Path
+    unfinished: Path
+    manifest: dict[str, Any]
+    request: Any
+    writer: _Writer
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Written:
+    """What one rank's writer says in the end."""
+
+    results: Any = None
+    """what Megatron puts into the checkpoint's metadata; None: this rank had nothing to write"""
+    digests: dict[str, str] = dataclasses.field(default_factory=dict)
+    """checksum of each file that it wrote"""
+
+
+class _Writer:
+    """A forked process that writes this rank's part; its copy of our memory is the snapshot.
+
+    Megatron's own caller sends the results through a pipe that the reader empties after the end of
+    the writer: with many tensors both wait for ever. Here they go through a file.
+    """
+
+    def __init__(self, request: Any) -> None:
+        self._code: int | None = None
+        self._pid = 0
+        if request.async_fn is None:
+            self._code = 0
+            return
+        function, arguments = request.async_fn, list(request.async_fn_args)
+        if request.preload_fn is not None:
+            arguments[1] = request.preload_fn()  # from the GPU
+        self._answer = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `result`
+        parent = os.getpid()
+        self._pid = os.fork()
+        if self._pid == 0:
+            _be_writer(parent, function, arguments, self._answer)
+
+    @property
+    def done(self) -> bool:
+        if self._code is None:
+            pid, status = os.waitpid(self._pid, os.WNOHANG)
+            if pid:
+                self._code = os.waitstatus_to_exitcode(status)
+        return self._code is not None
+
+    def wait(self) -> None:
+        if self._code is None:
+            self._code = os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
+
+    def result(self) -> _Written:
+        """What it wrote; where it failed, Megatron gets the error and raises it on all ranks."""
+        assert self._code is not None, "it still writes"
+        if not self._pid:
+            return _Written()
+        with self._answer as stream:
+            stream.seek(0)
+            with contextlib.suppress(EOFError):
+                return pickle.load(stream)
+        return _Written(results=RuntimeError(f"the writer ended with exit code {self._code}"))
+
+
+def _be_writer(parent: int, function: Callable, arguments: list[Any], answer: Any) -> None:
+    """The whole life of a writer. Never returns."""
+    code = 1
+    try:
+        die_with_parent(signal.SIGKILL)
+        if os.getppid() != parent:  # it was gone before we could ask
+            os._exit(code)
+        rank, buckets, _ = arguments
+        results: queue.Queue = queue.Queue()
+        function(rank, buckets, results)
+        digests = {Path(path).name: _digest(Path(path)) for path, _, _ in buckets}
+        pickle.dump(_Written(results=results.get_nowait(), digests=digests), answer)
+        answer.flush()
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def newest(
+    folder: Path, run_key: str, log: Callable[[str], None], at: int | None = None
+) -> Saved | None:
+    """The newest complete checkpoint of this run key, or None. Damaged ones are passed over.
+
+    Args:
+        folder: of the checkpoints.
+        run_key: of this run.
+        log: told of each damaged one.
+        at: look at those of at most so many steps; None: at all.
+    """
     for path in _folders(folder):
+        if at is not None and _step(path) > at:
+            continue
         manifest = _read_manifest(path)
         if manifest is None:
             log(f"checkpoint {path.name} is damaged ({MANIFEST}); trying the one before")
@@ -145,13 +341,19 @@ def newest(folder: Path, run_key: str, log: Callable[[str], None]) -> Saved | No
         if damaged:
             log(f"checkpoint {path.name} is damaged ({damaged}); trying the one before")
             continue
-        return Saved(
-            folder=path,
-            step=manifest["step"],
-            history=manifest["history"],
-            ranks=manifest["ranks"],
-        )
+        return Saved(folder=path, account=Account(**manifest["account"]), ranks=manifest["ranks"])
     return None
+
+
+def best_checkpoint(folder: Path, run_key: str, config: TrainConfig) -> Path | None:
+    """The checkpoint with the best `train.keep_best`; of equal ones the older."""
+    sign = -1 if config.keep_best.startswith("-") else 1
+    values = {}
+    for path in reversed(_folders(folder)):
+        manifest = _read_manifest(path)
+        if manifest and manifest["run_key"] == run_key and manifest["value"] is not None:
+            values[path] = sign * manifest["value"]
+    return min(values, key=lambda path: values[path]) if values else None
 
 
 def _folders(folder: Path) -> list[Path]:
@@ -159,12 +361,30 @@ def _folders(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*"), reverse=True) if folder.is_dir() else []
 
 
+def _step(folder: Path) -> int:
+    return int(folder.name.partition("-")[2])
+
+
+def _write_manifest(path: Path, manifest: dict[str, Any]) -> None:
+    body = canonical_json(manifest)
+    checksum = hashlib.sha256(body.encode()).hexdigest()
+    with path.open("w", encoding="utf-8") as stream:
+        stream.write(canonical_json({**manifest, "checksum": checksum}))
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
 def _read_manifest(path: Path) -> dict[str, Any] | None:
+    """None where it is not what was written, to the last bit."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+        checksum = manifest.pop("checksum")
+    except (OSError, ValueError, AttributeError, TypeError, KeyError):
         return None
-    return manifest if manifest.get("format") == FORMAT else None
+    body = canonical_json(manifest)
+    if hashlib.sha256(body.encode()).hexdigest() != checksum or manifest["format"] != FORMAT:
+        return None
+    return manifest
 
 
 def _damaged_file(path: Path, digests: dict[str, str]) -> str | None:

@@ -20,12 +20,21 @@ class TrainConfig:
     """peak learning rate"""
     lr_scale: dict[str, float] = field(default_factory=dict)
     """factor on the learning rate of parameters whose name begins so; the longest match wins"""
+    layer_decay: dict[str, float] = field(default_factory=dict)
+    """for a tower ("vision", "text"; "" is the whole model) the factor from a block to the one
+    below it; multiplies `lr_scale`"""
     warmup_steps: int = 0
     """steps of linear rise to `lr`"""
-    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup_ratio: float = 0.0
+    """the same as a share of `steps`; one of the two"""
+    schedule: Literal["cosine", "constant", "linear", "polynomial"] = "cosine"
     """after the warm-up"""
+    power: float = 1.0
+    """of the polynomial: lr * (1 - progress) ** power"""
     min_lr_ratio: float = 0.0
-    """where the cosine ends, as a share of `lr`"""
+    """where the schedule ends, as a share of `lr`"""
+    optimizer: Literal["adamw", "stable_adamw"] = "adamw"
+    """stable_adamw shortens a tensor's step where its second moment lags behind its gradients"""
     beta1: float = 0.9
     """Adam's decay of the mean"""
     beta2: float = 0.98
@@ -38,33 +47,72 @@ class TrainConfig:
     """whether parameters with "embedding" in their name are decayed"""
     clip_grad: float = 1.0
     """largest gradient norm over all parameters; 0: no clipping"""
+    ema_decay: float = 0.0
+    """of a running mean of the weights, which then is the model that the run leaves; 0: none"""
+    on_bad_step: Literal["stop", "skip", "rollback"] = "stop"
+    """what a loss or gradient norm that is not finite, or a spike, does: end the run, drop this
+    update, or go back to the last checkpoint and on with batches that were not seen yet"""
+    spike_factor: float = 0.0
+    """a loss beyond this many times the median of the last `spike_steps` is a spike; 0: none is"""
+    spike_steps: int = 32
+    """losses that the median is taken of; before there are so many nothing is a spike"""
+    max_bad_steps: int = 10
+    """bad steps of a run before it ends with an error"""
     save_every_steps: int = 100
     """steps between two checkpoints"""
+    keep_checkpoints: int = 2
+    """newest checkpoints that are kept"""
+    keep_best: str = ""
+    """term of the history ("loss"; "-accuracy": the larger the better) by whose mean since the
+    checkpoint before one more is kept; empty: none"""
     log_every_steps: int = 50
     """steps between two lines of the log"""
     seed: int = 0
     """of dropout and of whatever else draws during training"""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_samples", "save_every_steps", "log_every_steps"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"train.{name} is {getattr(self, name)}; expected at least 1")
-        for name in ("lr", "eps"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"train.{name} is {getattr(self, name)}; expected more than 0")
-        for name in ("warmup_steps", "weight_decay", "clip_grad"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"train.{name} is {getattr(self, name)}; expected 0 or more")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"train.{name} is {getattr(self, name)}; expected 0 <= it < 1")
-        if not 0 <= self.min_lr_ratio <= 1:
-            raise ConfigError(f"train.min_lr_ratio is {self.min_lr_ratio}; expected 0 to 1")
-        if self.warmup_steps > self.steps:
+        self._check_ranges()
+        if self.warmup_steps and self.warmup_ratio:
+            raise ConfigError(
+                f"train.warmup_steps is {self.warmup_steps} and train.warmup_ratio "
+                f"{self.warmup_ratio}; expected one of the two"
+            )
+        if self.warmup > self.steps:
             raise ConfigError(
                 f"train.warmup_steps is {self.warmup_steps}, more than train.steps {self.steps}; "
                 "the peak learning rate would never be reached"
             )
+        if self.spike_factor and self.spike_factor <= 1:
+            raise ConfigError(
+                f"train.spike_factor is {self.spike_factor}; expected more than 1, or 0 for none"
+            )
+
+    def _check_ranges(self) -> None:
+        at_least_1 = ("steps", "batch_samples", "save_every_steps", "log_every_steps",
+                      "spike_steps", "max_bad_steps", "keep_checkpoints")  # fmt: skip
+        for name in at_least_1:
+            if getattr(self, name) < 1:
+                raise ConfigError(f"train.{name} is {getattr(self, name)}; expected at least 1")
+        for name in ("lr", "eps", "power"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"train.{name} is {getattr(self, name)}; expected more than 0")
+        for name in ("warmup_steps", "weight_decay", "clip_grad", "spike_factor"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"train.{name} is {getattr(self, name)}; expected 0 or more")
+        for name in ("beta1", "beta2", "ema_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"train.{name} is {getattr(self, name)}; expected 0 <= it < 1")
+        for name in ("min_lr_ratio", "warmup_ratio"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"train.{name} is {getattr(self, name)}; expected 0 to 1")
+        for tower, rate in self.layer_decay.items():
+            if not 0 < rate <= 1:
+                raise ConfigError(f"train.layer_decay.{tower} is {rate}; expected 0 < it <= 1")
+
+    @property
+    def warmup(self) -> int:
+        """Steps of the warm-up, however it is given."""
+        return self.warmup_steps or round(self.warmup_ratio * self.steps)
 
     @property
     def samples(self) -> int:

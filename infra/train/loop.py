@@ -13,14 +13,17 @@ from typing import Any
 
 from infra.backend import Layout, device_literals, install
 from infra.backend.ranks import stop_requests
-from infra.errors import UserError
 from infra.progress import Progress
-from infra.train.checkpoint import Checkpoints, Saved, newest
+from infra.train.checkpoint import Checkpoints, Saved, best_checkpoint, newest
 from infra.train.config import TrainConfig
-from infra.train.optim import build_optimizer, set_step
+from infra.train.ema import Ema
+from infra.train.optim import build_optimizer, gradient_norm, set_step, update
+from infra.train.spikes import Account, refuse_if_hopeless, why_bad
+from infra.train.step import Engine
 
-Objective = Callable[[Any, Any], tuple[Any, dict[str, Any]]]
-"""(model, batch) -> (loss to differentiate, {name: detached scalar})"""
+Objective = Any
+"""what `infra.train.step` can differentiate: pieces of a loss, or a function
+(model, batch) -> (loss, {name: detached scalar})"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,11 +33,16 @@ class FitResult:
     steps: int
     """optimizer steps done in all"""
     history: list[dict[str, float]]
-    """a row a step: step (from 0), loss, the objective's terms, lr, grad_norm"""
+    """a row for each step that counted: step (from 0), loss, the objective's terms, lr and
+    grad_norm"""
+    bad_steps: list[dict[str, Any]]
+    """step, batch, reason and action of each step that did not"""
     interrupted: bool
     """stopped on request before the end; the same call goes on"""
     resumed_from: int
     """steps that an earlier call had done"""
+    best_step: int | None
+    """steps of the checkpoint that `train.keep_best` kept"""
 
 
 def fit(
@@ -48,6 +56,7 @@ def fit(
     layout: Layout,
     log: Callable[[str], None] = print,
     label: str = "train",
+    deadline: float = math.inf,
 ) -> FitResult:
     """Train `model` in place; every rank calls this inside `infra.backend.parallel`.
 
@@ -64,9 +73,12 @@ def fit(
         layout: must be the one that is initialised.
         log: takes one line; called on rank 0 only.
         label: stands before the progress bar.
+        deadline: `time.monotonic` at which to save and leave, as if asked to.
+
+    With `train.ema_decay` the model ends as the running mean of its weights.
 
     Raises:
-        UserError: the loss is no longer finite.
+        UserError: a step was bad, and the config says to stop or enough of them were.
     """
     install()
     import torch.distributed as dist
@@ -79,84 +91,182 @@ def fit(
         # Megatron looks at the gradient of a slice of a parameter to find that it has none.
         warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not")
         saved = _agree(newest(work / "checkpoints", run_key, log) if is_first else None)
+        trainer = _Trainer(model, objective, config, layout, work=work, run_key=run_key, log=log)
         if saved is None:
-            _dry_run(model, objective, batch_at)
-        run = _Run(model, objective, config)
-        checkpoints = Checkpoints(work / "checkpoints", run_key, model, run.optimizer)
-        if saved is not None:
-            _resume(checkpoints, saved, config, log)
-        history = list(saved.history) if saved else []
-        first = len(history)
+            trainer.dry_run(batch_at(0))
+        first = trainer.begin(saved)
+        account = trainer.account
         timings = _Timings(work / "steps.jsonl", config.batch_samples, enabled=is_first)
         bar = Progress(config.steps, unit="steps", label=label, start=first, enabled=is_first)
         with timings, bar:
-            for step in range(first, config.steps):
+            while account.step < config.steps:
+                step = account.step
                 timings.start()
-                batch = batch_at(step)
+                batch = batch_at(account.batch)
                 timings.loaded()
-                row, asked_to_stop = run.step(step, batch, stop.asked)
+                row = trainer.step(batch)
                 timings.stepped(step)
-                history.append(row)
-                done = step + 1
-                if done % config.save_every_steps == 0 or done == config.steps or asked_to_stop:
-                    checkpoints.save(done, history)
-                bar.update(1, loss=f"{row['loss']:.4f}")
-                if done % config.log_every_steps == 0 or done == config.steps:
-                    log(_line(row, config, timings.samples_per_s))
+                asked_to_stop = trainer.look_up(stop.asked or time.monotonic() > deadline)
+                if row is not None:
+                    bar.update(1, loss=f"{row['loss']:.4f}")
+                    if account.step % config.log_every_steps == 0 or account.step == config.steps:
+                        log(_line(row, config, timings.samples_per_s))
                 if asked_to_stop:
                     break
-    interrupted = len(history) < config.steps
+        trainer.checkpoints.finish()
+    interrupted = account.step < config.steps
     if interrupted:
         log(
-            f"stopped after step {len(history)} of {config.steps}, saved; "
+            f"stopped after step {account.step} of {config.steps}, saved; "
             "run the same command again to go on"
         )
+    elif trainer.ema:
+        trainer.ema.move_into_model()
+    best = best_checkpoint(work / "checkpoints", run_key, config) if config.keep_best else None
     return FitResult(
-        steps=len(history), history=history, interrupted=interrupted, resumed_from=first
+        steps=account.step,
+        history=account.history,
+        bad_steps=account.bad_steps,
+        interrupted=interrupted,
+        resumed_from=first,
+        best_step=int(best.name.partition("-")[2]) if best else None,
     )
 
 
+class _Trainer:
+    """What surrounds a step: the guard, the update, the running mean, the checkpoints."""
+
+    def __init__(
+        self,
+        model: Any,
+        objective: Objective,
+        config: TrainConfig,
+        layout: Layout,
+        *,
+        work: Path,
+        run_key: str,
+        log: Callable[[str], None],
+    ) -> None:
+        self._config, self._log = config, log
+        self._folder, self._run_key = work / "checkpoints", run_key
+        self._run = _Run(model, objective, config, layout)
+        self.dry_run = self._run.dry_run
+        self.ema = Ema(model, config.ema_decay) if config.ema_decay else None
+        self.account = Account()
+        self._saved_step = -1
+        self.checkpoints = Checkpoints(
+            self._folder, run_key, model, self._run.optimizer, self.ema, config
+        )
+
+    def begin(self, saved: Saved | None) -> int:
+        """Load what an earlier call has left; returns the steps that it has done."""
+        if saved is not None:
+            self._load(saved)
+            self._log(
+                f"going on after step {self.account.step} of {self._config.steps} "
+                f"({saved.folder.name})"
+            )
+        elif self._config.on_bad_step == "rollback":
+            self.checkpoints.save(self.account)
+            self._saved_step = 0
+        return self.account.step
+
+    def step(self, batch: Any) -> dict[str, float] | None:
+        """Gradients of one batch, and the update if they are good: then the history's row."""
+        account, config, optimizer = self.account, self._config, self._run.optimizer
+        terms = self._run.gradients(batch)
+        lr = set_step(optimizer, account.step, config)
+        grad_norm = gradient_norm(optimizer)
+        reason = why_bad(terms, grad_norm, account, config)
+        if reason:
+            refuse_if_hopeless(reason, account, config)
+            self._pass_over(reason)
+            return None
+        update(optimizer, grad_norm, config.clip_grad)
+        if self.ema:
+            self.ema.update()
+        row = {"step": account.step, **terms, "lr": lr, "grad_norm": grad_norm}
+        account.history.append(row)
+        account.step += 1
+        return row
+
+    def look_up(self, asked_to_stop: bool) -> bool:
+        """Between two steps: save if it is time to, commit what is written; whether to stop."""
+        asked_to_stop, writing = _any_rank(asked_to_stop, self.checkpoints.writing)
+        if self.checkpoints.waits_for_commit and not writing:
+            self.checkpoints.commit()
+        done, config = self.account.step, self._config
+        is_due = done % config.save_every_steps == 0 or done == config.steps or asked_to_stop
+        if is_due and done != self._saved_step:
+            self.checkpoints.save(self.account)
+            self._saved_step = done
+        return asked_to_stop
+
+    def _pass_over(self, reason: str) -> None:
+        account, action = self.account, self._config.on_bad_step
+        bad = {"step": account.step, "batch": account.batch, "reason": reason, "action": action}
+        bad_steps, next_batch = [*account.bad_steps, bad], account.batch + 1
+        self._log(f"{reason} at step {account.step} (batch {account.batch}): {action}")
+        if action == "skip":
+            account.step += 1
+        else:
+            self.checkpoints.finish()
+            # Not one that was saved on request: a run that nobody stopped has none there.
+            every = self._config.save_every_steps
+            target = account.step // every * every
+            saved = _agree(self._newest(at=target))
+            assert saved is not None, "a run that can roll back saves before its first step"
+            self._load(saved)
+            account.batch_shift = next_batch - account.step
+        account.bad_steps[:] = bad_steps
+
+    def _newest(self, at: int) -> Saved | None:
+        """On rank 0; the other ranks need not read all files too."""
+        import torch.distributed as dist
+
+        if dist.get_rank() != 0:
+            return None
+        return newest(self._folder, self._run_key, self._log, at=at)
+
+    def _load(self, saved: Saved) -> None:
+        if not self.checkpoints.load(saved):
+            from infra.backend.parallel import seed_everything
+
+            seed_everything(self._config.seed + saved.account.step)
+            self._log(
+                f"{saved.ranks} ranks wrote this checkpoint: dropout goes on with other numbers"
+            )
+        self.account.take_over(saved.account)
+        self._saved_step = self.account.step
+
+
 class _Run:
-    """The wrapped model, its optimizer, and one step of both."""
+    """The wrapped model, its optimizer, and the gradients of one step."""
 
-    def __init__(self, model: Any, objective: Objective, config: TrainConfig) -> None:
-        from megatron.core.distributed import finalize_model_grads
-        from megatron.core.pipeline_parallel import get_forward_backward_func
-
-        self._model, self._objective, self._config = model, objective, config
-        self._wrapped = _wrap(model)
+    def __init__(
+        self, model: Any, objective: Objective, config: TrainConfig, layout: Layout
+    ) -> None:
+        self._wrapped = [_wrap(chunk) for chunk in getattr(model, "chunks", [model])]
+        self._engine = Engine(model, self._wrapped, objective, layout)
         self.optimizer = build_optimizer(self._wrapped, config)
-        model.config.no_sync_func = self._wrapped.no_sync
-        model.config.finalize_model_grads_func = finalize_model_grads
-        self._schedule = get_forward_backward_func()
         model.train()
 
-    def step(self, step: int, batch: Any, stop_asked: bool) -> tuple[dict[str, float], bool]:
-        """One update. Returns the history's row and whether any rank was asked to stop."""
-        self._wrapped.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        (terms,) = self._schedule(
-            forward_step_func=self._forward,
-            data_iterator=iter([batch]),
-            model=self._wrapped,
-            num_microbatches=1,
-            seq_length=1,  # the schedule without pipelining does not look at these two
-            micro_batch_size=1,
-        )
-        terms, stop = _mean_over_ranks(terms, stop_asked)
-        if not math.isfinite(terms["loss"]):
-            raise UserError(
-                f"the loss is {terms['loss']} at step {step}; lower train.lr "
-                f"({self._config.lr:g}) or raise train.warmup_steps ({self._config.warmup_steps})"
-            )
-        lr = set_step(self.optimizer, step, self._config)
-        _, grad_norm, _ = self.optimizer.step()
-        return {"step": step, **terms, "lr": lr, "grad_norm": float(grad_norm)}, stop
+    def dry_run(self, batch: Any) -> None:
+        """Forward one batch, so that wrong shapes and lack of memory show in the first seconds."""
+        import torch
 
-    def _forward(self, batches: Any, _wrapped: Any) -> tuple[Any, Callable]:
-        loss, terms = self._objective(self._model, next(batches))
-        terms = {"loss": loss.detach().clone(), **terms}
-        return loss, lambda output: (output, terms)
+        state = torch.get_rng_state()
+        self._engine.forward(batch)
+        torch.set_rng_state(state)
+
+    def gradients(self, batch: Any) -> dict[str, float]:
+        """Gradients of one batch; returns the terms, equal on all ranks."""
+        for wrapped in self._wrapped:
+            wrapped.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        terms = self._engine.gradients(batch)
+        self._engine.finalise()
+        return terms
 
 
 def _wrap(model: Any) -> Any:
@@ -167,38 +277,13 @@ def _wrap(model: Any) -> Any:
     )
     from megatron.core.enums import ModelType
 
-    # What the schedules ask of a model; without pipelining nothing is handed over.
     if not hasattr(model, "model_type"):
         model.model_type = ModelType.encoder_or_decoder
-    if not hasattr(model, "set_input_tensor"):
-        model.set_input_tensor = lambda _tensor: None
     settings = DistributedDataParallelConfig(
         use_distributed_optimizer=True,
         grad_reduce_in_fp32=True,
-        overlap_grad_reduce=install().kind == "cuda",
     )
     return DistributedDataParallel(model.config, settings, model)
-
-
-def _dry_run(model: Any, objective: Objective, batch_at: Callable[[int], Any]) -> None:
-    """Forward one batch, so that wrong shapes and lack of memory show in the first seconds."""
-    import torch
-
-    state = torch.get_rng_state()
-    with torch.no_grad():
-        objective(model, batch_at(0))
-    torch.set_rng_state(state)
-
-
-def _resume(
-    checkpoints: Checkpoints, saved: Saved, config: TrainConfig, log: Callable[[str], None]
-) -> None:
-    if not checkpoints.load(saved):
-        from infra.backend.parallel import seed_everything
-
-        seed_everything(config.seed + saved.step)
-        log(f"{saved.ranks} ranks wrote this checkpoint: dropout goes on with other numbers")
-    log(f"going on after step {saved.step} of {config.steps} ({saved.folder.name})")
 
 
 def _agree(saved: Saved | None) -> Saved | None:
@@ -210,20 +295,14 @@ def _agree(saved: Saved | None) -> Saved | None:
     return box[0]
 
 
-def _mean_over_ranks(terms: dict[str, Any], stop_asked: bool) -> tuple[dict[str, float], bool]:
-    """Mean of each term over all ranks (tensor ranks hold equal values); whether any must stop."""
+def _any_rank(*flags: bool) -> list[bool]:
+    """For each flag whether it is set on any rank."""
     import torch
     import torch.distributed as dist
 
-    device = terms["loss"].device
-    values = torch.tensor(
-        [float(value) for value in terms.values()] + [float(stop_asked)],
-        dtype=torch.float64,
-        device=device,
-    )
-    dist.all_reduce(values)
-    means = (values[:-1] / dist.get_world_size()).tolist()
-    return dict(zip(terms, means, strict=True)), bool(values[-1] > 0)
+    values = torch.tensor(flags, dtype=torch.int32, device=install().kind)
+    dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    return [bool(value) for value in values.tolist()]
 
 
 def _line(row: dict[str, float], config: TrainConfig, samples_per_s: float) -> str:

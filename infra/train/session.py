@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -50,21 +51,38 @@ def train(
     config: TrainConfig,
     make: Callable[[Place], Job],
     *,
+    check: Callable[[Layout], None],
     model_folder: str,
     history: str,
 ) -> None:
     """Fork the launcher's ranks, fit, and write the model folder and the history.
 
+    Args:
+        check: refuses a layout that the model cannot have.
+
     Raises:
+        LayoutError: the launcher's layout does not fit; nothing has been started.
         Interrupted: asked to stop; everything needed to go on is saved.
     """
     profile = local_profile()
-    layout = Layout(tensor=profile.tensor, pipeline=profile.pipeline, data=profile.data)
+    layout = Layout(
+        tensor=profile.tensor,
+        pipeline=profile.pipeline,
+        virtual_pipeline=profile.virtual_pipeline,
+        data=profile.data,
+        sequence_parallel=profile.sequence_parallel,
+        recompute=profile.recompute,
+        micro_batch_samples=profile.micro_batch_samples,
+    )
+    check(layout)
+    config.samples_per_rank(layout.data)
     target = context.output(model_folder)
     started = time.perf_counter()
+    deadline = math.inf if profile.limit_s is None else time.monotonic() + profile.limit_s
     results = run_ranks(
-        _work, context, config, make, layout, target, ranks=profile.ranks, threads=profile.threads
-    )
+        _work, context, config, make, layout, target, deadline,
+        ranks=profile.ranks, threads=profile.threads,
+    )  # fmt: skip
     result: FitResult = results[0]["result"]
     if result.interrupted:
         raise Interrupted("run it again to go on")
@@ -74,6 +92,7 @@ def train(
             "format": HISTORY_FORMAT,
             "batch_samples": config.batch_samples,
             "steps": result.history,
+            "bad_steps": result.bad_steps,
         },
     )
     context.record(
@@ -81,6 +100,8 @@ def train(
         resumed_from=result.resumed_from,
         launcher=dataclasses.asdict(profile),
         steps=result.steps,
+        bad_steps=len(result.bad_steps),
+        best_step=result.best_step,
         samples=result.steps * config.batch_samples,
         throughput=_throughput(results, context.work / "steps.jsonl", config.batch_samples),
     )
@@ -92,6 +113,7 @@ def _work(
     make: Callable[[Place], Job],
     layout: Layout,
     target: Path,
+    deadline: float,
 ) -> dict[str, Any]:
     """One rank's whole life."""
     from megatron.core import parallel_state
@@ -116,6 +138,7 @@ def _work(
             layout=layout,
             log=context.log,
             label=context.bound.address,
+            deadline=deadline,
         )
         if not result.interrupted:
             job.save(target)

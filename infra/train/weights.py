@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from infra.backend.parallel import SoloGroup
 from infra.errors import ModelError
 
 if TYPE_CHECKING:
@@ -50,16 +51,6 @@ class Piece:
         )
 
 
-class _SoloGroup:
-    """Stands for a process group of one rank where torch.distributed is not initialised."""
-
-    def size(self) -> int:
-        return 1
-
-    def rank(self) -> int:
-        return 0
-
-
 def pieces(model: Any) -> Iterator[Piece]:
     """Everything this rank holds of the model's weights."""
     from megatron.core import parallel_state
@@ -74,7 +65,7 @@ def pieces(model: Any) -> Iterator[Piece]:
     group = (
         parallel_state.get_data_parallel_group(with_context_parallel=True)
         if parallel_state.is_initialized()
-        else _SoloGroup()
+        else SoloGroup()
     )
     state = {"model": model.sharded_state_dict(metadata={"dp_cp_group": group})}
     true_shapes = {
@@ -186,12 +177,24 @@ def load_weights(
                 )
             piece.data.zero_()
             piece.real.copy_(weights.read(name, piece.place))
+        known = _known_to_any_rank(known)
         surplus = sorted(n for n in weights.names() if n.startswith(prefix) and n not in known)
         if strict and surplus:
             raise ModelError(
                 f"{len(surplus)} weights in {weights.label} belong to no parameter of the model, "
                 f"the first is {surplus[0]!r}; these are the weights of another model"
             )
+
+
+def _known_to_any_rank(names: set[str]) -> set[str]:
+    """A stage of a pipeline holds part of the model."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return names
+    every: list[set[str]] = [set()] * dist.get_world_size()
+    dist.all_gather_object(every, names)
+    return set().union(*every)
 
 
 def write_safetensors(

@@ -42,6 +42,8 @@ class SDPAttention(Part):
 
     `attention_mask` is None, boolean (True: blocked, as everywhere in Megatron) or an additive
     float mask, broadcastable to [B, N, S, T]. None means causal if the layer is causal, else full.
+    A scalar says how many keys are real: padding comes last. (That needs no mask, and without one
+    attention is faster.)
     """
 
     def __init__(
@@ -74,6 +76,8 @@ class SDPAttention(Part):
             key = key.repeat_interleave(heads // key.shape[2], dim=2)
             value = value.repeat_interleave(heads // value.shape[2], dim=2)
         mask = attention_mask
+        if mask is not None and mask.dim() == 0:
+            key, value, mask = key[: int(mask)], value[: int(mask)], None
         if mask is not None and mask.dtype == torch.bool:
             mask = ~mask
         out = scaled_dot_product_attention(

@@ -19,7 +19,8 @@ from models.common.parallel import tensor_group
 from models.tokenizer import EOS_ID
 
 Rule = tuple[str, float]
-"""("normal", std), ("trunc_normal", std), ("token_embedding", std) or ("constant", value).
+"""("normal", std), ("trunc_normal", std), ("token_embedding", std), ("uniform", bound) or
+("constant", value).
 
 A token embedding is normal but for the end token, which starts at zero: the feature of a text is
 read there, so that it starts as a mean of what the other tokens say. With a random end token all
@@ -100,6 +101,8 @@ def initialise(model: nn.Module, seed: int) -> None:
         full = torch.empty(full_shape(parameter), dtype=torch.float32)
         if kind == "trunc_normal":
             _trunc_normal(full, value, generator)
+        elif kind == "uniform":
+            full.uniform_(-value, value, generator=generator)
         else:
             full.normal_(0.0, value, generator=generator)
         if kind == "token_embedding":

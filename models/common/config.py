@@ -2,7 +2,69 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """How rotary positions are stretched, so that a model reads further than it was trained to."""
+
+    kind: Literal["linear", "dynamic", "llama3"]
+    """all frequencies divided by `factor`; a base that grows with the longest position of a batch
+    beyond `max_tokens` (NTK); or only low frequencies divided, as in LLaMA 3.1"""
+    factor: float
+    """by how much"""
+    low_freq_factor: float = 1.0
+    """llama3: waves of which fewer than this fit the original context are divided by `factor`"""
+    high_freq_factor: float = 4.0
+    """llama3: waves of which more than this fit the original context stay as they are"""
+    original_max_tokens: int = 8192
+    """llama3: the context before stretching"""
+
+    def __post_init__(self) -> None:
+        if self.factor < 1:
+            raise ValueError(f"factor {self.factor} would shorten the context; expected at least 1")
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise ValueError(
+                f"low_freq_factor {self.low_freq_factor} is not below high_freq_factor "
+                f"{self.high_freq_factor}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters of a stack: W x + alpha / rank * B A dropout(x) (LoRA, arXiv 2106.09685).
+
+    The defaults are those of InternVL's retrieval fine-tuning and of its chat models.
+    """
+
+    rank: int = 16
+    """rows of A, columns of B"""
+    alpha: float = 32.0
+    """scale of what is added, times the rank; official code has twice the rank"""
+    dropout: float = 0.05
+    """probability that an element of x is dropped on its way to A in training"""
+    linears: tuple[Literal["qkv", "proj", "fc1", "fc2"], ...] = ("qkv", "proj", "fc1", "fc2")
+    """of attention and MLP; in a decoder q, k, v, gate and up have a pair each"""
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"rank {self.rank}; expected at least 1")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout {self.dropout}; expected at least 0 and below 1")
+        if not self.linears:
+            raise ValueError("linears is empty; leave the lora out instead")
+
+    @property
+    def scale(self) -> float:
+        """Of B A."""
+        return self.alpha / self.rank
+
+    def holds(self, other: LoraConfig) -> bool:
+        """Whether adapters of `other` mean the same here; dropout is not asked."""
+        return dataclasses.replace(other, dropout=self.dropout) == self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,10 +91,18 @@ class DecoderConfig:
     """bias on the q, k, v projection, as in Qwen2 (nothing else has one)"""
     rope_base: float = 10000.0
     """of the rotary position embedding"""
+    rope_scaling: RopeScaling | None = None
+    """how rotary positions are stretched; None: not at all"""
+    tied_head: bool = False
+    """one matrix for token embeddings and head, as in Qwen2-0.5B"""
+    names: Literal["llama", "internlm2"] = "llama"
+    """how official chat checkpoints name and cut the weights; what is computed is the same"""
     init_std: float | None = None
     """of the initial matrices (truncated normal); None: 1 / sqrt(width)"""
     embedding_init_std: float = 1.0
     """of the initial token embeddings; at 0.02 a small text tower hardly starts to learn"""
+    lora: LoraConfig | None = None
+    """adapters of its layers; None: none"""
 
     def __post_init__(self) -> None:
         if self.width % self.heads:
@@ -46,6 +116,8 @@ class DecoderConfig:
             raise ValueError(
                 f"heads {self.heads} does not divide by key_value_heads {self.key_value_heads}"
             )
+        if self.names == "internlm2" and self.qkv_bias:
+            raise ValueError("qkv_bias has no place among the names of InternLM2; use names=llama")
 
     @property
     def matrix_std(self) -> float:

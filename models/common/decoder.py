@@ -21,18 +21,23 @@ from models.common.layers import (
     self_attention_spec,
 )
 from models.common.linear import ColumnLinear, VocabEmbedding
+from models.common.lora import add_lora
 from models.common.megatron import (
     ModuleSpec,
-    TransformerBlock,
-    TransformerBlockSubmodules,
     TransformerConfig,
 )
 from models.common.norms import RMSNorm
-from models.common.parallel import Part, pad_to_multiple, process_groups, stack_config
+from models.common.parallel import Part, beside, pad_to_multiple, stack_config
+from models.common.rope import rope_frequencies
+from models.common.stack import Stack
 
 
 class Decoder(Part):
-    """Token embeddings, layers, a final norm and, if asked for, a head over the vocabulary."""
+    """Token embeddings, layers, a final norm and, if asked for, a head over the vocabulary.
+
+    A pipeline stage may hold only some `layers`: the embeddings are where the first one is, norm
+    and head where the last one is.
+    """
 
     def __init__(
         self,
@@ -41,29 +46,43 @@ class Decoder(Part):
         head: bool = True,
         layer_specs: Sequence[ModuleSpec] | None = None,
         spec: LayerSpecKind = "local",
+        layers: range | None = None,
     ):
         require_local(spec)
         stack = decoder_stack_config(config)
         super().__init__(stack)
         self.decoder_config = config
         vocabulary = pad_to_multiple(config.vocab_size, self.tp_group.size())
-        self.embedding = VocabEmbedding(
-            vocabulary,
-            config.width,
-            init_method=stack.init_method,
-            config=stack,
-            tp_group=self.tp_group,
-        )
-        self.decoder = TransformerBlock(
+        self.decoder = Stack(
             stack,
-            TransformerBlockSubmodules(
-                layer_specs=list(layer_specs or [decoder_layer_spec(config)] * config.depth),
-                layer_norm=RMSNorm,
-            ),
-            pg_collection=process_groups(),
+            list(layer_specs or [decoder_layer_spec(config)] * config.depth),
+            range(config.depth) if layers is None else layers,
+            layer_norm=RMSNorm,
         )
-        self.head = _head(stack, config.width, vocabulary, self.tp_group) if head else None
+        plain = beside(stack)
+        self.embedding = self.head = None
+        if self.starts:
+            self.embedding = VocabEmbedding(
+                vocabulary,
+                config.width,
+                init_method=stack.init_method,
+                config=plain,
+                tp_group=self.tp_group,
+            )
+        if head and self.ends:
+            self.head = _head(plain, config, vocabulary, self.tp_group)
         self._set_init_rules(vocabulary)
+        add_lora(self.decoder.layers, config.lora, separate=True)
+
+    @property
+    def starts(self) -> bool:
+        """Whether the first layer is here, and with it the embeddings."""
+        return self.decoder.starts
+
+    @property
+    def ends(self) -> bool:
+        """Whether the last layer is here, and with it the final norm and the head."""
+        return self.decoder.ends
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids [B, T] -> [B, T, D]."""
@@ -77,7 +96,7 @@ class Decoder(Part):
         positions: Tensor | None = None,
         context: Tensor | None = None,
     ) -> Tensor:
-        """Hidden states after the final norm.
+        """Hidden states after the final norm; with all layers here.
 
         Args:
             tokens: embeddings [B, T, D].
@@ -88,49 +107,71 @@ class Decoder(Part):
         Returns:
             [B, T, D].
         """
-        if mask is not None and mask.dtype == torch.bool:
-            mask = additive(mask, tokens.dtype)
-        hidden = self.decoder(
+        hidden = self.through(
             tokens.transpose(0, 1).contiguous(),
-            attention_mask=mask,
-            rotary_pos_emb=self._angles(positions, tokens.shape[1], tokens.device),
-            context=None if context is None else context.transpose(0, 1),
+            tokens.shape[1],
+            mask,
+            positions=positions,
+            context=context,
         )
         return hidden.transpose(0, 1)
 
+    def through(
+        self,
+        hidden: Tensor,
+        length: int,
+        mask: Tensor | None = None,
+        *,
+        positions: Tensor | None = None,
+        context: Tensor | None = None,
+    ) -> Tensor:
+        """Run the layers that are here; `mask`, `positions` and `context` as in `forward`.
+
+        Args:
+            hidden: embeddings [T, B, D] where the decoder starts, else what the stage before
+                returned.
+            length: T.
+
+        Returns:
+            [T, B, D], normed, where the decoder ends.
+        """
+        if mask is not None and mask.dtype == torch.bool:
+            mask = additive(mask, hidden.dtype)
+        result, _ = self.decoder.through(
+            hidden,
+            length,
+            mask=mask,
+            rotary=self._angles(positions, length, hidden.device),
+            context=None if context is None else context.transpose(0, 1),
+        )
+        return result
+
     def encode(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Causal hidden states [B, T, D] of right-padded text; those at padding mean nothing."""
-        return self(self.embed(ids), _mask_of_holes(mask))
-
-    def last_hidden(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Hidden state [B, D] at the last real token of each row (the end of the text)."""
-        hidden = self.encode(ids, mask)
-        last = mask.long().sum(1) - 1
-        return hidden[torch.arange(len(ids), device=ids.device), last]
+        return self(self.embed(ids), mask_of_holes(mask))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states [..., D] -> [..., V]."""
-        flat, _ = self.head(hidden.reshape(-1, 1, hidden.shape[-1]))
+        weight = self.embedding.weight if self.decoder_config.tied_head else None
+        flat, _ = self.head(hidden.reshape(-1, 1, hidden.shape[-1]), weight)
         return flat[:, 0, : self.decoder_config.vocab_size].view(*hidden.shape[:-1], -1)
 
     def _angles(self, positions: Tensor | None, length: int, device: torch.device) -> Tensor:
         """Rotary angles [T, B or 1, 1, head size], the two halves alike ("rotate half")."""
-        config = self.decoder_config
         if positions is None:
             positions = torch.arange(length, device=device)[None]
-        steps = torch.arange(0, config.head_size, 2, dtype=torch.float32, device=device)
-        frequencies = 1.0 / config.rope_base ** (steps / config.head_size)
-        angles = positions.T[..., None].float() * frequencies
+        angles = positions.T[..., None].float() * rope_frequencies(self.decoder_config, positions)
         return torch.cat([angles, angles], -1)[:, :, None]
 
     def _set_init_rules(self, vocabulary: int) -> None:
         config = self.decoder_config
         set_init(self, config.matrix_std)
-        set_rule(self.embedding.weight, "token_embedding", config.embedding_init_std)
-        if vocabulary != config.vocab_size:
-            set_true_shape(self.embedding.weight, config.vocab_size, config.width)
-            if self.head is not None:
-                set_true_shape(self.head.weight, config.vocab_size, config.width)
+        if self.embedding is not None:
+            set_rule(self.embedding.weight, "token_embedding", config.embedding_init_std)
+        own_head = None if config.tied_head else self.head
+        for module in (self.embedding, own_head):
+            if module is not None and vocabulary != config.vocab_size:
+                set_true_shape(module.weight, config.vocab_size, config.width)
 
 
 def decoder_stack_config(config: DecoderConfig) -> TransformerConfig:
@@ -160,19 +201,26 @@ def decoder_layer_spec(config: DecoderConfig, **cross_attention) -> ModuleSpec:
     )
 
 
-def _head(stack: TransformerConfig, width: int, vocabulary: int, group) -> ColumnLinear:
+def _head(stack: TransformerConfig, config: DecoderConfig, vocabulary: int, group) -> ColumnLinear:
     return ColumnLinear(
-        width,
+        config.width,
         vocabulary,
         config=stack,
         init_method=stack.init_method,
         bias=False,
         gather_output=True,
+        skip_weight_param_allocation=config.tied_head,
         tp_group=group,
     )
 
 
-def _mask_of_holes(mask: Tensor) -> Tensor | None:
+def at_end(hidden: Tensor, mask: Tensor) -> Tensor:
+    """States [B, D] at the last real token of each row of [B, T, D]."""
+    last = mask.long().sum(1) - 1
+    return hidden[torch.arange(len(hidden), device=hidden.device), last]
+
+
+def mask_of_holes(mask: Tensor) -> Tensor | None:
     """None if each row's real tokens come first, else the causal mask with padding blocked.
 
     To a causal layer, padding on the right is invisible, so the common case needs no mask.

@@ -1,11 +1,24 @@
-"""Weights of a LLaMA in the Hugging Face layout, and ours."""
+"""Weights of a LLaMA in the Hugging Face layout, or of an InternLM2, and ours."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from models.common.config import DecoderConfig
-from models.common.keymap import Key, one, prefixed
+from models.common.keymap import Key, one, prefixed, renamed
+
+_INTERNLM2 = (
+    # Patterns of LLaMA's names, and what InternLM2 has.
+    (r"\bembed_tokens\.", "tok_embeddings."),
+    (r"^lm_head\.", "output."),
+    (r"\binput_layernorm\.", "attention_norm."),
+    (r"\bpost_attention_layernorm\.", "ffn_norm."),
+    (r"\bself_attn\.o_proj\.", "attention.wo."),
+    (r"\bmlp\.gate_proj\.", "feed_forward.w1."),
+    (r"\bmlp\.up_proj\.", "feed_forward.w3."),
+    (r"\bmlp\.down_proj\.", "feed_forward.w2."),
+)
 
 
 def decoder_keys(
@@ -18,19 +31,39 @@ def decoder_keys(
 
     Args:
         config: the decoder's.
-        head: whether there is a head onto the vocabulary.
+        head: whether there is a head onto the vocabulary. A tied one has no weights of its own.
         cross_every: every so many layers look at an image of `vision_width` channels; 0: none.
     """
     table = (config.vocab_size, config.width)
     yield one("embedding.weight", table, "model.embed_tokens.weight")
     yield one("decoder.final_layernorm.weight", (config.width,), "model.norm.weight")
-    if head:
+    if head and not config.tied_head:
         yield one("head.weight", table, "lm_head.weight")
     for index in range(config.depth):
         layer = list(_layer(config))
         if cross_every and index % cross_every == 0:
             layer += _cross_attention(config.width, vision_width)
         yield from prefixed(layer, ours=f"decoder.layers.{index}.", theirs=f"model.layers.{index}.")
+
+
+def internlm2_keys(config: DecoderConfig) -> Iterator[Key]:
+    """Names like `model.layers.0.attention.wqkv.weight`, and the canonical ones.
+
+    InternLM2 has q, k and v in one matrix of the same order of rows as ours: by groups, the
+    queries of a group, its key, its value.
+    """
+    for key in decoder_keys(config):
+        if key.ours.endswith("linear_qkv.weight"):
+            layer = key.names[0].removesuffix("self_attn.q_proj.weight")
+            yield one(key.ours, key.shape, f"{layer}attention.wqkv.weight")
+        else:
+            yield from renamed([key], _internlm2_name)
+
+
+def _internlm2_name(llama: str) -> str:
+    for pattern, internlm2 in _INTERNLM2:
+        llama = re.sub(pattern, internlm2, llama)
+    return llama
 
 
 def _layer(config: DecoderConfig) -> Iterator[Key]:

@@ -55,6 +55,10 @@ class ScaledLayer(PlainLayer):
     """Pre-norm layer whose branches are scaled by a vector (LayerScale) and dropped by sample.
 
     x + drop(ls1 * attention(norm1 x)); x + drop(ls2 * mlp(norm2 x)).
+
+    Its `context` holds the numbers that decide what is dropped: uniform ones [B, layers, 2], or
+    None where nothing is. They are an argument, and not drawn here, so that every layout (and a
+    layer that is run again for its gradient) drops the same.
     """
 
     def __init__(self, config: TransformerConfig, *args, drop_paths: tuple[float, ...], **kwargs):
@@ -64,19 +68,25 @@ class ScaledLayer(PlainLayer):
             scale = torch.nn.Parameter(torch.ones(config.hidden_size, dtype=config.params_dtype))
             scale.sequence_parallel = config.sequence_parallel
             setattr(self, name, scale)
-        self.self_attn_bda = partial(self._scaled_residual, "ls1")
-        self.mlp_bda = partial(self._scaled_residual, "ls2")
+        self._draws: Tensor | None = None
+        self.self_attn_bda = partial(self._scaled_residual, 0)
+        self.mlp_bda = partial(self._scaled_residual, 1)
 
-    def _scaled_residual(self, name: str, training: bool, _fused: bool) -> Callable:
-        scale = getattr(self, name)
+    def forward(self, hidden_states: Tensor, *args, context: Tensor | None = None, **kwargs):
+        self._draws = None if context is None else context[:, self.layer_number - 1]
+        hidden, _ = super().forward(hidden_states, *args, **kwargs)
+        return hidden, context
+
+    def _scaled_residual(self, branch: int, training: bool, _fused: bool) -> Callable:
+        scale, draws = (self.ls1, self.ls2)[branch], self._draws
 
         def add(x_with_bias, residual, _dropout):
             x, bias = x_with_bias
             x = x if bias is None else x + bias
-            if not (training and self.drop_path):
+            if draws is None or not (training and self.drop_path):
                 return torch.addcmul(residual, x, scale)
             keep = 1.0 - self.drop_path
-            kept = torch.rand(x.shape[1], device=x.device, dtype=torch.float32) < keep  # [B]
+            kept = draws[:, branch] < keep  # [B]
             return torch.addcmul(residual, x * (kept / keep).to(x.dtype)[None, :, None], scale)
 
         return add

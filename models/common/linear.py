@@ -7,6 +7,8 @@ short path also runs where torch.distributed is not initialised.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 from torch.nn.functional import embedding, linear
 
@@ -17,18 +19,29 @@ from models.common.megatron import (
     VocabParallelEmbedding,
 )
 
+if TYPE_CHECKING:
+    from models.common.lora import Lora
+
 
 class ColumnLinear(ColumnParallelLinear):
     """Output features cut over the tensor ranks. Returns (output, bias still to add)."""
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.lora: Lora | None = None
+
     def forward(self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output=None):
         if _is_cut(self.tp_group):
-            return super().forward(input_, weight, runtime_gather_output)
-        return linear(input_, self.weight if weight is None else weight, self.bias), None
+            output, bias = super().forward(input_, weight, runtime_gather_output)
+        else:
+            weight = self.weight if weight is None else weight
+            output, bias = linear(input_, weight, self.bias), None
+        return _adapted(output, self.lora, input_), bias
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
         sharded = super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        return relax_padding(sharded, dict(self.named_parameters(prefix[:-1])))
+        sharded = relax_padding(sharded, dict(self.named_parameters(prefix[:-1])))
+        return sharded | _sharded_lora(self.lora, prefix, sharded_offsets, metadata)
 
 
 class UnbiasedColumnLinear(ColumnLinear):
@@ -41,14 +54,21 @@ class UnbiasedColumnLinear(ColumnLinear):
 class RowLinear(RowParallelLinear):
     """Input features cut over the tensor ranks. Returns (output, bias still to add)."""
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.lora: Lora | None = None
+
     def forward(self, input_: Tensor):
         if _is_cut(self.tp_group):
-            return super().forward(input_)
-        return linear(input_, self.weight, self.bias), None
+            output, bias = super().forward(input_)
+        else:
+            output, bias = linear(input_, self.weight, self.bias), None
+        return _adapted(output, self.lora, input_), bias
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
         sharded = super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        return relax_padding(sharded, dict(self.named_parameters(prefix[:-1])))
+        sharded = relax_padding(sharded, dict(self.named_parameters(prefix[:-1])))
+        return sharded | _sharded_lora(self.lora, prefix, sharded_offsets, metadata)
 
 
 class VocabEmbedding(VocabParallelEmbedding):
@@ -58,6 +78,17 @@ class VocabEmbedding(VocabParallelEmbedding):
         if _is_cut(self.tp_group):
             return super().forward(input_)
         return embedding(input_, self.weight)
+
+
+def _adapted(output: Tensor, lora: Lora | None, input_: Tensor) -> Tensor:
+    return output if lora is None else output + lora(input_)
+
+
+def _sharded_lora(lora: Lora | None, prefix: str, sharded_offsets, metadata) -> dict:
+    """In the place of what Megatron, which cuts nothing that it does not know, says of it."""
+    if lora is None:
+        return {}
+    return lora.sharded_state_dict(f"{prefix}lora.", sharded_offsets, metadata)
 
 
 def _is_cut(group) -> bool:

@@ -21,17 +21,25 @@ from megatron.core.tensor_parallel.layers import (  # noqa: E402
 )
 from megatron.core.tensor_parallel.mappings import (  # noqa: E402
     copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
     gather_from_tensor_model_parallel_region,
     reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+    scatter_to_sequence_parallel_region,
 )
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker  # noqa: E402
 from megatron.core.transformer.attention import (  # noqa: E402
     SelfAttention,
     SelfAttentionSubmodules,
 )
 from megatron.core.transformer.enums import AttnMaskType  # noqa: E402
-from megatron.core.transformer.mlp import MLP, MLPSubmodules  # noqa: E402
+from megatron.core.transformer.mlp import (  # noqa: E402
+    MLP,
+    MLPSubmodules,
+    apply_swiglu_sharded_factory,
+)
 from megatron.core.transformer.module import MegatronModule  # noqa: E402
-from megatron.core.transformer.spec_utils import ModuleSpec  # noqa: E402
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module  # noqa: E402
 from megatron.core.transformer.transformer_block import (  # noqa: E402
     TransformerBlock,
     TransformerBlockSubmodules,
@@ -63,10 +71,16 @@ __all__ = [
     "TransformerLayer",
     "TransformerLayerSubmodules",
     "VocabParallelEmbedding",
+    "apply_swiglu_sharded_factory",
+    "build_module",
     "copy_to_tensor_model_parallel_region",
     "ensure_metadata_has_dp_cp_group",
+    "gather_from_sequence_parallel_region",
     "gather_from_tensor_model_parallel_region",
+    "get_cuda_rng_tracker",
     "make_sharded_tensors_for_checkpoint",
     "parallel_state",
     "reduce_from_tensor_model_parallel_region",
+    "reduce_scatter_to_sequence_parallel_region",
+    "scatter_to_sequence_parallel_region",
 ]

@@ -5,10 +5,12 @@ A model for evaluation is built in a process that has no process group and needs
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
 from infra.backend import Layout, transformer_config
-from infra.errors import LayoutError
+from infra.backend.parallel import SoloGroup, current_layout
 from models.common.megatron import (
     MegatronModule,
     ProcessGroupCollection,
@@ -16,17 +18,6 @@ from models.common.megatron import (
     ensure_metadata_has_dp_cp_group,
     parallel_state,
 )
-
-
-class SoloGroup:
-    """Stands for a process group of one rank where torch.distributed is not initialised."""
-
-    def size(self) -> int:
-        return 1
-
-    def rank(self) -> int:
-        return 0
-
 
 _SOLO = SoloGroup()
 
@@ -37,9 +28,15 @@ def is_distributed() -> bool:
 
 
 def process_groups() -> ProcessGroupCollection:
-    """Groups to hand to Megatron's modules."""
+    """Groups to hand to Megatron's modules.
+
+    Which layers are where we decide ourselves (`models.common.stack`), so to a module there is no
+    pipeline.
+    """
     if is_distributed():
-        return ProcessGroupCollection.use_mpu_process_groups(["tp", "pp", "cp"])
+        groups = ProcessGroupCollection.use_mpu_process_groups(["tp", "cp"])
+        groups.pp = _SOLO  # pyrefly: ignore[bad-assignment]
+        return groups
     return ProcessGroupCollection(tp=_SOLO, pp=_SOLO, cp=_SOLO)
 
 
@@ -50,6 +47,11 @@ def tensor_group() -> torch.distributed.ProcessGroup | SoloGroup:
     group = parallel_state.get_tensor_model_parallel_group()
     assert group is not None, "Megatron says it is initialised, but has no tensor group"
     return group
+
+
+def pipeline_rank() -> int:
+    """Which of the pipeline's ranks this is."""
+    return parallel_state.get_pipeline_model_parallel_rank() if is_distributed() else 0
 
 
 def data_group() -> torch.distributed.ProcessGroup | SoloGroup:
@@ -78,23 +80,8 @@ def pad_to_multiple(amount: int, parts: int) -> int:
 
 
 def stack_config(**fields) -> TransformerConfig:
-    """Megatron's config for one transformer stack in the current layout.
-
-    Raises:
-        LayoutError: the layout asks for what these models do not do yet.
-    """
-    if not is_distributed():
-        layout = Layout()
-    else:
-        layout = Layout(
-            tensor=parallel_state.get_tensor_model_parallel_world_size(),
-            pipeline=parallel_state.get_pipeline_model_parallel_world_size(),
-        )
-    if layout.pipeline > 1:
-        raise LayoutError(
-            f"pipeline {layout.pipeline} was asked for, but these models run whole on each rank; "
-            "use tensor or data parallelism"
-        )
+    """Megatron's config for one transformer stack in the current layout."""
+    layout = current_layout()
     settings = {
         # Weights come from `models.common.canonical`, by name: the same in every layout.
         "perform_initialization": False,
@@ -103,4 +90,39 @@ def stack_config(**fields) -> TransformerConfig:
         "bias_activation_fusion": False,
         "persist_layer_norm": False,
     }
-    return transformer_config(layout, **(settings | fields))
+    if layout.recompute:
+        settings |= {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": 1,
+        }
+    whole = Layout(tensor=layout.tensor, sequence_parallel=layout.sequence_parallel)
+    return transformer_config(whole, **(settings | fields))
+
+
+def beside(part: Part | TransformerConfig) -> TransformerConfig:
+    """Config of what stands beside a stack, where every tensor rank holds all tokens."""
+    config = part if isinstance(part, TransformerConfig) else part.config
+    return dataclasses.replace(config, sequence_parallel=False)
+
+
+def schedule_config(stack: TransformerConfig) -> TransformerConfig:
+    """What Megatron's wrapper and its pipeline schedules ask of a whole model.
+
+    Args:
+        stack: of one of its towers; the whole one's tensor parallelism is the same.
+    """
+    layout = current_layout()
+    if layout.pipeline == 1:
+        return stack
+    return transformer_config(
+        layout,
+        num_layers=layout.stages,
+        hidden_size=stack.hidden_size,
+        num_attention_heads=stack.num_attention_heads,
+        kv_channels=stack.kv_channels,
+        # Stages hand over one flat tensor, whose length says the other side. Megatron allows that
+        # to be sent along only with this dispatcher (of experts, which nobody here has).
+        variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",
+    )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from infra.errors import ConfigError
+from models.common.config import LoraConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,8 @@ class InternViTConfig:
     init_std: float | None = None
     """of the initial matrices (truncated normal); None: 1 / sqrt(width). The usual 0.02 suits
     widths of thousands: at width 128 the contrastive loss then hardly starts to fall"""
+    lora: LoraConfig | None = None
+    """adapters of its layers; None: none"""
 
     def __post_init__(self) -> None:
         if self.width % self.heads:

@@ -5,12 +5,15 @@ Letters: B batch, T tokens, K kept patches, P patch side, D width.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, linear
 
 from infra.errors import ModelError
 from models.common.canonical import set_init, set_rule, set_true_shape
+from models.common.draws import uniforms
 from models.common.layers import (
     LayerSpecKind,
     ScaledLayer,
@@ -18,39 +21,56 @@ from models.common.layers import (
     require_local,
     self_attention_spec,
 )
-from models.common.megatron import (
-    ModuleSpec,
-    TransformerBlock,
-    TransformerBlockSubmodules,
-)
-from models.common.parallel import Part, pad_to_multiple, process_groups, stack_config, tensor_group
+from models.common.lora import add_lora
+from models.common.megatron import ModuleSpec
+from models.common.parallel import Part, pad_to_multiple, stack_config, tensor_group
+from models.common.stack import Stack
 from models.internvit.config import InternViTConfig
 
 
 class InternViT(Part):
-    """Image to tokens. No norm after the last layer: the output is the residual stream."""
+    """Image to tokens. No norm after the last layer: the output is the residual stream.
 
-    def __init__(self, config: InternViTConfig, spec: LayerSpecKind = "local"):
+    A pipeline stage may hold only some `layers`: the embeddings are where the first one is.
+    """
+
+    def __init__(
+        self,
+        config: InternViTConfig,
+        spec: LayerSpecKind = "local",
+        layers: range | None = None,
+    ):
         require_local(spec)
         stack = _stack_config(config)
         super().__init__(stack)
         self.vit_config = config
-        make = {"dtype": stack.params_dtype}
-        self.patch_embedding = nn.Linear(3 * config.patch_px**2, config.width, **make)
-        self.class_embedding = nn.Parameter(torch.zeros(config.width, **make))
-        self.position_embedding = nn.Parameter(
-            torch.zeros(1 + config.patches, config.width, **make)
-        )
-        self.decoder = TransformerBlock(
+        self.decoder = Stack(
             stack,
-            TransformerBlockSubmodules(layer_specs=[_layer_spec(config)] * config.depth),
-            post_layer_norm=False,
-            pg_collection=process_groups(),
+            [_layer_spec(config)] * config.depth,
+            range(config.depth) if layers is None else layers,
         )
+        if self.starts:
+            make = {"dtype": stack.params_dtype}
+            self.patch_embedding = nn.Linear(3 * config.patch_px**2, config.width, **make)
+            self.class_embedding = nn.Parameter(torch.zeros(config.width, **make))
+            self.position_embedding = nn.Parameter(
+                torch.zeros(1 + config.patches, config.width, **make)
+            )
         self._set_init_rules()
+        add_lora(self.decoder.layers, config.lora, separate=False)
+
+    @property
+    def starts(self) -> bool:
+        """Whether the first layer is here, and with it the embeddings."""
+        return self.decoder.starts
+
+    @property
+    def ends(self) -> bool:
+        """Whether the last layer is here."""
+        return self.decoder.ends
 
     def forward(self, pixels: Tensor, kept: Tensor | None = None, hidden_state: int = -1) -> Tensor:
-        """Encode images.
+        """Encode images; with all layers here.
 
         Args:
             pixels: normalised [B, 3, height, width]; sides are multiples of `patch_px`.
@@ -61,29 +81,74 @@ class InternViT(Part):
         Returns:
             [B, 1 + patches, D], or [B, 1 + K, D]; the class token is first.
         """
-        tokens = self._embed(pixels, kept).transpose(0, 1).contiguous()  # [T, B, D]
+        index = self.state_index(hidden_state)
+        result, found = self.through(None, pixels, kept, wanted=(index,))
+        return (result if index == self.vit_config.depth else found[index]).transpose(0, 1)
+
+    def hidden_states(self, pixels: Tensor) -> list[Tensor]:
+        """All `depth + 1` states, each [B, T, D], from one pass."""
+        wanted = range(self.vit_config.depth + 1)
+        _, found = self.through(None, pixels, wanted=wanted)
+        return [found[index].transpose(0, 1) for index in wanted]
+
+    def state_index(self, hidden_state: int) -> int:
+        """Which of the `depth + 1` states is meant; negative counts from the end."""
         depth = self.vit_config.depth
         index = hidden_state if hidden_state >= 0 else depth + 1 + hidden_state
         if not 0 <= index <= depth:
             raise ModelError(
                 f"hidden_state {hidden_state} is outside the {depth + 1} states of {depth} layers"
             )
-        if index == 0:
-            return tokens.transpose(0, 1)
-        if index == depth:
-            return self.decoder(tokens, attention_mask=None).transpose(0, 1)
-        for layer in self.decoder.layers[:index]:
-            tokens, _ = layer(hidden_states=tokens, attention_mask=None)
-        return tokens.transpose(0, 1)
+        return index
 
-    def hidden_states(self, pixels: Tensor) -> list[Tensor]:
-        """All `depth + 1` states, each [B, T, D], from one pass."""
-        tokens = self._embed(pixels, None).transpose(0, 1).contiguous()
-        states = [tokens]
-        for layer in self.decoder.layers:
-            tokens, _ = layer(hidden_states=tokens, attention_mask=None)
-            states.append(tokens)
-        return [state.transpose(0, 1) for state in states]
+    def through(
+        self,
+        tokens: Tensor | None,
+        pixels: Tensor,
+        kept: Tensor | None = None,
+        *,
+        wanted: Collection[int] = (),
+        samples: Tensor | None = None,
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Run the layers that are here.
+
+        Args:
+            tokens: what the stage before returned; None where the tower starts.
+            pixels, kept: as in `forward`.
+            wanted: states to return beside the result, counted from 0 (the embeddings).
+            samples: a number [B] that is each sample's own in the whole run: drop path follows
+                it, so that every layout drops the same. None: it draws.
+
+        Returns:
+            [1 + patches, B, D] (or with 1 + K) where the tower ends, and the wanted states that
+            are made here, of that shape.
+        """
+        if self.starts:
+            tokens = self._embed(pixels, kept).transpose(0, 1).contiguous()
+        length = 1 + (kept.shape[1] if kept is not None else self._patch_count(pixels))
+        real = None
+        if self.config.sequence_parallel and length % self.tp_group.size():
+            real = torch.tensor(length)
+        return self.decoder.through(
+            tokens,
+            length,
+            wanted=wanted,
+            mask=real,
+            context=self._draws(len(pixels), samples, pixels.device),
+        )
+
+    def _patch_count(self, pixels: Tensor) -> int:
+        side = self.vit_config.patch_px
+        return (pixels.shape[2] // side) * (pixels.shape[3] // side)
+
+    def _draws(self, batch: int, samples: Tensor | None, device: torch.device) -> Tensor | None:
+        """What decides which branches are dropped: [B, depth, 2], or None where nothing is."""
+        shape = (self.vit_config.depth, 2)
+        if not (self.training and self.vit_config.drop_path):
+            return None
+        if samples is None:
+            return torch.rand(batch, *shape, device=device)
+        return uniforms(samples, shape)
 
     def _embed(self, pixels: Tensor, kept: Tensor | None) -> Tensor:
         patches, grid = self._patches(pixels)
@@ -125,8 +190,9 @@ class InternViT(Part):
         config = self.vit_config
         set_init(self, config.matrix_std)
         position_std = config.position_init_std or config.matrix_std
-        set_rule(self.class_embedding, "trunc_normal", position_std)
-        set_rule(self.position_embedding, "trunc_normal", position_std)
+        if self.starts:
+            set_rule(self.class_embedding, "trunc_normal", position_std)
+            set_rule(self.position_embedding, "trunc_normal", position_std)
         for layer in self.decoder.layers:
             set_rule(layer.ls1, "constant", config.layerscale_init)
             set_rule(layer.ls2, "constant", config.layerscale_init)

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Literal
 
 from infra.errors import ConfigError
-from models.common.config import DecoderConfig
+from models.common.config import DecoderConfig, LoraConfig
 from models.connector.config import ConnectorConfig
 from models.internvit.config import InternViTConfig, internvit
 from models.llama.config import llama
@@ -91,6 +91,26 @@ class InternVLConfig:
     def logit_scale(self) -> float:
         """Initial logarithm of the inverse temperature."""
         return math.log(1 / self.temperature)
+
+    def with_lora(
+        self,
+        *,
+        vision: LoraConfig | None = None,
+        text: LoraConfig | None = None,
+        language: LoraConfig | None = None,
+    ) -> InternVLConfig:
+        """The same model with these adapters and no others."""
+        return dataclasses.replace(
+            self,
+            vision=dataclasses.replace(self.vision, lora=vision),
+            text=dataclasses.replace(self.text, lora=text),
+            language=dataclasses.replace(self.chat, lora=language),
+        )
+
+    def lora_of(self, part: str) -> LoraConfig | None:
+        """The adapters of a part of a model; None: it has none, or is no tower."""
+        towers = {"vision": self.vision, "text": self.text, "language": self.chat}
+        return towers[part].lora if part in towers else None
 
     def visual_tokens(self, kind: str) -> int:
         """Tokens that one image takes in a chat model's prompt."""

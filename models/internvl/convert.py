@@ -24,12 +24,15 @@ from models.internvit import hf as vision_hf
 from models.internvl import hf
 from models.internvl.config import PARTS, InternVLConfig
 from models.internvl.load import read_config, write_config
+from models.internvl.lora import BASE_LAYER, MergedFiles, adapters, peft_keys
 from models.tokenizer import IMG_CONTEXT, IMG_CONTEXT_ID
 
 KEPT = "official"
 """folder of a model folder that has the small files of what was imported"""
 SMALL = ("*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "README.md")
 """what is kept of a folder beside its weights; code is not"""
+SOLO = ("vision", "internvl_c")
+"""what can be taken alone of a larger model"""
 BUFFERS = (".rotary_emb.inv_freq",)
 """ends of names in old files that are no weights: they are computed from the config"""
 
@@ -46,6 +49,8 @@ class Format:
     """its config.json as ours"""
     keys: Callable[[InternVLConfig, str], Iterator[Key]]
     """its names and ours, of a configuration"""
+    unused: str = ""
+    """in front of names that a file of it may also have and the configuration does not use"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,11 +105,26 @@ FORMATS = {
         read=hf.config_from_native,
         keys=lambda config, _kind: hf.native_keys(config),
     ),
+    "llava": Format(
+        kind="chat_simple",
+        about="an InternVL-Chat 1.0 folder in LLaVA's form (LlavaLlamaForCausalLM)",
+        read=hf.config_from_llava,
+        keys=hf.llava_keys,
+    ),
+    "llava_full": Format(
+        kind="chat_full",
+        about="an InternVL-Chat 1.0 folder in LLaVA's form with QLLaMA (two_mlp)",
+        read=hf.config_from_llava,
+        keys=hf.llava_keys,
+        # Of QLLaMA's texts Chat full uses none, so that it has no head onto the vocabulary.
+        unused=f"{hf.LLAVA_TOWER}qllama.lm_head.",
+    ),
     "internvit_pth": Format(
         kind="vision",
         about="a timm-style PyTorch file of InternViT",
         read=_vision_alone,
         keys=hf.timm_keys,
+        unused="clip_projector.",
     ),
     "internvl_c_pth": Format(
         kind="internvl_c",
@@ -115,8 +135,6 @@ FORMATS = {
 }
 PYTORCH_FILES = ("internvit_pth", "internvl_c_pth")
 """formats of one PyTorch file"""
-HEAD = "clip_projector."
-"""InternViT's PyTorch file also has this, which is InternVL-C's"""
 
 
 def import_model(
@@ -125,6 +143,7 @@ def import_model(
     *,
     kind: str | None = None,
     config_file: Path | None = None,
+    tower_config: Path | None = None,
 ) -> Conversion:
     """Make a model folder of an official one.
 
@@ -136,6 +155,8 @@ def import_model(
             None: everything.
         config_file: the official config.json, of an InternViT or an InternVL-14B, where the
             source is a PyTorch file; None: the one beside it.
+        tower_config: the official config.json of the vision tower, where the source is in LLaVA's
+            form: of an InternViT, or of the InternVL-14B of a Chat full.
 
     Raises:
         ModelError: the source is of no known format, or a tensor is missing, surplus or of
@@ -147,25 +168,31 @@ def import_model(
     if source.is_file():
         name = _as_pytorch_file(name, config_file)
     form = FORMATS[name]
+    if tower_config is not None:
+        facts[hf.TOWER] = _read_json(tower_config)
     try:
         config = form.read(facts)
     except KeyError as error:
         raise ModelError(f"{config_file} lacks {error.args[0]!r}") from None
-    whole = list(form.keys(config, form.kind))
-    chosen = _chosen(whole, config, form.kind, kind)
+    found = adapters(config, form.kind)
     _refuse_overwriting(target)
     with TensorFiles(source) as files:
+        base_layer = any(BASE_LAYER in n for n in files.facts)
+        whole = list(peft_keys(form.keys(config, form.kind), found, base_layer=base_layer))
+        chosen = _chosen(whole, config, form.kind, kind)
         buffers = tuple(
             n
             for n in files.facts
-            if n.endswith(BUFFERS) or (name == "internvit_pth" and n.startswith(HEAD))
+            if n.endswith(BUFFERS) or (form.unused and n.startswith(form.unused))
         )
-        found = {n: fact.shape for n, fact in files.facts.items() if n not in buffers}
-        check_names(str(source), found, {n: shape for key in whole for n, shape in key.theirs})
+        there = {n: fact.shape for n, fact in files.facts.items() if n not in buffers}
+        check_names(str(source), there, {n: shape for key in whole for n, shape in key.theirs})
         done = _import_tensors(files, chosen, target / "weights.safetensors")
     taken = {n for key in chosen for n in key.names}
     if source.is_dir():
         _keep_small_files(source, target / KEPT)
+    if tower_config is not None:
+        _write_json(target / KEPT / "config.json", facts)
     write_config(target, kind or form.kind, config)
     return Conversion(
         format=name,
@@ -179,6 +206,8 @@ def import_model(
 def export_model(folder: str | Path, target: str | Path, format: str) -> Conversion:
     """Write a model folder in a format of `FORMATS`, in the types the weights have.
 
+    Adapters are folded into the weights that they are beside.
+
     What was imported and is exported in the format it came in gives the same tensors and the
     same small files.
 
@@ -191,21 +220,50 @@ def export_model(folder: str | Path, target: str | Path, format: str) -> Convers
         raise ModelError(f"format {format!r} does not exist; known: {', '.join(FORMATS)}")
     kind, config = read_config(folder)
     _refuse_unless_held(folder, kind, format)
+    found = adapters(config, kind)
+    config = config.with_lora() if found else config
     table = list(FORMATS[format].keys(config, kind))
     facts = _official_config(folder, config, kind, format)
     _refuse_overwriting(target)
     with TensorFiles(folder / "weights.safetensors") as files:
-        found = {n: fact.shape for n, fact in files.facts.items()}
-        check_names(str(folder), found, {key.ours: key.shape for key in table})
+        merged = MergedFiles(files, found)
+        there = {n: fact.shape for n, fact in merged.facts.items()}
+        check_names(str(folder), there, {key.ours: key.shape for key in table})
         write = _export_pytorch if format in PYTORCH_FILES else _export_tensors
-        done = write(files, table, target)
+        done = write(merged, table, target)
     if (folder / KEPT).is_dir():
         _keep_small_files(folder / KEPT, target)
     if facts is not None:
-        text = json.dumps(facts, indent=2, sort_keys=True, ensure_ascii=False)
-        (target / "config.json").write_text(text + "\n", encoding="utf-8")
+        _write_json(target / "config.json", facts)
     size = sum(fact.size for fact in done.values())
     return Conversion(format=format, kind=kind, tensors=len(done), size=size, left_out=())
+
+
+def merge_model(folder: str | Path, target: str | Path) -> int:
+    """Make a model folder whose weights have the adapters of another folded in.
+
+    Returns:
+        How many weights changed.
+
+    Raises:
+        ModelError: the model has no adapters, or they are not those that its config describes.
+    """
+    folder, target = Path(folder), Path(target)
+    kind, config = read_config(folder)
+    found = adapters(config, kind)
+    if not found:
+        raise ModelError(f"{folder} has no adapters: there is nothing to merge")
+    _refuse_overwriting(target)
+    with TensorFiles(folder / "weights.safetensors") as files:
+        merged = MergedFiles(files, found)
+        tensors = ((name, merged.read(name)) for name in merged.facts)
+        write_tensors(target / "weights.safetensors", merged.facts, tensors)
+    if (folder / "tokenizer.json").is_file():
+        shutil.copyfile(folder / "tokenizer.json", target / "tokenizer.json")
+    if (folder / KEPT).is_dir():
+        _keep_small_files(folder / KEPT, target / KEPT)
+    write_config(target, kind, config.with_lora())
+    return len(found)
 
 
 def _recognise(path: Path) -> tuple[str, dict[str, Any]]:
@@ -215,10 +273,7 @@ def _recognise(path: Path) -> tuple[str, dict[str, Any]]:
             f"{path} does not exist; an official model folder has one, and to a PyTorch file it "
             "is given"
         )
-    try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{path} is no JSON: {error}") from None
+    facts = _read_json(path)
     if "qllama_config" in facts:
         return "internvl_14b", facts
     if "llm_config" in facts:
@@ -227,8 +282,25 @@ def _recognise(path: Path) -> tuple[str, dict[str, Any]]:
         return "transformers", facts
     if facts.get("model_type") == "intern_vit_6b":
         return "internvit", facts
+    if facts.get("model_type") == "llava":
+        full = facts.get("mm_projector_type") == "two_mlp"
+        return "llava_full" if full else "llava", facts
     known = "; ".join(form.about for form in FORMATS.values())
     raise ModelError(f"{path} has model_type {facts.get('model_type')!r}; what is read: {known}")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ModelError(f"{path} does not exist")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path} is no JSON: {error}") from None
+
+
+def _write_json(path: Path, facts: Mapping[str, Any]) -> None:
+    text = json.dumps(facts, indent=2, sort_keys=True, ensure_ascii=False)
+    path.write_text(text + "\n", encoding="utf-8")
 
 
 def _as_pytorch_file(name: str, config_file: Path) -> str:
@@ -247,12 +319,13 @@ def _chosen(
     """The part of a table that makes a model of another kind."""
     if kind in (None, held):
         return whole
-    if kind not in PARTS or not PARTS[kind] <= PARTS[held]:
+    if kind not in SOLO or not PARTS[kind] <= PARTS[held]:
         raise ModelError(
             f"a {kind} cannot be had from the source, which is a {held}; of that can be had: "
-            f"{', '.join(k for k in ('vision', 'internvl_c', held) if PARTS[k] <= PARTS[held])}"
+            f"{', '.join(k for k in (*SOLO, held) if PARTS[k] <= PARTS[held])}"
         )
     ours = {key.ours for key in hf.keys(config, kind)}
+    ours |= {key.ours for p in adapters(config, kind).values() for key in (p.a, p.b)}
     return [key for key in whole if key.ours in ours]
 
 
@@ -296,7 +369,7 @@ def _import_tensors(files: TensorFiles, table: Sequence[Key], path: Path) -> dic
 
 
 def _export_pytorch(
-    files: TensorFiles, table: Sequence[Key], target: Path
+    files: MergedFiles, table: Sequence[Key], target: Path
 ) -> dict[str, TensorFacts]:
     """One PyTorch file; unlike safetensors it has to be whole in memory first."""
     tensors = {
@@ -310,7 +383,7 @@ def _export_pytorch(
 
 
 def _export_tensors(
-    files: TensorFiles, table: Sequence[Key], target: Path
+    files: MergedFiles, table: Sequence[Key], target: Path
 ) -> dict[str, TensorFacts]:
     table = sorted(table, key=lambda key: -files.facts[key.ours].dtype.itemsize)
     facts = {
@@ -345,10 +418,14 @@ def _official_config(
 ) -> dict[str, Any] | None:
     """The config.json to write; None: the one that was kept says the same."""
     kept = _kept_config(folder)
-    if kept is not None and kept[0] == format and FORMATS[format].read(kept[1]) == config:
-        return None
+    if kept is not None and kept[0] == format:
+        merged = kept[1] | {name: 0 for name in hf.LORA_RANKS if kept[1].get(name)}
+        if FORMATS[format].read(merged) == config:
+            return None if merged == kept[1] else merged
     if format == "transformers":
         return hf.config_to_native(config, _image_token(folder, kept[1] if kept else {}))
+    if format in ("llava", "llava_full"):
+        return hf.config_to_llava(config, kind)
     return hf.config_to_official(config, kind)
 
 

@@ -1,4 +1,4 @@
-"""Official InternVL weights (InternVL-14B and InternVL-Chat) to ours and back."""
+"""Official InternVL weights (InternVL-14B, InternVL-Chat, its LLaVA form) to ours and back."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from infra.errors import ConfigError, ModelError
-from models.common.hf_decoder import decoder_keys
+from models.common.config import DecoderConfig, LoraConfig
+from models.common.hf_decoder import decoder_keys, internlm2_keys
 from models.common.keymap import Key, join_all, one, prefixed, renamed
 from models.connector.config import ConnectorConfig
 from models.internvit import hf as vision_hf
@@ -20,9 +21,14 @@ from models.qllama.config import QLlamaConfig
 
 
 def config_from_official(config: Mapping) -> InternVLConfig:
-    """`config.json` of an InternVL-14B (`qllama_config`) or an InternVL-Chat (`llm_config`)."""
+    """`config.json` of an InternVL-14B (`qllama_config`) or an InternVL-Chat (`llm_config`).
+
+    Raises:
+        ConfigError: an option is not built here.
+    """
     vision = vision_hf.config_from_official(config["vision_config"])
     if "qllama_config" in config:
+        _refuse_lora(config)
         qllama = config["qllama_config"]
         return InternVLConfig(
             vision=vision,
@@ -34,9 +40,10 @@ def config_from_official(config: Mapping) -> InternVLConfig:
             embed_dim=config["clip_embed_dim"],
             pool_heads=config["attn_pool_num_heads"],
         )
+    language = llama_hf.config_from_official(config["llm_config"])
     return InternVLConfig(
-        vision=vision,
-        language=llama_hf.config_from_official(config["llm_config"]),
+        vision=dataclasses.replace(vision, lora=_lora(config.get("use_backbone_lora"))),
+        language=dataclasses.replace(language, lora=_lora(config.get("use_llm_lora"))),
         connector=ConnectorConfig(
             kind="pixel_shuffle",
             ps_version=config["ps_version"],
@@ -44,6 +51,25 @@ def config_from_official(config: Mapping) -> InternVLConfig:
             shuffle_side=round(1 / config["downsample_ratio"]),
         ),
     )
+
+
+LORA_RANKS = ("use_backbone_lora", "use_llm_lora", "use_qllama_lora")
+"""fields of a `config.json` with the ranks of adapters that are not merged yet; 0: none"""
+
+
+def _lora(rank: int | None) -> LoraConfig | None:
+    """What the official chat class makes of a rank: all linears, and an alpha of twice the rank."""
+    return LoraConfig(rank=rank, alpha=2.0 * rank) if rank else None
+
+
+def _refuse_lora(config: Mapping) -> None:
+    ranks = {name: config[name] for name in LORA_RANKS if config.get(name)}
+    if ranks:
+        raise ConfigError(
+            f"{ranks}: the adapters of an InternVL-14B have another alpha in the official "
+            "fine-tuning than in the official model class, so what they add is not known; "
+            "merge them with the code that they were trained with"
+        )
 
 
 def config_to_official(config: InternVLConfig, kind: str) -> dict[str, Any]:
@@ -60,7 +86,7 @@ def config_to_official(config: InternVLConfig, kind: str) -> dict[str, Any]:
             "architectures": ["InternVLModel"],
             "model_type": "internvl",
             "vision_config": vision,
-            "qllama_config": llama_hf.config_to_official(config.text) | queries,
+            "qllama_config": llama_hf.config_to_official(in_llama_form(config.text)) | queries,
             "hidden_size": config.text.width,
             "num_query_token": config.queries.num_queries,
             "clip_embed_dim": config.embed_dim,
@@ -100,13 +126,11 @@ def config_from_native(config: Mapping) -> InternVLConfig:
     """`config.json` of transformers' own `internvl` as ours.
 
     Raises:
-        ConfigError: its positions are scaled, or its language model is of another shape.
+        ConfigError: images are no squares, or its language model is of another shape.
     """
     vision, text = config["vision_config"], dict(config["text_config"])
-    rope = text.pop("rope_parameters", None) or {}
-    if rope.get("rope_type", "default") != "default":
-        raise ConfigError(f"rope_parameters {rope!r} are not built here; expected the default type")
-    text.setdefault("rope_theta", rope.get("rope_theta"))
+    if "tie_word_embeddings" in config:  # the head is in the outer class
+        text["tie_word_embeddings"] = config["tie_word_embeddings"]
     official = {theirs: vision[name] for name, theirs in _NATIVE_VISION.items()}
     for side in ("patch_size", "image_size"):
         sides = vision[side] if isinstance(vision[side], list) else [vision[side]]
@@ -140,23 +164,85 @@ def config_to_native(config: InternVLConfig, image_token_id: int) -> dict[str, A
             f"the vision tower's eps is {config.vision.eps}; transformers' own internvl has "
             f"{NATIVE_QK_EPS} in the norms of q and k"
         )
+    language = in_llama_form(config.chat)
     official = config_to_official(config, "chat_simple")
     vision = {name: official["vision_config"][theirs] for name, theirs in _NATIVE_VISION.items()}
     sides = {name: [official["vision_config"][name]] * 2 for name in ("patch_size", "image_size")}
-    rope = {"rope_type": "default", "rope_theta": config.chat.rope_base}
+    text = llama_hf.config_to_official(language)
+    del text["rope_theta"], text["rope_scaling"]
     return {
         "architectures": ["InternVLForConditionalGeneration"],
         "model_type": "internvl",
         "vision_config": vision | sides | {"model_type": "internvl_vision"},
-        "text_config": official["llm_config"] | {"rope_parameters": rope},
+        "text_config": text | {"rope_parameters": llama_hf.rope_parameters(language)},
         "image_token_id": image_token_id,
         "image_seq_length": config.visual_tokens("chat_simple"),
         "downsample_ratio": official["downsample_ratio"],
         "projector_hidden_act": "gelu",
         "vision_feature_layer": config.connector.select_layer,
         "vision_feature_select_strategy": "default",
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": language.tied_head,
     }
+
+
+TOWER = "vision_tower_config"
+"""what we add to a LLaVA-style config.json: the config.json of the folder that `mm_vision_tower`
+names, without which the file says nothing of the vision tower or QLLaMA"""
+
+
+def config_from_llava(config: Mapping) -> InternVLConfig:
+    """`config.json` of an InternVL-Chat 1.0 in LLaVA's form, with QLLaMA (`two_mlp`) or without.
+
+    Raises:
+        ConfigError: its connector, or the tokens it takes, are of another kind; or what the vision
+            tower is, is not known.
+    """
+    for option, known in (
+        ("mm_projector_type", ("mlp2x_gelu", "two_mlp")),
+        ("mm_vision_select_feature", ("patch",)),
+        ("mm_use_im_start_end", (False,)),
+    ):
+        if config.get(option, known[0]) not in known:
+            raise ConfigError(f"{option} {config[option]!r} is not built here; expected {known}")
+    if TOWER not in config:
+        raise ConfigError(
+            f"config.json says nothing of the vision tower but its name, "
+            f"{config.get('mm_vision_tower')!r}; give the config.json of that with --tower-config"
+        )
+    llama = {"model_type": "llama", "architectures": None}
+    chat = {
+        "language": llama_hf.config_from_official({**config, **llama}),
+        "connector": ConnectorConfig(kind="mlp2x", select_layer=config["mm_vision_select_layer"]),
+    }
+    tower = config[TOWER]
+    if config.get("mm_projector_type") == "two_mlp":
+        return dataclasses.replace(config_from_official(tower), **chat)
+    vision = vision_hf.config_from_official(tower)
+    return InternVLConfig(vision=vision, pool_heads=1, **chat)
+
+
+def config_to_llava(config: InternVLConfig, kind: str) -> dict[str, Any]:
+    """The inverse of `config_from_llava`, for "chat_simple" or "chat_full"."""
+    full = kind == "chat_full"
+    return llama_hf.config_to_official(in_llama_form(config.chat)) | {
+        "architectures": ["LlavaLlamaForCausalLM"],
+        "model_type": "llava",
+        # The official code tells the towers apart by what stands in this name.
+        "mm_vision_tower": "OpenGVLab/InternVL-14B" if full else "OpenGVLab/InternViT-6B",
+        TOWER: config_to_official(config, "internvl_g" if full else "vision"),
+        "mm_projector_type": "two_mlp" if full else "mlp2x_gelu",
+        "mm_hidden_size": config.text.width if full else config.vision.width,
+        "mm_vision_select_layer": config.connector.select_layer,
+        "mm_vision_select_feature": "patch",
+        "mm_use_im_start_end": False,
+        "mm_use_im_patch_token": False,
+        "use_mm_proj": True,
+        "image_aspect_ratio": "pad",
+    }
+
+
+KINDS = ("vision", "internvl_c", "internvl_g", "chat_simple")
+"""configurations that `keys` knows official names for"""
 
 
 def keys(config: InternVLConfig, kind: str) -> Iterator[Key]:
@@ -172,13 +258,29 @@ def keys(config: InternVLConfig, kind: str) -> Iterator[Key]:
         return prefixed(vision_hf.keys(config.vision), ours="vision.")
     if kind in ("internvl_c", "internvl_g"):
         return _dual_keys(config, with_queries=kind == "internvl_g")
-    if kind == "chat_simple" and config.connector.kind == "pixel_shuffle":
-        return _chat_keys(config)
-    connector = f" with a connector of kind {config.connector.kind!r}" if "chat" in kind else ""
-    raise ModelError(
-        f"no official format holds a {kind} model{connector}; those that one holds: "
-        "internvl_c, internvl_g, and chat_simple with a connector of kind 'pixel_shuffle'"
-    )
+    if kind == "chat_simple":
+        return _chat_keys(config, _language_keys(config.chat))
+    raise ModelError(f"no official table of names is for a {kind}; there are those of {KINDS}")
+
+
+def llava_keys(config: InternVLConfig, kind: str) -> Iterator[Key]:
+    """As `keys` of "chat_simple" or "chat_full", by the names of LLaVA (InternVL-Chat 1.0).
+
+    Raises:
+        ModelError: LLaVA's form cannot hold the connector or the language model.
+    """
+    if config.connector.kind != "mlp2x":
+        raise ModelError(
+            f"the connector is of kind {config.connector.kind!r}; LLaVA's form has 'mlp2x' alone"
+        )
+    if config.chat.qkv_bias:
+        raise ModelError("the language model's q, k and v have a bias; LLaVA's form has a LLaMA")
+    return _llava_keys(config, with_queries=kind == "chat_full")
+
+
+def in_llama_form(config: DecoderConfig) -> DecoderConfig:
+    """The same decoder where LLaMA's and Qwen2's names are all there are."""
+    return dataclasses.replace(config, names="llama")
 
 
 def from_official(
@@ -213,9 +315,9 @@ _NATIVE = (
 def native_keys(config: InternVLConfig) -> Iterator[Key]:
     """As `keys` of a chat model, by the names of transformers' own `internvl`.
 
-    It has q, k and v of the vision tower apart.
+    It has q, k and v of the vision tower apart, and an InternLM2 as a LLaMA.
     """
-    for key in _chat_keys(config):
+    for key in _chat_keys(config, decoder_keys(config.chat)):
         if key.blocks > 1:
             ((name, (rows, *rest)),) = key.theirs
             parts = [(name.replace("qkv", f"{p}_proj"), (rows // 3, *rest)) for p in "qkv"]
@@ -256,36 +358,74 @@ def _native_name(official: str) -> str:
 
 def _dual_keys(config: InternVLConfig, *, with_queries: bool) -> Iterator[Key]:
     yield from prefixed(vision_hf.keys(config.vision), ours="vision.", theirs="vision_model.")
-    text = decoder_keys(
-        config.text,
-        head=with_queries,
-        cross_every=config.queries.cross_attention_frequency if with_queries else 0,
-        vision_width=config.vision.width,
-    )
-    yield from prefixed(text, ours="text.", theirs="qllama.")
-    width, queries = config.text.width, config.queries.num_queries
+    if with_queries:
+        yield from _qllama_keys(config, head=True)
+    else:
+        yield from prefixed(decoder_keys(config.text, head=False), ours="text.", theirs="qllama.")
+    width = config.text.width
     yield one("text_projection", (width, config.embed_dim), "text_projection")
     yield one("logit_scale", (), "logit_scale")
     yield from _pool_keys("clip_projector.", config.vision.width, config.embed_dim)
     if with_queries:
-        yield one("text.query_tokens", (queries, width), "query_tokens", (1, queries, width))
         yield from _pool_keys("clip_projector2.", width, config.embed_dim)
         yield one("itm_head.weight", (2, width), "itm_head.weight")
         yield one("itm_head.bias", (2,), "itm_head.bias")
 
 
-def _chat_keys(config: InternVLConfig) -> Iterator[Key]:
+def _qllama_keys(config: InternVLConfig, *, head: bool) -> Iterator[Key]:
+    text = decoder_keys(
+        config.text,
+        head=head,
+        cross_every=config.queries.cross_attention_frequency,
+        vision_width=config.vision.width,
+    )
+    yield from prefixed(text, ours="text.", theirs="qllama.")
+    shape = (config.queries.num_queries, config.text.width)
+    yield one("text.query_tokens", shape, "query_tokens", (1, *shape))
+
+
+def _language_keys(config: DecoderConfig) -> Iterator[Key]:
+    return internlm2_keys(config) if config.names == "internlm2" else decoder_keys(config)
+
+
+def _chat_keys(config: InternVLConfig, language: Iterator[Key]) -> Iterator[Key]:
+    if config.connector.kind != "pixel_shuffle":
+        raise ModelError(
+            f"the connector is of kind {config.connector.kind!r}; InternVL-Chat's and "
+            "transformers' own format have 'pixel_shuffle' alone"
+        )
     yield from prefixed(vision_hf.keys(config.vision), ours="vision.", theirs="vision_model.")
-    yield from prefixed(decoder_keys(config.chat), ours="language.", theirs="language_model.")
+    yield from prefixed(language, ours="language.", theirs="language_model.")
     merged = config.vision.width * config.connector.merge**2
-    width = config.chat.width
-    for ours, name, shape in (
-        ("norm", "0", (merged,)),
-        ("linear1", "1", (width, merged)),
-        ("linear2", "3", (width, width)),
-    ):
-        yield one(f"connector.{ours}.weight", shape, f"mlp1.{name}.weight")
-        yield one(f"connector.{ours}.bias", shape[:1], f"mlp1.{name}.bias")
+    yield one("connector.norm.weight", (merged,), "mlp1.0.weight")
+    yield one("connector.norm.bias", (merged,), "mlp1.0.bias")
+    yield from _mlp_keys("connector.", "mlp1.", ("1", "3"), merged, config.chat.width)
+
+
+LLAVA_TOWER = "model.vision_tower.vision_tower."
+"""in front of the names of the vision tower, or of all of InternVL-14B that Chat full uses"""
+
+
+def _llava_keys(config: InternVLConfig, *, with_queries: bool) -> Iterator[Key]:
+    inner = f"{LLAVA_TOWER}vision_model." if with_queries else LLAVA_TOWER
+    mlp = "model.mm_projector.mlp1." if with_queries else "model.mm_projector."
+    yield from prefixed(vision_hf.keys(config.vision), ours="vision.", theirs=inner)
+    yield from prefixed(decoder_keys(config.chat), ours="language.")
+    sizes = (config.vision.width, config.chat.width)
+    yield from _mlp_keys("connector.", mlp, ("0", "2"), *sizes)
+    if with_queries:
+        yield from prefixed(_qllama_keys(config, head=False), theirs=LLAVA_TOWER)
+        sizes = (config.text.width, config.chat.width)
+        yield from _mlp_keys("query_connector.", "model.mm_projector.mlp2.", ("0", "2"), *sizes)
+
+
+def _mlp_keys(
+    ours: str, theirs: str, numbers: tuple[str, str], inner: int, width: int
+) -> Iterator[Key]:
+    """Two linear layers, by their places in a sequence of modules."""
+    for name, number, columns in (("linear1", numbers[0], inner), ("linear2", numbers[1], width)):
+        yield one(f"{ours}{name}.weight", (width, columns), f"{theirs}{number}.weight")
+        yield one(f"{ours}{name}.bias", (width,), f"{theirs}{number}.bias")
 
 
 def _pool_keys(prefix: str, width: int, out_width: int) -> Iterator[Key]:

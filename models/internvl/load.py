@@ -16,7 +16,7 @@ from infra.config import to_dict
 from infra.errors import ModelError
 from infra.train.weights import gather_weights, load_weights, pieces, write_safetensors
 from models.internvl.config import CAPABILITIES, InternVLConfig
-from models.internvl.model import InternVL, build
+from models.internvl.model import Chunks, InternVL, build
 from models.internvl.prompts import SUMMARIZE, chat_prompt
 from models.preprocess import normalise, resize
 from models.tokenizer import BOS_ID, EOS_ID, Tokenizer, pad
@@ -27,7 +27,11 @@ BATCH = 64
 
 
 def save_model(
-    folder: str | Path, kind: str, config: InternVLConfig, model: InternVL, tokenizer: Tokenizer
+    folder: str | Path,
+    kind: str,
+    config: InternVLConfig,
+    model: InternVL | Chunks,
+    tokenizer: Tokenizer,
 ) -> None:
     """Write a model folder; the same model gives the same bytes. All ranks call, rank 0 writes."""
     weights = gather_weights(model)
@@ -72,7 +76,7 @@ def read_weights(folder: str | Path) -> dict[str, Tensor]:
     return load_file(path)
 
 
-def load_parts(model: InternVL, folder: str | Path, parts: Mapping[str, str]) -> list[str]:
+def load_parts(model: InternVL | Chunks, folder: str | Path, parts: Mapping[str, str]) -> list[str]:
     """Fill parts of a model from a trained one, e.g. {"language": "text"} for a chat model.
 
     Args:
@@ -85,8 +89,10 @@ def load_parts(model: InternVL, folder: str | Path, parts: Mapping[str, str]) ->
         or cross-attention that is new): they keep their values.
 
     Raises:
-        ModelError: nothing of a part is in the folder, or a shape differs.
+        ModelError: nothing of a part is in the folder, a shape differs, or a part has adapters
+            there and the model has no such ones.
     """
+    _refuse_other_adapters(model, folder, parts)
     weights = read_weights(folder)
     filled: set[str] = set()
     missing: list[str] = []
@@ -214,6 +220,19 @@ class Model:
             raise ModelError(
                 f"a {self.kind} model cannot {capability}; kinds that can: "
                 f"{sorted(k for k, v in CAPABILITIES.items() if capability in v)}"
+            )
+
+
+def _refuse_other_adapters(model: InternVL, folder: str | Path, parts: Mapping[str, str]) -> None:
+    """Adapters that are left behind, or scaled otherwise, would make another model of the part."""
+    config = read_config(folder)[1]
+    for target, source in parts.items():
+        theirs, ours = config.lora_of(source), model.model_config.lora_of(target)
+        if theirs is not None and (ours is None or not ours.holds(theirs)):
+            raise ModelError(
+                f"{source!r} of {folder} has adapters ({theirs}), and {target!r} of this model "
+                f"has {ours or 'none'}; fold them in with `vlfoundry merge`, or give the model "
+                "the same lora"
             )
 
 

@@ -6,20 +6,27 @@ V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from infra.backend.parallel import current_layout
 from infra.errors import ConfigError, ModelError
 from models.common.canonical import initialise, set_init, set_rule
+from models.common.decoder import Decoder, at_end, mask_of_holes
 from models.common.generate import greedy
 from models.common.layers import LayerSpecKind
-from models.common.parallel import Part
+from models.common.megatron import MegatronModule
+from models.common.parallel import Part, beside, pipeline_rank, schedule_config
 from models.common.pooling import AttentionPool
 from models.connector.config import ConnectorConfig
 from models.connector.model import Connector
 from models.internvit.model import InternViT
 from models.internvl.config import PARTS, InternVLConfig
+from models.internvl.cut import Share, cut
 from models.llama.model import Llama
 from models.qllama.masks import contrastive_blocked, generative_blocked, matching_blocked
 from models.qllama.model import QLlama
@@ -27,115 +34,299 @@ from models.tokenizer import IMG_CONTEXT_ID
 
 Text = tuple[Tensor, Tensor]
 """ids and mask, each [B, T]"""
+State = dict[str, Tensor]
+"""what one pipeline stage hands to the next, and at the end what a path is for"""
 
 
 def build(
     kind: str, config: InternVLConfig, *, seed: int = 0, spec: LayerSpecKind = "local"
-) -> InternVL:
-    """A freshly initialised model of one configuration, in the current parallel layout.
+) -> InternVL | Chunks:
+    """A freshly initialised model of one configuration: what this rank holds of it.
 
     Raises:
         ConfigError: no configuration is called `kind`.
+        LayoutError: it has too few layers for the pipeline.
     """
     if kind not in PARTS:
         raise ConfigError(f"model kind {kind!r} does not exist; known: {sorted(PARTS)}")
-    model = InternVL(kind, config, spec)
-    initialise(model, seed)
-    return model
+    layout = current_layout()
+    # Interleaved: rank r of R holds the stages r, r + R, r + 2R ...
+    shares = cut(kind, config, layout.stages)[pipeline_rank() :: layout.pipeline]
+    chunks = [InternVL(kind, config, spec, share) for share in shares]
+    for chunk in chunks:
+        initialise(chunk, seed)
+    return chunks[0] if len(chunks) == 1 else Chunks(chunks)
 
 
 class InternVL(Part):
-    """Parts that the configuration has; methods that need a missing part fail."""
+    """Parts that the configuration has; methods that need a missing part fail.
 
-    def __init__(self, kind: str, config: InternVLConfig, spec: LayerSpecKind = "local"):
+    As one stage of a pipeline it holds some layers, and with a tower's last layer what comes
+    after the tower. `run` is the same there: it goes on from what the stage before returned.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        config: InternVLConfig,
+        spec: LayerSpecKind = "local",
+        share: Share | None = None,
+    ):
+        share = cut(kind, config, 1)[0] if share is None else share
         parts = PARTS[kind]
-        vision = InternViT(config.vision, spec) if "vision" in parts else None
-        text = _text_tower(config, parts, spec) if "text" in parts else None
-        language = Llama(config.chat, spec=spec) if "language" in parts else None
-        super().__init__((text or language or vision).config)
+        vision = InternViT(config.vision, spec, share["vision"]) if "vision" in share else None
+        text = _text_tower(config, parts, spec, share["text"]) if "text" in share else None
+        language = None
+        if "language" in share:
+            language = Llama(config.chat, spec=spec, layers=share["language"])
+        super().__init__(schedule_config((text or language or vision).config))
         self.kind = kind
         self.model_config = config
         self.vision, self.text, self.language = vision, text, language
+        self.input_tensor: Tensor | None = None
         if "contrast" in parts:
             self._add_contrast(config, with_queries="queries" in parts)
         if "connector" in parts:
             self._add_connectors(config, with_queries="queries" in parts)
 
-    def set_input_tensor(self, _tensor) -> None:
-        """Megatron's schedules call this; each rank runs the whole model, so it gets nothing."""
+    def set_input_tensor(self, tensors: Sequence[Tensor | None]) -> None:
+        """Megatron's schedules hand over what came from the stage before."""
+        self.input_tensor = tensors[0]
+
+    # --- paths ------------------------------------------------------------------------------
+
+    def run(self, path: str, batch: Mapping[str, Any], state: State | None = None) -> State:
+        """Take a batch along a path, as far as the layers here go.
+
+        Args:
+            path: a name of `PATHS`; its method says what it reads and what it is for.
+            batch: every stage gets the same.
+            state: what the stage before returned; None at the first.
+
+        Returns:
+            What the path is for at the last stage, before that what the next one needs.
+
+        Raises:
+            ModelError: the model has no such path.
+        """
+        return self._path(path)(dict(state or {}), batch)
+
+    def _path(self, path: str) -> Callable[[State, Mapping[str, Any]], State]:
+        if path not in PATHS:
+            raise ModelError(f"path {path!r} does not exist; known: {sorted(PATHS)}")
+        return PATHS[path].__get__(self)
+
+    def _image(self, state: State, batch: Mapping[str, Any]) -> State:
+        """`pixels` [B, 3, H, W], maybe `kept` [B, K] (FLIP) and `samples` [B] -> unit "image"
+        [B, E]. InternVL-G adds the unit vectors of both its heads."""
+        self._see(state, batch)
+        if self._has_seen:
+            vision = _rows_first(state["vision"])
+            state["image"] = normalize(self.clip_projector(vision), dim=-1)
+        if self.kind != "internvl_g":
+            return {"image": state["image"]} if self._has_seen else state
+        self._ask(state, len(batch["pixels"]))
+        if self._has_read:
+            queries = normalize(self.clip_projector2(_rows_first(state["text"])), dim=-1)
+            return {"image": normalize(state["image"] + queries, dim=-1)}
+        return state
+
+    def _vision(self, state: State, batch: Mapping[str, Any]) -> State:
+        """`pixels` as for "image" -> "vision.i" [B, 1 + patches, D] for each i of `wanted`: what
+        goes into the first layer, and what comes out of the i-th."""
+        self._see(state, batch, batch["wanted"])
+        if not self._has_seen:
+            return state
+        del state["vision"]
+        return {name: _rows_first(tokens) for name, tokens in state.items()}
+
+    def _backbone(self, state: State, batch: Mapping[str, Any]) -> State:
+        """As "image", by the vision tower and its own head alone."""
+        if "image" in state:
+            return state
+        self._see(state, batch)
+        if self._has_seen:
+            return {"image": normalize(self.clip_projector(_rows_first(state["vision"])), dim=-1)}
+        return state
+
+    def _text(self, state: State, batch: Mapping[str, Any]) -> State:
+        """ "summarize:"-prefixed `ids` and `mask` [B, T] -> unit "text" [B, E]."""
+        state = self._lm(state, batch)
+        if self._has_read:
+            ends = at_end(state["hidden"], batch["mask"])
+            return {"text": normalize(ends @ self.text_projection, dim=-1)}
+        return state
+
+    def _lm(self, state: State, batch: Mapping[str, Any]) -> State:
+        """`ids` and `mask` [B, T] of text alone -> "hidden" [B, T, D]."""
+        ids, mask = batch["ids"], batch["mask"]
+        _advance(
+            self.text, state, "text", lambda: self.text.embed(ids), ids.shape[1],
+            mask_of_holes(mask),
+        )  # fmt: skip
+        return {"hidden": _rows_first(state["text"])} if self._has_read else state
+
+    def _tasks(self, state: State, batch: Mapping[str, Any]) -> State:
+        """One pass of QLLaMA over 3B rows: matching, contrastive and generative.
+
+        `pixels` [B, 3, H, W] and, all [B, T], ids and mask of `match`, `summary` and `caption` ->
+        "match" logits [B, 2] (1: match), unit "image" and "text" [B, E], and "hidden" states
+        [B, T, D] of the generative rows.
+        """
+        names = ("match", "summary", "caption")
+        masks = (matching_blocked, contrastive_blocked, generative_blocked)
+        self._see(state, batch)
+        self._pair(state, batch, names, masks)
+        if not self._has_read:
+            return state
+        size = len(batch["pixels"])
+        queries, texts = self._queries_and_texts(state)
+        ends = at_end(texts[size : 2 * size], batch["summary_mask"])
+        return {
+            "match": self.itm_head(queries[:size]).mean(1),
+            "image": normalize(self.clip_projector2(queries[size : 2 * size]), dim=-1),
+            "text": normalize(ends @ self.text_projection, dim=-1),
+            "hidden": texts[2 * size :],
+        }
+
+    def _retrieval(self, state: State, batch: Mapping[str, Any]) -> State:
+        """One pass of QLLaMA over [wrong; right; contrastive] rows.
+
+        `pixels` [B, 3, H, W] and, all [B, T], ids and mask of `negative`, `positive` and
+        `summary` -> "match" logits [2B, 2] (1: match), and unit embeddings [B, E]: "image"
+        through the queries, "backbone" without them, "text".
+        """
+        names = ("negative", "positive", "summary")
+        masks = (matching_blocked, matching_blocked, contrastive_blocked)
+        self._see(state, batch)
+        if self._has_seen:
+            vision = _rows_first(state["vision"])
+            state["backbone"] = normalize(self.clip_projector(vision), dim=-1)
+        self._pair(state, batch, names, masks)
+        if not self._has_read:
+            return state
+        size = len(batch["pixels"])
+        queries, texts = self._queries_and_texts(state)
+        ends = at_end(texts[2 * size :], batch["summary_mask"])
+        return {
+            "match": self.itm_head(queries[: 2 * size]).mean(1),
+            "image": normalize(self.clip_projector2(queries[2 * size :]), dim=-1),
+            "backbone": state["backbone"],
+            "text": normalize(ends @ self.text_projection, dim=-1),
+        }
+
+    def _chat(self, state: State, batch: Mapping[str, Any]) -> State:
+        """Right-padded conversations `ids` [B, T], `pixels` [N, 3, H, W] or none, maybe another
+        `context_id` than ours -> "hidden" [B, T, D]."""
+        pixels, ids = batch.get("pixels"), batch["ids"]
+        if pixels is not None and len(pixels):
+            self._look(state, batch)
+        _advance(
+            self.language, state, "language",
+            lambda: self._chat_embeddings(
+                ids, state.pop("visual", None), len(pixels if pixels is not None else ()),
+                batch.get("context_id", IMG_CONTEXT_ID),
+            ),
+            ids.shape[1],
+        )  # fmt: skip
+        if self.language is not None and self.language.ends:
+            return {"hidden": _rows_first(state["language"])}
+        return state
+
+    # --- pieces of paths --------------------------------------------------------------------
+
+    @property
+    def _has_seen(self) -> bool:
+        """Whether the vision tower ends here."""
+        return self.vision is not None and self.vision.ends
+
+    @property
+    def _has_read(self) -> bool:
+        """Whether the text tower ends here."""
+        return self.text is not None and self.text.ends
+
+    def _see(self, state: State, batch: Mapping[str, Any], wanted: Sequence[int] = ()) -> None:
+        """Run the vision tower: state "vision", whole where it ends, and "vision.i" if wanted."""
+        if self.vision is None:
+            return
+        state["vision"], found = self.vision.through(
+            state.pop("vision", None), batch["pixels"], batch.get("kept"),
+            wanted=wanted, samples=batch.get("samples"),
+        )  # fmt: skip
+        state |= {f"vision.{index}": tokens for index, tokens in found.items()}
+
+    def _ask(self, state: State, images: int) -> None:
+        """Run QLLaMA's queries about images: state "text"."""
+        if self.text is None:
+            return
+        _advance(
+            self.text, state, "text", lambda: self.text.before_image(images),
+            self.text.num_queries, self.text.open_mask(), _rows_first(state["vision"]),
+        )  # fmt: skip
+
+    def _pair(
+        self, state: State, batch: Mapping[str, Any], names: Sequence[str], masks: Sequence
+    ) -> None:
+        """Run QLLaMA over [queries | text] of several tasks: state "text"."""
+        if self.text is None:
+            return
+        if not isinstance(self.text, QLlama):
+            raise ModelError(f"stage 2 needs an internvl_g, got {self.kind}")
+        queries = self.text.num_queries
+        ids = torch.cat([batch[f"{name}_ids"] for name in names])
+        blocked = torch.cat(
+            [mask(queries, batch[f"{n}_mask"]) for n, mask in zip(names, masks, strict=True)]
+        )
+        _advance(
+            self.text, state, "text", lambda: self.text.before_pairs(ids),
+            queries + ids.shape[1], blocked, _rows_first(state["vision"]),
+        )  # fmt: skip
+
+    def _queries_and_texts(self, state: State) -> tuple[Tensor, Tensor]:
+        hidden = _rows_first(state["text"])
+        return hidden[:, : self.text.num_queries], hidden[:, self.text.num_queries :]
+
+    def _look(self, state: State, batch: Mapping[str, Any]) -> None:
+        """Images to tokens for the language model: state "visual" [N, tokens, D], queries first,
+        then patches."""
+        pixels = batch["pixels"]
+        vision = self.model_config.vision
+        select = self.model_config.connector.select_layer
+        select = select if select >= 0 else vision.depth + 1 + select
+        full = self.kind == "chat_full"
+        self._see(state, batch, [select])
+        if self._has_seen:
+            patch_px = vision.patch_px
+            grid = (pixels.shape[2] // patch_px, pixels.shape[3] // patch_px)
+            state["visual"] = self.connector(
+                _rows_first(state.pop(f"vision.{select}"))[:, 1:], grid
+            )
+            if not full:
+                del state["vision"]
+        if full and self.text is not None:
+            self._ask(state, len(pixels))
+            if self._has_read:
+                queries = self.query_connector(_rows_first(state.pop("text")))
+                state["visual"] = torch.cat([queries, state["visual"]], 1)
+                del state["vision"]
 
     # --- embeddings -------------------------------------------------------------------------
 
     def embed_images(self, pixels: Tensor, kept: Tensor | None = None) -> Tensor:
-        """Unit image embeddings [B, E]; InternVL-G adds the unit vectors of both its heads.
-
-        pixels [B, 3, H, W]; `kept` [B, K] masks patches (FLIP).
-        """
-        tokens = self.vision(pixels, kept)
-        unit = normalize(self.clip_projector(tokens), dim=-1)
-        if self.kind == "internvl_g":
-            unit = unit + normalize(self.clip_projector2(self.text.encode_image(tokens)), dim=-1)
-            unit = normalize(unit, dim=-1)
-        return unit
+        """Unit image embeddings [B, E] of pixels [B, 3, H, W]; `kept` [B, K] masks patches."""
+        return self.run("image", {"pixels": pixels, "kept": kept})["image"]
 
     def embed_texts(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Unit text embeddings [B, E] of "summarize:"-prefixed ids [B, T]."""
-        return normalize(self.text.last_hidden(ids, mask) @ self.text_projection, dim=-1)
-
-    @torch.no_grad()
-    def stage1_similarity(self, pixels: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-        """Cosines [B, B'] of images and texts by the towers and the heads of stage 1 alone."""
-        images = normalize(self.clip_projector(self.vision(pixels)), dim=-1)
-        return images @ self.embed_texts(ids, mask).T
-
-    # --- stage 2 ----------------------------------------------------------------------------
-
-    def three_tasks(
-        self, pixels: Tensor, matching: Text, contrastive: Text, generative: Text
-    ) -> dict[str, Tensor]:
-        """One pass of QLLaMA over 3B rows: matching, contrastive and generative.
-
-        Args:
-            pixels: [B, 3, H, W].
-            matching, contrastive, generative: (ids [B, T], mask [B, T]) of each task's text,
-                all of one T.
-
-        Returns:
-            "match" logits [B, 2] (1: match), unit "image" and "text" embeddings [B, E],
-            and "hidden" states [B, T, D] of the generative rows.
-        """
-        if self.kind != "internvl_g":
-            raise ModelError(f"stage 2 needs an internvl_g, got {self.kind}")
-        queries, batch = self.text.num_queries, len(pixels)
-        tasks = (matching, contrastive, generative)
-        masks = (matching_blocked, contrastive_blocked, generative_blocked)
-        ids = torch.cat([task[0] for task in tasks])
-        blocked = torch.cat(
-            [mask(queries, task[1]) for mask, task in zip(masks, tasks, strict=True)]
-        )
-        query_states, text_states = self.text.encode_pairs(ids, blocked, self.vision(pixels))
-        last = contrastive[1].long().sum(1) - 1
-        rows = torch.arange(batch, device=ids.device)
-        ends = text_states[batch : 2 * batch][rows, last]
-        return {
-            "match": self.itm_head(query_states[:batch]).mean(1),
-            "image": normalize(self.clip_projector2(query_states[batch : 2 * batch]), dim=-1),
-            "text": normalize(ends @ self.text_projection, dim=-1),
-            "hidden": text_states[2 * batch :],
-        }
+        return self.run("text", {"ids": ids, "mask": mask})["text"]
 
     # --- chat -------------------------------------------------------------------------------
 
     def visual_tokens(self, pixels: Tensor) -> Tensor:
         """[N, 3, H, W] -> [N, tokens, D] for the language model: queries first, then patches."""
-        patch_px = self.model_config.vision.patch_px
-        grid = (pixels.shape[2] // patch_px, pixels.shape[3] // patch_px)
-        select = self.model_config.connector.select_layer
-        if self.query_connector is None:
-            return self.connector(self.vision(pixels, hidden_state=select)[:, 1:], grid)
-        states = self.vision.hidden_states(pixels)
-        queries = self.query_connector(self.text.encode_image(states[-1]))
-        return torch.cat([queries, self.connector(states[select][:, 1:], grid)], 1)
+        state: State = {}
+        self._look(state, {"pixels": pixels})
+        return state["visual"]
 
     def chat_embeddings(
         self, ids: Tensor, pixels: Tensor | None, context_id: int = IMG_CONTEXT_ID
@@ -145,21 +336,29 @@ class InternVL(Part):
         Raises:
             ModelError: the number of image places is not the number of visual tokens.
         """
-        embeddings = self.language.embed(ids)
         if pixels is None or not len(pixels):
+            return self.language.embed(ids)
+        return self._chat_embeddings(ids, self.visual_tokens(pixels), len(pixels), context_id)
+
+    def _chat_embeddings(
+        self, ids: Tensor, visual: Tensor | None, images: int, context_id: int
+    ) -> Tensor:
+        embeddings = self.language.embed(ids)
+        if visual is None:
             return embeddings
-        visual = self.visual_tokens(pixels).flatten(0, 1)
+        visual = visual.flatten(0, 1)
         places = ids == context_id
         if int(places.sum()) != len(visual):
             raise ModelError(
                 f"the prompts have {int(places.sum())} image places for {len(visual)} visual "
-                f"tokens of {len(pixels)} images; a prompt was cut, or made for another model"
+                f"tokens of {images} images; a prompt was cut, or made for another model"
             )
         return embeddings.masked_scatter(places[..., None], visual.to(embeddings.dtype))
 
     def chat_hidden(self, ids: Tensor, pixels: Tensor | None, context_id=IMG_CONTEXT_ID) -> Tensor:
         """Hidden states [B, T, D] of right-padded conversations."""
-        return self.language(self.chat_embeddings(ids, pixels, context_id))
+        batch = {"ids": ids, "pixels": pixels, "context_id": context_id}
+        return self.run("chat", batch)["hidden"]
 
     # --- generation -------------------------------------------------------------------------
 
@@ -192,35 +391,100 @@ class InternVL(Part):
     def _add_contrast(self, config: InternVLConfig, *, with_queries: bool) -> None:
         make = {"dtype": self.config.params_dtype}
         pool = {"heads": config.pool_heads, "out_width": config.embed_dim}
-        self.clip_projector = AttentionPool(self.config, config.vision.width, **pool)
-        self.text_projection = nn.Parameter(
-            torch.zeros(config.text.width, config.embed_dim, **make)
-        )
-        self.logit_scale = nn.Parameter(torch.zeros((), **make))
-        set_rule(self.text_projection, "trunc_normal", config.head_std)
-        set_rule(self.logit_scale, "constant", config.logit_scale)
-        new: list[nn.Module] = [self.clip_projector]
-        if with_queries:
-            self.clip_projector2 = AttentionPool(self.config, config.text.width, **pool)
+        new: list[nn.Module] = []
+        if self._has_seen:
+            self.clip_projector = AttentionPool(beside(self.vision), config.vision.width, **pool)
+            new.append(self.clip_projector)
+        if self._has_read:
+            self.text_projection = nn.Parameter(
+                torch.zeros(config.text.width, config.embed_dim, **make)
+            )
+            self.logit_scale = nn.Parameter(torch.zeros((), **make))
+            set_rule(self.text_projection, "trunc_normal", config.head_std)
+            set_rule(self.logit_scale, "constant", config.logit_scale)
+        if self._has_read and with_queries:
+            self.clip_projector2 = AttentionPool(beside(self.text), config.text.width, **pool)
             self.itm_head = nn.Linear(config.text.width, 2, **make)
             new += [self.clip_projector2, self.itm_head]
         for module in new:
             set_init(module, config.head_std)
 
     def _add_connectors(self, config: InternVLConfig, *, with_queries: bool) -> None:
-        self.connector = Connector(
-            self.config, config.connector, config.vision.width, config.chat.width
-        )
-        self.query_connector = None
-        if with_queries:
+        if self._has_seen:
+            self.connector = Connector(
+                beside(self.vision), config.connector, config.vision.width, config.chat.width
+            )
+        if self._has_read and with_queries:
             plain = ConnectorConfig(kind="mlp2x", init_std=config.connector.init_std)
             self.query_connector = Connector(
-                self.config, plain, config.text.width, config.chat.width
+                beside(self.text), plain, config.text.width, config.chat.width
             )
 
 
-def _text_tower(config: InternVLConfig, parts: frozenset[str], spec: LayerSpecKind):
+PATHS: dict[str, Callable[[InternVL, State, Mapping[str, Any]], State]] = {
+    "image": InternVL._image,
+    "vision": InternVL._vision,
+    "backbone": InternVL._backbone,
+    "text": InternVL._text,
+    "lm": InternVL._lm,
+    "tasks": InternVL._tasks,
+    "retrieval": InternVL._retrieval,
+    "chat": InternVL._chat,
+}
+"""what a batch can be taken along; see each method"""
+
+
+class Chunks(MegatronModule):
+    """The several pieces of one model that a rank holds under the interleaved schedule.
+
+    Names of parameters are those of the whole model, as everywhere.
+    """
+
+    def __init__(self, chunks: Sequence[InternVL]):
+        super().__init__(chunks[0].config)
+        self.chunks = nn.ModuleList(chunks)
+
+    def named_parameters(self, *args, **kwargs) -> Iterator[tuple[str, nn.Parameter]]:
+        for chunk in self.chunks:
+            yield from chunk.named_parameters(*args, **kwargs)
+
+    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
+        whole: dict[str, Any] = {}
+        for chunk in self.chunks:
+            whole |= chunk.sharded_state_dict(prefix, sharded_offsets, metadata)
+        return whole
+
+    def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
+        for chunk in self.chunks:
+            own = {name: state_dict[name] for name in chunk.state_dict()}
+            chunk.load_state_dict(own, strict, assign)
+
+
+def _text_tower(config: InternVLConfig, parts: frozenset[str], spec: LayerSpecKind, layers: range):
     head = "text_head" in parts
     if "queries" not in parts:
-        return Llama(config.text, head=head, spec=spec)
-    return QLlama(config.text, config.queries, config.vision.width, head=head, spec=spec)
+        return Llama(config.text, head=head, spec=spec, layers=layers)
+    return QLlama(
+        config.text, config.queries, config.vision.width, head=head, spec=spec, layers=layers
+    )
+
+
+def _advance(
+    tower: Decoder | None,
+    state: State,
+    name: str,
+    start: Callable[[], Tensor],
+    length: int,
+    mask: Tensor | None = None,
+    context: Tensor | None = None,
+) -> None:
+    """Run a decoder's layers that are here: state `name`, from embeddings [B, T, D] on."""
+    if tower is None:
+        return
+    hidden = start().transpose(0, 1).contiguous() if tower.starts else state.pop(name)
+    state[name] = tower.through(hidden, length, mask, context=context)
+
+
+def _rows_first(tokens: Tensor) -> Tensor:
+    """[T, B, D] -> [B, T, D]."""
+    return tokens.transpose(0, 1)

@@ -6,6 +6,7 @@ import dataclasses
 
 from infra.errors import ConfigError
 from models.common.config import DecoderConfig as LlamaConfig
+from models.common.config import RopeScaling
 
 __all__ = ["FLAVOURS", "LlamaConfig", "llama"]
 
@@ -22,7 +23,6 @@ _7B = LlamaConfig(
 _VICUNA_13B = dataclasses.replace(
     _7B, vocab_size=32000, max_tokens=2048, width=5120, depth=40, heads=40, mlp_hidden=13824
 )
-# Unscaled rotary positions: the dynamic scaling of these begins past `max_tokens`.
 _INTERNLM2_7B = LlamaConfig(
     vocab_size=92544,
     width=4096,
@@ -33,6 +33,8 @@ _INTERNLM2_7B = LlamaConfig(
     max_tokens=32768,
     eps=1e-5,
     rope_base=1e6,
+    rope_scaling=RopeScaling(kind="dynamic", factor=2.0),
+    names="internlm2",
     init_std=0.02,
     embedding_init_std=0.02,
 )
@@ -46,6 +48,18 @@ _QWEN2_7B = dataclasses.replace(
     mlp_hidden=18944,
     eps=1e-6,
     qkv_bias=True,
+    rope_scaling=None,
+    names="llama",
+)
+_QWEN2_HALF_B = dataclasses.replace(
+    _QWEN2_7B,
+    vocab_size=151936,
+    width=896,
+    depth=24,
+    heads=14,
+    key_value_heads=2,
+    mlp_hidden=4864,
+    tied_head=True,
 )
 # The vocabularies are the language models' own: what a chat model adds to one (the markers of
 # images, boxes and references) is in the `config.json` of its checkpoint.
@@ -74,16 +88,9 @@ FLAVOURS: dict[str, LlamaConfig] = {
     "internlm2-20b": dataclasses.replace(
         _INTERNLM2_7B, width=6144, depth=48, heads=48, mlp_hidden=16384
     ),
-    # Qwen's own has one matrix for embedding and head; InternVL's chat models untie them.
-    "qwen2-0.5b-untied": dataclasses.replace(
-        _QWEN2_7B,
-        vocab_size=151936,
-        width=896,
-        depth=24,
-        heads=14,
-        key_value_heads=2,
-        mlp_hidden=4864,
-    ),
+    "qwen2-0.5b": _QWEN2_HALF_B,
+    # InternVL's chat models have two matrices for embedding and head.
+    "qwen2-0.5b-untied": dataclasses.replace(_QWEN2_HALF_B, tied_head=False),
     "qwen2.5-7b": _QWEN2_7B,
     "small": LlamaConfig(),
 }

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from models.common.parallel import data_group
-from models.objectives.common import Batch, Metrics, gather_rows, unwrap
+from models.objectives.common import Batch, Metrics, MicroBatches, Objective, gather_rows, images_of
 from models.tokenizer import PAD_ID
 
 LENGTH_GROUPS = 4
@@ -30,7 +30,7 @@ class ContrastiveConfig:
     """ceiling of the inverse temperature; None: none, as in the official code"""
 
 
-class Contrastive:
+class Contrastive(Objective):
     """Stage 1: images against their captions.
 
     The batch holds `pixels` [B, 3, H, W], `ids` and `mask` [M*B, T] (prefixed; M captions a
@@ -39,24 +39,34 @@ class Contrastive:
     pairings, each of which is the usual one.
     """
 
+    paths = ("image", "text")
+    coupled = True
+
     def __init__(self, config: ContrastiveConfig | None = None):
         self.config = config or ContrastiveConfig()
 
-    def __call__(self, model, batch: Batch) -> tuple[Tensor, Metrics]:
-        model = unwrap(model)
-        images = model.embed_images(batch["pixels"], batch.get("kept"))
-        texts = embed_distinct(model, batch["ids"], batch["mask"]).split(len(images))
+    def samples(self, batch: Batch) -> int:
+        return len(batch["pixels"])
+
+    def micro_batches(self, path: str, batch: Batch, parts: int) -> MicroBatches:
+        if path == "text":
+            return distinct_texts(batch["ids"], batch["mask"], parts)
+        return super().micro_batches(path, images_of(batch), parts)
+
+    def loss(self, model, outputs: dict[str, Tensor], batch: Batch) -> tuple[Tensor, Metrics]:
+        images = outputs["image"]
         pairings = [
             info_nce(images, text, model.logit_scale, self.config, group=batch.get("group"))
-            for text in texts
+            for text in outputs["text"].split(len(images))
         ]
         loss, accuracy = (torch.stack(terms).mean() for terms in zip(*pairings, strict=True))
         scale = model.logit_scale.detach().exp()
         return loss, {"loss": loss.detach(), "accuracy": accuracy, "logit_scale": scale}
 
 
-def embed_distinct(model, ids: Tensor, mask: Tensor) -> Tensor:
-    """Text embeddings [B, E] of right-padded rows; a caption that occurs twice is encoded once.
+def distinct_texts(ids: Tensor, mask: Tensor, parts: int = 1) -> MicroBatches:
+    """Right-padded texts [N, T] in a multiple of `parts` batches; a text that occurs twice is in
+    them once.
 
     Captions of similar length go through the tower together, cut to the longest of them: most are
     a few tokens long, and padding to the longest of all would cost more than the pictures.
@@ -64,14 +74,19 @@ def embed_distinct(model, ids: Tensor, mask: Tensor) -> Tensor:
     distinct, inverse = torch.unique(ids, dim=0, return_inverse=True)
     lengths = (distinct != PAD_ID).sum(1)
     order = lengths.argsort(stable=True)
-    parts = []
-    for rows in order.split(math.ceil(len(order) / LENGTH_GROUPS)):
+    groups = parts * math.ceil(LENGTH_GROUPS / parts)
+    if parts == 1:
+        groups = min(groups, len(order))
+    elif len(order) < groups:  # a pipeline needs as many as it was promised
+        order = torch.cat([order, order[-1:].expand(groups - len(order))])
+    batches = []
+    for rows in order.tensor_split(groups):
         longest = int(lengths[rows].max())
         real = torch.arange(longest, device=ids.device) < lengths[rows, None]
-        parts.append(model.embed_texts(distinct[rows, :longest], real.to(mask.dtype)))
-    place = torch.empty_like(order)
+        batches.append({"ids": distinct[rows, :longest], "mask": real.to(mask.dtype)})
+    place = torch.empty_like(lengths)
     place[order] = torch.arange(len(order), device=ids.device)
-    return torch.cat(parts)[place[inverse]]
+    return MicroBatches(batches=batches, order=place[inverse])
 
 
 def info_nce(

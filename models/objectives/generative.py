@@ -13,9 +13,19 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, pad
 
 from infra.errors import ConfigError
-from models.objectives.common import Batch, Metrics, unwrap
+from models.common.parallel import data_group
+from models.objectives.common import (
+    Batch,
+    Metrics,
+    Objective,
+    Runner,
+    gather_rows,
+    images_of,
+    max_over_ranks,
+    sum_over_ranks,
+)
 from models.objectives.contrastive import ContrastiveConfig, info_nce
-from models.objectives.next_token import IGNORE, NextTokenConfig, next_token
+from models.objectives.next_token import IGNORE, NextTokenConfig, mean_of, sums, totals
 
 EMPTY_TEXT_TOKENS = 2
 """begin and end: a matching text of this many tokens is empty"""
@@ -36,98 +46,132 @@ class GenerativeConfig:
     """of ITG"""
 
 
-class Generative:
+class Generative(Objective):
     """The batch holds `pixels` and, each [B, T] and right-padded, `positive_ids`/`_mask` (caption
     alone), `summary_ids`/`_mask` ("summarize:" and caption), `caption_ids`/`_mask`/`_labels`
     (prompt and caption), `negative_ids`/`_mask` for given negatives, and may hold `group` [B]:
     samples of one group are no negatives for each other.
+
+    Hard negatives are looked for among the captions of all ranks, and matching is a mean over all
+    of them. Given ones are treated as the official code does: halves and means are each rank's.
     """
+
+    paths = ("tasks",)
+    coupled = True
 
     def __init__(self, config: GenerativeConfig | None = None):
         self.config = config or GenerativeConfig()
 
-    def __call__(self, model, batch: Batch) -> tuple[Tensor, Metrics]:
-        model = unwrap(model)
-        matching, is_match, counts = self.matching(model, batch)
-        summary = (batch["summary_ids"], batch["summary_mask"])
-        caption = (batch["caption_ids"], batch["caption_mask"])
-        length = max(ids.shape[1] for ids, _ in (matching, summary, caption))
-        out = model.three_tasks(
-            batch["pixels"], *(_widen(task, length) for task in (matching, summary, caption))
-        )
-        match = _match_loss(out["match"], is_match, counts)
+    def samples(self, batch: Batch) -> int:
+        return len(batch["pixels"])
+
+    def prepare(self, run: Runner, batch: Batch) -> Batch:
+        (ids, mask), is_match, counts = self.matching(run, batch)
+        tasks = {"match": (ids, mask)}
+        tasks |= {n: (batch[f"{n}_ids"], batch[f"{n}_mask"]) for n in ("summary", "caption")}
+        length = max(ids.shape[1] for ids, _ in tasks.values())
+        prepared = images_of(batch) | {"is_match": is_match, "counts": counts}
+        for name, task in tasks.items():
+            prepared[f"{name}_ids"], prepared[f"{name}_mask"] = _widen(task, length)
+        labels = batch["caption_labels"]
+        prepared["labels"] = pad(labels, (0, length - labels.shape[1]), value=IGNORE)
+        matched = counts.sum().float()
+        if self.config.negatives == "hard":
+            matched = sum_over_ranks(matched) / data_group().size()
+        known = totals(prepared["labels"], self.config.next_token)
+        return prepared | known | {"total_matched": matched.clamp_min(1 / data_group().size())}
+
+    def finish(self, path: str, model, state: dict[str, Tensor], batch: Batch) -> Metrics:
+        if path != "tasks":
+            return state
+        hidden = state.pop("hidden")
+        head = model.text.logits
+        return state | sums(hidden, batch["labels"], head, self.config.next_token)
+
+    def loss(self, model, outputs: dict[str, Tensor], batch: Batch) -> tuple[Tensor, Metrics]:
+        is_match, counts = batch["is_match"], batch["counts"]
+        losses = cross_entropy(outputs["match"], is_match, reduction="none")
+        match = (losses * counts).sum() / batch["total_matched"]
         contrast, contrast_accuracy = info_nce(
-            out["image"],
-            out["text"],
+            outputs["image"],
+            outputs["text"],
             model.logit_scale,
             self.config.contrastive,
-            valid=summary[1].sum(1) != self.config.empty_summary_tokens,
+            valid=batch["summary_mask"].sum(1) != self.config.empty_summary_tokens,
         )
-        labels = pad(batch["caption_labels"], (0, length - caption[0].shape[1]), value=IGNORE)
-        caption_loss, caption_metrics = next_token(
-            out["hidden"], labels, model.text.logits, self.config.next_token
-        )
-        loss = match + contrast + caption_loss
-        hits = ((out["match"].argmax(1) == is_match) & counts).sum() / counts.sum().clamp_min(1)
+        caption, caption_accuracy = mean_of(outputs, batch)
+        loss = match + contrast + caption
+        hits = ((outputs["match"].argmax(1) == is_match) & counts).sum() / batch["total_matched"]
         return loss, {
             "loss": loss.detach(),
             "itm": match.detach(),
             "itc": contrast.detach(),
-            "itg": caption_loss.detach(),
+            "itg": caption.detach(),
             "itm_accuracy": hits,
             "itc_accuracy": contrast_accuracy,
-            "itg_accuracy": caption_metrics["token_accuracy"],
+            "itg_accuracy": caption_accuracy,
         }
 
-    def matching(self, model, batch: Batch) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
+    def matching(self, run: Runner, batch: Batch) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
         """ITM's texts, whether each matches its image, and whether it counts.
 
         The first half of the samples (the larger, if odd) meets a wrong caption, the rest its own.
         """
-        size = len(batch["pixels"])
-        wrong = size - size // 2
         positive = (batch["positive_ids"], batch["positive_mask"])
-        counts = torch.ones(size, dtype=torch.bool, device=positive[0].device)
+        size, device = len(batch["pixels"]), positive[0].device
+        counts = torch.ones(size, dtype=torch.bool, device=device)
+        place = torch.arange(size, device=device)
         if self.config.negatives == "given":
             if "negative_ids" not in batch:
                 raise ConfigError('negatives "given" needs negative_ids in the batch; use "hard"')
+            is_match = place >= size - size // 2
             negative = (batch["negative_ids"], batch["negative_mask"])
+            length = max(positive[0].shape[1], negative[0].shape[1])
+            positive, negative = _widen(positive, length), _widen(negative, length)
         else:
-            index, counts[:wrong] = hard_negatives(model, batch, wrong)
-            negative = tuple(part[index] for part in positive)
-        length = max(positive[0].shape[1], negative[0].shape[1])
-        positive, negative = _widen(positive, length), _widen(negative, length)
+            group = data_group()
+            whole = size * group.size()
+            is_match = place + size * group.rank() >= whole - whole // 2
+            negative, found = hard_negatives(run, batch, ~is_match)
+            counts[~is_match] = found[~is_match]
+            positive = _widen(positive, negative[0].shape[1])
         ids, mask = (
-            torch.cat([n[:wrong], p[wrong:]]) for n, p in zip(negative, positive, strict=True)
+            torch.where(is_match[:, None], right, wrong)
+            for right, wrong in zip(positive, negative, strict=True)
         )
-        is_match = (torch.arange(size, device=ids.device) >= wrong).long()
-        return (ids, mask), is_match, counts & (mask.sum(1) != EMPTY_TEXT_TOKENS)
+        return (ids, mask), is_match.long(), counts & (mask.sum(1) != EMPTY_TEXT_TOKENS)
 
 
-@torch.no_grad()
-def hard_negatives(model, batch: Batch, rows: int) -> tuple[Tensor, Tensor]:
-    """For the first `rows` samples the most similar wrong caption by the stage-1 towers.
+def hard_negatives(
+    run: Runner, batch: Batch, asked: Tensor
+) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """For each sample the most similar wrong caption of the whole batch, by the stage-1 towers.
 
     A caption with the same words, or of the same `group`, is not wrong.
 
+    Args:
+        asked: whether a sample's is wanted [B]; the images of others are not looked at.
+
     Returns:
-        Index of the caption [rows], and whether there is any [rows].
+        The captions' ids and mask [B, T] (anything where not asked), and whether there is any [B].
     """
-    similarity = model.stage1_similarity(
-        batch["pixels"][:rows], batch["summary_ids"], batch["summary_mask"]
-    )
-    ids = batch["positive_ids"]
-    same = (ids[:rows, None] == ids[None]).all(-1)
+    texts = run.collect("text", {"ids": batch["summary_ids"], "mask": batch["summary_mask"]})
+    ids, mask, everything = (gather_rows(rows) for rows in (*_same_length(batch), texts["text"]))
+    same = (_same_length(batch)[0][:, None] == ids[None]).all(-1)
     if "group" in batch:
-        group = batch["group"]
-        same |= group[:rows, None] == group[None]
-    similarity = similarity.masked_fill(same, -torch.inf)
-    return similarity.argmax(1), ~same.all(1)
+        same |= batch["group"][:, None] == gather_rows(batch["group"])[None]
+    similarity = everything.new_zeros(same.shape)
+    if bool(asked.any()):
+        images = run.collect("backbone", {n: v[asked] for n, v in images_of(batch).items()})
+        similarity[asked] = images["image"] @ everything.T
+    best = similarity.masked_fill(same, -torch.inf).argmax(1)
+    return (ids[best], mask[best]), ~same.all(1)
 
 
-def _match_loss(logits: Tensor, is_match: Tensor, counts: Tensor) -> Tensor:
-    losses = cross_entropy(logits, is_match, reduction="none")
-    return (losses * counts).sum() / counts.sum().clamp_min(1)
+def _same_length(batch: Batch) -> tuple[Tensor, Tensor]:
+    """The right captions, padded to the longest of all ranks."""
+    task = (batch["positive_ids"], batch["positive_mask"])
+    return _widen(task, max_over_ranks(task[0].shape[1]))
 
 
 def _widen(task: tuple[Tensor, Tensor], length: int) -> tuple[Tensor, Tensor]:

@@ -5,16 +5,26 @@ Letters: B batch, T tokens, N labelled tokens, D width, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from infra.errors import ModelError
 from models.common.parallel import data_group
-from models.objectives.common import Batch, Metrics, unwrap
+from models.objectives.common import (
+    Batch,
+    Metrics,
+    MicroBatches,
+    Objective,
+    Runner,
+    split_rows,
+    sum_over_ranks,
+)
+from models.tokenizer import IMG_CONTEXT_ID
 
 IGNORE = -100
 Averaging = Literal["token", "sample", "square"]
@@ -30,33 +40,70 @@ class NextTokenConfig:
     """divide by the weights of all ranks, so that the number of ranks changes nothing"""
 
 
-class TextObjective:
-    """Language modelling on texts: the batch holds `ids`, `mask` and maybe `labels` [B, T]."""
+class NextToken(Objective):
+    """What text alone and chat share. The batch holds `ids` and `labels` [B, T], -100 where
+    nothing is learnt, and may hold `weights` [B, T] instead of those of the config."""
+
+    coupled = False
+    tower: str
+    """the model's part that has the head"""
 
     def __init__(self, config: NextTokenConfig | None = None):
         self.config = config or NextTokenConfig()
 
-    def __call__(self, model, batch: Batch) -> tuple[Tensor, Metrics]:
-        model = unwrap(model)
-        ids, mask = batch["ids"], batch["mask"]
-        labels = batch.get("labels")
-        if labels is None:
-            labels = ids.masked_fill(mask == 0, IGNORE)
-        hidden = model.text.encode(ids, mask)
-        return next_token(hidden, labels, model.text.logits, self.config)
+    def prepare(self, run: Runner, batch: Batch) -> Batch:
+        return {**batch, **totals(batch["labels"], self.config, batch.get("weights"))}
+
+    def finish(self, path: str, model, state: dict[str, Tensor], batch: Batch) -> Metrics:
+        head = getattr(model, self.tower).logits
+        labels, weights = batch["labels"], batch.get("weights")
+        return sums(state["hidden"], labels, head, self.config, weights)
+
+    def loss(self, model, outputs: dict[str, Tensor], batch: Batch) -> tuple[Tensor, Metrics]:
+        loss, accuracy = mean_of(outputs, batch)
+        return loss, {"loss": loss.detach(), "token_accuracy": accuracy}
 
 
-class ChatObjective:
+class TextObjective(NextToken):
+    """Language modelling on texts: the batch holds `ids`, `mask` and maybe `labels` [B, T]."""
+
+    paths = ("lm",)
+    tower = "text"
+
+    def prepare(self, run: Runner, batch: Batch) -> Batch:
+        if "labels" not in batch:
+            labels = batch["ids"].masked_fill(batch["mask"] == 0, IGNORE)
+            batch = {**batch, "labels": labels}
+        return super().prepare(run, batch)
+
+
+class ChatObjective(NextToken):
     """Conversations about images: the batch holds `pixels` [N, 3, H, W] or none, `ids` and
     `labels` [B, T]; `labels` is -100 outside the answers."""
 
-    def __init__(self, config: NextTokenConfig | None = None):
-        self.config = config or NextTokenConfig()
+    paths = ("chat",)
+    tower = "language"
 
-    def __call__(self, model, batch: Batch) -> tuple[Tensor, Metrics]:
-        model = unwrap(model)
-        hidden = model.chat_hidden(batch["ids"], batch.get("pixels"))
-        return next_token(hidden, batch["labels"], model.language.logits, self.config)
+    def micro_batches(self, path: str, batch: Batch, parts: int) -> MicroBatches:
+        pixels = batch.get("pixels")
+        rest = {name: value for name, value in batch.items() if name != "pixels"}
+        batches = split_rows(rest, parts)
+        if pixels is None or not len(pixels):
+            return MicroBatches(batches=batches)
+        places = [
+            int((part["ids"] == part.get("context_id", IMG_CONTEXT_ID)).sum()) for part in batches
+        ]
+        # All images take as many places.
+        counts = [len(pixels) * count // max(1, sum(places)) for count in places]
+        if sum(counts) != len(pixels):
+            raise ModelError(
+                f"the prompts have {sum(places)} image places, which {len(pixels)} images do not "
+                "share evenly; a prompt was cut, or made for another model"
+            )
+        cut = pixels.split(counts)
+        return MicroBatches(
+            batches=[{**part, "pixels": own} for part, own in zip(batches, cut, strict=True)]
+        )
 
 
 def next_token(
@@ -71,22 +118,58 @@ def next_token(
         config: how tokens are weighted.
         weights: [B, T] instead of those of `config.averaging`.
     """
-    targets = labels[:, 1:]
-    learnt = targets != IGNORE
-    if weights is None:
-        weights = token_weights(learnt, config.averaging)
-    else:
-        weights = weights[:, 1:]
-    logits = head(hidden[:, :-1][learnt])
-    wanted, weight = targets[learnt], weights[learnt].to(logits.dtype)
-    losses = cross_entropy(logits, wanted, reduction="none")
-    total = weight.sum()
-    if config.global_mean:
-        total = _mean_over_ranks(total)
-    loss = (losses * weight).sum() / total.clamp_min(torch.finfo(total.dtype).tiny)
-    right = (logits.detach().argmax(-1) == wanted).float()
-    accuracy = right.mean() if len(right) else right.sum()
+    known = totals(labels, config, weights)
+    loss, accuracy = mean_of(sums(hidden, labels, head, config, weights), known)
     return loss, {"loss": loss.detach(), "token_accuracy": accuracy}
+
+
+def totals(labels: Tensor, config: NextTokenConfig, weights: Tensor | None = None) -> Metrics:
+    """What the sums of all micro-batches are divided by: `total_weight` and `total_tokens`.
+
+    Data parallelism averages gradients, so these are means over the ranks.
+    """
+    learnt, weight = _learnt(labels, config, weights)
+    own = torch.stack([(weight * learnt).sum(), learnt.sum().to(weight.dtype)])
+    if config.global_mean:
+        own = sum_over_ranks(own) / data_group().size()
+    return {"total_weight": own[0], "total_tokens": own[1]}
+
+
+def sums(
+    hidden: Tensor, labels: Tensor, head, config: NextTokenConfig, weights: Tensor | None = None
+) -> Metrics:
+    """Per row [B]: `weighted` cross-entropies added up, and `hits`, tokens that were right."""
+    learnt, weight = _learnt(labels, config, weights)
+    wanted = labels[:, 1:][learnt]
+    logits = head(hidden[:, :-1][learnt])
+    losses = cross_entropy(logits, wanted, reduction="none") * weight[learnt].to(logits.dtype)
+    right = (logits.detach().argmax(-1) == wanted).to(losses.dtype)
+    row = learnt.nonzero()[:, 0]
+    empty = losses.new_zeros(len(labels))
+    return {
+        "weighted": empty.index_add(0, row, losses),
+        "hits": empty.index_add(0, row, right),
+    }
+
+
+def mean_of(found: Mapping[str, Tensor], known: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Loss and share of right tokens from `sums` and `totals`."""
+    loss = found["weighted"].sum() / _positive(known["total_weight"])
+    return loss, found["hits"].detach().sum() / _positive(known["total_tokens"])
+
+
+def _positive(total: Tensor) -> Tensor:
+    return total.clamp_min(torch.finfo(total.dtype).tiny)
+
+
+def _learnt(
+    labels: Tensor, config: NextTokenConfig, weights: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Whether each token but the first is learnt, and its weight; both [B, T-1]."""
+    learnt = labels[:, 1:] != IGNORE
+    if weights is None:
+        return learnt, token_weights(learnt, config.averaging)
+    return learnt, weights[:, 1:]
 
 
 def token_weights(learnt: Tensor, averaging: Averaging) -> Tensor:
@@ -94,13 +177,3 @@ def token_weights(learnt: Tensor, averaging: Averaging) -> Tensor:
     count = learnt.sum(1, keepdim=True).clamp_min(1).float()
     power = {"token": 0.0, "sample": -1.0, "square": -0.5}[averaging]
     return count.pow(power).expand(learnt.shape)
-
-
-def _mean_over_ranks(total: Tensor) -> Tensor:
-    """Data parallelism averages gradients, so the mean of the ranks' weights divides them."""
-    group = data_group()
-    if group.size() == 1:
-        return total
-    total = total.detach().clone()
-    dist.all_reduce(total, group=group)
-    return total / group.size()

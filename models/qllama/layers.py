@@ -12,16 +12,21 @@ from torch import Tensor
 
 from models.common.attention import SDPAttention
 from models.common.linear import RowLinear, UnbiasedColumnLinear
-from models.common.megatron import TransformerConfig
+from models.common.megatron import (
+    TransformerConfig,
+    gather_from_sequence_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
 from models.common.norms import RMSNorm
-from models.common.parallel import Part
+from models.common.parallel import Part, beside
 
 
 class QueryCrossAttention(Part):
     """The first Q positions attend all vision tokens and add what they find; text passes by.
 
     Norms of its own on both sides, no rotary positions, no mask, no gate. Keys and values are
-    computed once an image and shared by the rows that the objectives make of it.
+    computed once an image and shared by the rows that the objectives make of it. Under sequence
+    parallelism the queries may lie on one rank alone, so the tokens are put together around it.
     """
 
     def __init__(
@@ -33,6 +38,8 @@ class QueryCrossAttention(Part):
         pg_collection,
         **_,
     ):
+        self.sequence_parallel = config.sequence_parallel
+        config = beside(config)
         super().__init__(config)
         self.num_queries = num_queries
         self.heads = config.num_attention_heads // pg_collection.tp.size()
@@ -59,7 +66,19 @@ class QueryCrossAttention(Part):
         Without vision tokens, or with fewer positions than queries (cached decoding), nothing
         happens.
         """
-        if key_value_states is None or hidden.shape[0] < self.num_queries:
+        if key_value_states is None:
+            return hidden
+        if self.sequence_parallel:
+            whole = gather_from_sequence_parallel_region(
+                hidden, tensor_parallel_output_grad=False, group=self.tp_group
+            )
+            return scatter_to_sequence_parallel_region(
+                self._look(whole, key_value_states), group=self.tp_group
+            )
+        return self._look(hidden, key_value_states)
+
+    def _look(self, hidden: Tensor, key_value_states: Tensor) -> Tensor:
+        if hidden.shape[0] < self.num_queries:
             return hidden
         queries, text = hidden[: self.num_queries], hidden[self.num_queries :]
         rows = hidden.shape[1] // key_value_states.shape[1]

@@ -30,15 +30,17 @@ class QLlama(Decoder):
         *,
         head: bool = True,
         spec: LayerSpecKind = "local",
+        layers: range | None = None,
     ):
         specs = [_layer_spec(config, index, queries, vision_width) for index in range(config.depth)]
-        super().__init__(config, head=head, layer_specs=specs, spec=spec)
+        super().__init__(config, head=head, layer_specs=specs, spec=spec, layers=layers)
         self.query_config = queries
-        self.query_tokens = nn.Parameter(
-            torch.zeros(queries.num_queries, config.width, dtype=self.config.params_dtype)
-        )
         std = config.matrix_std if queries.init_std is None else queries.init_std
-        set_rule(self.query_tokens, "trunc_normal", std)
+        if self.starts:
+            self.query_tokens = nn.Parameter(
+                torch.zeros(queries.num_queries, config.width, dtype=self.config.params_dtype)
+            )
+            set_rule(self.query_tokens, "trunc_normal", std)
         for module in self.modules():
             if isinstance(module, QueryCrossAttention):
                 set_init(module, std)
@@ -49,11 +51,7 @@ class QLlama(Decoder):
 
     def encode_image(self, vision: Tensor) -> Tensor:
         """Vision tokens [B, V, D'] -> query outputs [B, Q, D]; queries alone, all seeing all."""
-        queries = self.query_tokens.expand(len(vision), -1, -1)
-        everything = torch.zeros(
-            1, 1, self.num_queries, self.num_queries, dtype=torch.bool, device=vision.device
-        )
-        return self(queries, everything, context=vision)
+        return self(self.before_image(len(vision)), self.open_mask(), context=vision)
 
     def encode_pairs(self, ids: Tensor, blocked: Tensor, vision: Tensor) -> tuple[Tensor, Tensor]:
         """[queries | text] under a mask of `models.qllama.masks`.
@@ -66,9 +64,21 @@ class QLlama(Decoder):
         Returns:
             Query outputs [B', Q, D] and text outputs [B', T, D].
         """
-        queries = self.query_tokens.expand(len(ids), -1, -1)
-        hidden = self(torch.cat([queries, self.embed(ids)], 1), blocked, context=vision)
+        hidden = self(self.before_pairs(ids), blocked, context=vision)
         return hidden[:, : self.num_queries], hidden[:, self.num_queries :]
+
+    def before_image(self, images: int) -> Tensor:
+        """What goes in for images alone: queries [B, Q, D]."""
+        return self.query_tokens.expand(images, -1, -1)
+
+    def open_mask(self) -> Tensor:
+        """Nobody is blocked among the queries: [1, 1, Q, Q]."""
+        shape = (1, 1, self.num_queries, self.num_queries)
+        return torch.zeros(shape, dtype=torch.bool, device=next(self.parameters()).device)
+
+    def before_pairs(self, ids: Tensor) -> Tensor:
+        """What goes in for pairs, [B', Q+T, D]."""
+        return torch.cat([self.query_tokens.expand(len(ids), -1, -1), self.embed(ids)], 1)
 
     def generate(
         self, vision: Tensor, ids: Tensor, mask: Tensor, *, max_new_tokens: int, eos_id: int

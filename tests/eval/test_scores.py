@@ -1,5 +1,8 @@
 """Scores, their intervals, ranks and chance levels, and the metrics behind them."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -129,3 +132,14 @@ def test_chrf_agrees_with_a_hand_count():
     # "abc" against "abd": 1-grams 2/3, 2-grams 1/2, 3-grams 0; the mean is 7/18 both ways
     result = compute("chrf", predictions=["abc"], references=[["abd"]])
     assert result["chrf"] == pytest.approx(7 / 18)
+
+
+def test_a_metric_does_not_import_transformers():
+    code = (
+        "import sys; from eval.metrics import compute;"
+        "compute('exact_match', predictions=['a'], references=[['a']]);"
+        "heavy = {'torch', 'transformers'} & set(sys.modules); import transformers;"
+        "sys.exit(str(heavy) if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 COMMANDS = (
-    "run", "evaluate", "parity", "import", "export", "plan", "recipes", "report", "models",
+    "run", "evaluate", "parity", "import", "export", "merge", "plan", "recipes", "report", "models",
     "register", "lineage", "status",
 )  # fmt: skip
 

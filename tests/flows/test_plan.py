@@ -117,7 +117,7 @@ def test_numbers_of_the_optimizer_are_the_published_ones(name):
     assert betas is None or (train.beta1, train.beta2) == betas
     if warmup is not None:
         expected = warmup if warmup > 1 else round(warmup * train.steps)
-        assert train.warmup_steps == expected
+        assert train.warmup == expected
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -155,7 +155,12 @@ def test_every_recipe_fits_the_machine_that_it_names(name):
     machine = machine_of(job.recipe.machine.gpus, job.recipe.machine.memory, 0.4, 989.0)
     best = make_plan(job, machine).best
     assert best is not None
-    assert best.candidate.layout.ranks == job.recipe.machine.gpus
+    assert best.layout.ranks == job.recipe.machine.gpus
+
+
+@pytest.mark.parametrize("name", ["internvl-g-flickr30k", "internvl-g-coco"])
+def test_retrieval_fine_tuning_decays_the_rate_from_layer_to_layer(name):
+    assert train_of(name).layer_decay == {"vision": 0.9, "text": 0.9}
 
 
 def test_showing_a_recipe_says_command_cost_memory_and_what_is_ours():
@@ -245,5 +250,5 @@ def test_what_plan_prints():
     ).stdout  # fmt: skip
     assert "12,620,029,697 parameters" in done
     assert "recompute" in done
-    assert "do not: vision: layers 48 does not divide by pipeline" in done
+    assert "do not: internvl_c: vision have 48 layers for more pipeline stages" in done
     assert done.splitlines()[-1].startswith("recommended: ")

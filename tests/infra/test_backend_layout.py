@@ -5,12 +5,8 @@ import pytest
 from infra.backend.layout import Layout, ModelFacts
 from infra.errors import LayoutError
 
-VISION = ModelFacts(
-    name="vision", layers=48, heads=25, width=3200, mlp_hidden=12800, pads_heads=True
-)
-TEXT = ModelFacts(
-    name="text", layers=32, heads=32, width=4096, mlp_hidden=11008, key_value_heads=8, tokens=77
-)
+VISION = ModelFacts(name="vision", heads=25, width=3200, mlp_hidden=12800, pads_heads=True)
+TEXT = ModelFacts(name="text", heads=32, width=4096, mlp_hidden=11008, key_value_heads=8)
 
 
 def test_interleaved_two_stages_with_batched_p2p_is_refused():
@@ -34,8 +30,7 @@ def test_interleaved_four_stages_may_batch():
     [
         (Layout(tensor=3), r"text: heads 32 does not divide by tensor 3 \(32 = 3 x 10 \+ 2\)"),
         (Layout(tensor=16), r"key_value_heads 8 does not divide by tensor 16"),
-        (Layout(pipeline=5), r"layers 32 does not divide by pipeline x virtual_pipeline 5"),
-        (Layout(tensor=2, sequence_parallel=True), r"tokens 77 does not divide by tensor 2"),
+        (Layout(micro_batch_samples=0), r"layout.micro_batch_samples is 0; expected at least 1"),
         (Layout(sequence_parallel=True), r"sequence_parallel needs layout.tensor of at least 2"),
         (Layout(virtual_pipeline=2), r"virtual_pipeline is 2 with layout.pipeline 1"),
         (Layout(data=0), r"layout.data is 0; expected at least 1"),
@@ -48,6 +43,20 @@ def test_refused_with_the_arithmetic(layout, message):
 
 def test_padded_heads_need_not_divide():
     Layout(tensor=4).check(VISION)
+
+
+@pytest.mark.parametrize(
+    ("layout", "samples", "count"),
+    [
+        (Layout(), 64, 1),
+        (Layout(micro_batch_samples=10), 64, 7),
+        (Layout(pipeline=2), 64, 4),
+        (Layout(pipeline=2), 3, 3),
+        (Layout(pipeline=2, virtual_pipeline=2, micro_batch_samples=10), 64, 8),
+    ],
+)
+def test_micro_batches_fill_a_pipeline(layout, samples, count):
+    assert layout.micro_batches(samples) == count
 
 
 def test_world_size_is_the_product():

@@ -41,6 +41,8 @@ def test_a_layout_that_does_not_divide_is_refused() -> None:
         LauncherProfile(ranks=3, tensor=2)
     with pytest.raises(ConfigError, match="threads is 0, expected 1 or more"):
         LauncherProfile(threads=0)
+    with pytest.raises(ConfigError, match="limit_s is 0, expected more than 0, or null"):
+        LauncherProfile(limit_s=0)
 
 
 def test_a_stage_leaves_with_its_parent() -> None:

@@ -10,9 +10,10 @@ from safetensors.torch import load_file, save_file
 
 from infra.errors import ConfigError, ModelError
 from models.internvl.convert import FORMATS, export_model, import_model
-from models.internvl.hf import config_from_native, config_from_official, config_to_official
+from models.internvl.hf import config_from_official, config_to_official
 from models.internvl.load import read_config, read_weights, save_model
 from models.internvl.model import build
+from models.llama.hf import config_from_official as llm_config
 from models.tokenizer import train
 from tests.models_helpers import TEXTS, tiny_config
 
@@ -193,10 +194,18 @@ def test_a_folder_of_no_known_format_is_refused(tmp_path):
         import_model(tmp_path, tmp_path / "ours")
 
 
-def test_scaled_positions_are_refused():
-    text = {"rope_parameters": {"rope_type": "dynamic"}}
-    with pytest.raises(ConfigError, match="expected the default type"):
-        config_from_native({"vision_config": {}, "text_config": text})
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rope_parameters": {"rope_type": "yarn"}}, "expected the type default, linear, dynamic"),
+        ({"head_dim": 128}, r"head_dim 128 is not built here; .* = 16"),
+        ({"attention_bias": True}, "attention_bias = True, which is not built here"),
+    ],
+)
+def test_a_language_model_of_another_shape_is_refused(change, message):
+    text = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4}
+    with pytest.raises(ConfigError, match=message):
+        llm_config(text | change)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Tables of names: both ways, and what does not fit is named."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -11,7 +13,7 @@ from models.connector.config import ConnectorConfig
 from models.internvit.config import internvit
 from models.internvit.hf import keys as vision_keys
 from models.internvl.config import internvl
-from models.internvl.hf import keys, native_keys
+from models.internvl.hf import keys, llava_keys, native_keys
 from models.internvl.model import build
 from tests.models_helpers import tiny_config
 
@@ -75,11 +77,17 @@ def test_the_paper_model_has_the_published_size():
 
 
 def test_what_no_format_holds_is_refused():
-    with pytest.raises(ModelError, match="no official format holds a chat_full model"):
+    with pytest.raises(ModelError, match="no official table of names is for a chat_full"):
         keys(tiny_config(), "chat_full")
     plain = tiny_config(connector=ConnectorConfig(kind="mlp2x"))
-    with pytest.raises(ModelError, match="chat_simple model with a connector of kind 'mlp2x'"):
-        keys(plain, "chat_simple")
+    for table in (keys(plain, "chat_simple"), native_keys(plain)):
+        with pytest.raises(ModelError, match="connector is of kind 'mlp2x'"):
+            list(table)
+    with pytest.raises(ModelError, match="LLaVA's form has 'mlp2x' alone"):
+        llava_keys(tiny_config(), "chat_simple")
+    biased = dataclasses.replace(plain.text, qkv_bias=True)
+    with pytest.raises(ModelError, match="have a bias; LLaVA's form has a LLaMA"):
+        llava_keys(tiny_config(connector=plain.connector, text=biased), "chat_full")
 
 
 def test_every_fault_is_named():

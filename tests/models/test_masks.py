@@ -4,7 +4,7 @@ import torch
 
 from models.internvl.model import build
 from models.qllama.masks import contrastive_blocked, generative_blocked, matching_blocked
-from tests.models_helpers import pixels, texts, tiny_config
+from tests.models_helpers import pixels, texts, three_tasks, tiny_config
 
 # Two queries, three text tokens of which the last is padding; rows look at columns; 1: sees.
 TABLES = {
@@ -40,7 +40,7 @@ def test_contrastive_rows_equal_the_towers_run_alone():
     model = build("internvl_g", tiny_config(), seed=1).eval()
     images, (ids, mask) = pixels(3), texts(3)
     with torch.no_grad():
-        out = model.three_tasks(images, *[(ids, mask)] * 3)
+        out = three_tasks(model, images, *[(ids, mask)] * 3)
         vision = model.vision(images)
         alone = torch.nn.functional.normalize(
             model.clip_projector2(model.text.encode_image(vision)), dim=-1
@@ -53,9 +53,9 @@ def test_matching_sees_the_text_and_the_image():
     model = build("internvl_g", tiny_config(), seed=1).eval()
     images, first, second = pixels(2), texts(2, seed=1), texts(2, seed=2)
     with torch.no_grad():
-        base = model.three_tasks(images, first, first, first)["match"]
-        other_text = model.three_tasks(images, second, first, first)["match"]
-        other_image = model.three_tasks(pixels(2, seed=9), first, first, first)["match"]
+        base = three_tasks(model, images, first, first, first)["match"]
+        other_text = three_tasks(model, images, second, first, first)["match"]
+        other_image = three_tasks(model, pixels(2, seed=9), first, first, first)["match"]
     assert not torch.allclose(base, other_text, atol=1e-4)
     assert not torch.allclose(base, other_image, atol=1e-4)
 

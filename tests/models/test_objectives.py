@@ -12,7 +12,12 @@ from models.internvit.config import internvit
 from models.internvl.config import InternVLConfig
 from models.internvl.freeze import freeze
 from models.internvl.model import build
-from models.objectives.contrastive import Contrastive, ContrastiveConfig, embed_distinct, info_nce
+from models.objectives.contrastive import (
+    Contrastive,
+    ContrastiveConfig,
+    distinct_texts,
+    info_nce,
+)
 from models.objectives.generative import Generative, GenerativeConfig, hard_negatives
 from models.objectives.next_token import IGNORE, NextTokenConfig, next_token, token_weights
 from tests.models_helpers import stage2_batch, texts, tiny_config
@@ -50,14 +55,21 @@ def test_contrastive_starts_near_ln_batch_and_learns():
 
 def test_each_distinct_caption_is_encoded_once():
     model = build("internvl_c", tiny_config())
-    seen = []
-    encode = model.embed_texts
-    model.embed_texts = lambda ids, mask: (seen.append(len(ids)), encode(ids, mask))[1]
     ids, mask = texts(4)
     ids[2], mask[2] = ids[0], mask[0]
-    got = embed_distinct(model, ids, mask)
-    assert sum(seen) == 3
-    assert torch.allclose(got, encode(ids, mask), atol=1e-6)
+    plan = distinct_texts(ids, mask)
+    assert sum(len(batch["ids"]) for batch in plan.batches) == 3
+    got = plan.assemble([model.run("text", batch) for batch in plan.batches])["text"]
+    assert torch.allclose(got, model.embed_texts(ids, mask), atol=1e-6)
+
+
+@pytest.mark.parametrize("parts", [2, 3, 8])
+def test_a_pipeline_gets_as_many_text_batches_as_it_needs(parts):
+    ids, mask = texts(5)
+    plan = distinct_texts(ids, mask, parts)
+    assert len(plan.batches) % parts == 0
+    got = plan.assemble([{"first": batch["ids"][:, 1]} for batch in plan.batches])["first"]
+    assert torch.equal(got, ids[:, 1])
 
 
 def unit(rows: int, width: int = 5) -> torch.Tensor:
@@ -110,20 +122,35 @@ def test_stage_2_gives_gradients_to_what_it_trains():
     assert with_gradient == set(trained)
 
 
+class Recorded:
+    """Answers with embeddings whose cosines are those of a matrix."""
+
+    def __init__(self, similarity: torch.Tensor):
+        self.similarity = similarity
+
+    def collect(self, path, batch):
+        if path == "text":
+            return {"text": torch.eye(4)}
+        return {"image": self.similarity}
+
+
 def test_hard_negatives_are_similar_but_not_the_same():
-    model = build("internvl_g", tiny_config())
     batch = stage2_batch(4)
-    similarity = torch.tensor([[0.9, 0.1, 0.5, 0.3], [0.2, 0.9, 0.8, 0.1]])
-    model.stage1_similarity = lambda *_: similarity.clone()
-    assert hard_negatives(model, batch, 2)[0].tolist() == [2, 2]
+    run = Recorded(torch.tensor([[0.9, 0.1, 0.5, 0.3], [0.2, 0.9, 0.8, 0.1]]))
+    asked = torch.tensor([True, True, False, False])
+
+    def chosen():
+        (ids, _), there_is = hard_negatives(run, batch, asked)
+        rows = [(batch["positive_ids"] == row).all(1).nonzero()[0, 0].item() for row in ids[:2]]
+        return rows, there_is[:2].tolist()
+
+    assert chosen()[0] == [2, 2]
     batch["positive_ids"][2] = batch["positive_ids"][0]  # the same words: no negative
-    assert hard_negatives(model, batch, 2)[0].tolist() == [3, 2]
+    assert chosen()[0] == [3, 0]  # rows 0 and 2 read alike
     batch["group"] = torch.tensor([0, 1, 2, 0])
-    index, there_is = hard_negatives(model, batch, 2)
-    assert index.tolist() == [1, 2]
-    assert there_is.tolist() == [True, True]
+    assert chosen() == ([1, 0], [True, True])
     batch["group"] = torch.tensor([0, 0, 0, 0])
-    assert hard_negatives(model, batch, 2)[1].tolist() == [False, False]
+    assert chosen()[1] == [False, False]
 
 
 def test_empty_texts_are_ignored():

@@ -1,5 +1,7 @@
 """What must not depend on how many ranks there are."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from infra.backend import Layout
 from infra.backend.parallel import parallel
 from infra.backend.ranks import run_ranks
 from infra.train.weights import gather_weights
+from models.common.config import RopeScaling
 from models.common.parallel import data_group
 from models.internvl.config import PARTS
 from models.internvl.model import build
@@ -40,10 +43,12 @@ def loss_of(kind: str, model, part: slice = slice(None)) -> torch.Tensor:
     return objective(model, {name: value[part] for name, value in batch.items()})[0]
 
 
-def weights_and_gradients(kind: str, tensor: int):
-    """Rank 0: loss, whole weights, whole gradients."""
+def weights_and_gradients(kind: str, tensor: int, options: dict):
+    """Rank 0: loss, whole weights, whole gradients; `options` of the text tower."""
+    config = tiny_config()
+    config = tiny_config(text=dataclasses.replace(config.text, **options))
     with parallel(Layout(tensor=tensor)):
-        model = build(kind, tiny_config(), seed=3)
+        model = build(kind, config, seed=3)
         loss = loss_of(kind, model)
         loss.backward()
         weights = gather_weights(model)
@@ -57,10 +62,18 @@ def weights_and_gradients(kind: str, tensor: int):
     return loss.item(), *as_numpy
 
 
-@pytest.mark.parametrize("kind", PARTS)
-def test_two_tensor_ranks_equal_one(kind):
-    one = run_ranks(weights_and_gradients, kind, 1, ranks=1)[0]
-    two = run_ranks(weights_and_gradients, kind, 2, ranks=2)[0]
+TIED = {"tied_head": True, "qkv_bias": True}
+SCALED = {"rope_scaling": RopeScaling(kind="dynamic", factor=2.0), "max_tokens": 4}
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [*((kind, {}) for kind in PARTS), ("text", TIED), ("chat_simple", TIED), ("text", SCALED)],
+)
+def test_two_tensor_ranks_equal_one(kind, options):
+    one = run_ranks(weights_and_gradients, kind, 1, options, ranks=1)[0]
+    two = run_ranks(weights_and_gradients, kind, 2, options, ranks=2)[0]
+    assert ("text.head.weight" in one[1]) == (kind in ("text", "internvl_g") and options != TIED)
 
     assert abs(one[0] - two[0]) < 1e-5
     for name, weight in one[1].items():

@@ -11,6 +11,7 @@ from infra.loader import ShardSet
 from infra.scenes import background_names, caption_question, conversation, parse_box
 from infra.shards import Sample, write_shards
 from infra.train.config import TrainConfig
+from models.common.config import LoraConfig
 from stages.sft import SceneQuestions, SftStageConfig
 
 LANGUAGES = ("en", "zh", "ar")
@@ -166,6 +167,8 @@ def test_pictures_without_a_visible_pixel_are_refused(tmp_path) -> None:
         ({"begins": {"simple": {"caption": 0.5, "box": 0.1, "colour": 1}}}, "nothing to ask"),
         ({"begins": {"simpel": {"caption": 0.5}}}, "under one of .'full', 'simple'."),
         ({"begins": {"full": {"captions": 0.5}}}, "expected kinds of questions .colour, box"),
+        ({"lora": {"visoin": LoraConfig()}}, r"names \['visoin'\]; expected some of .*'vision'"),
+        ({"lora": {"vision": LoraConfig()}}, r"\['sft', 'vision'\]: the adapters would stay"),
     ],
 )
 def test_nonsense_is_refused(options, message: str) -> None:

@@ -129,6 +129,41 @@ def test_what_a_stage_made_writes(trained: Path, folder: str) -> None:
     assert texts[0] == texts[1]
 
 
+def test_adapters_are_learnt_beside_a_base_that_stays(trained: Path, tmp_path: Path) -> None:
+    """Stage 3 with LoRA; `full` goes on with the adapters that `simple` made."""
+    from models.internvl.load import load_model
+
+    root = copied(trained, tmp_path / "lora", without=("work", "artifacts/sft"))
+    params = copy.deepcopy(PARAMS)
+    adapter = {"rank": 2, "alpha": 4}
+    params["sft"] |= {
+        "trainable": ["lora", "connector"],
+        "lora": {"vision": adapter, "language": adapter},
+    }
+    write_params(root, params)
+    base = weights(root / STAGE1)
+    base |= {f"language{n.removeprefix('text')}": w for n, w in weights(root / TEXT).items()}
+    made = {}
+    for variant in ("simple", "full"):
+        run_stage(root, "sft", f"variant={variant}")
+        made[variant] = weights(root / f"artifacts/sft/{variant}/model")
+        for name, weight in made[variant].items():
+            if name.startswith(("vision.", "language.")) and ".lora." not in name:
+                assert np.array_equal(weight, base[name]), name
+    adapters = [name for name in made["simple"] if ".lora." in name]
+    assert adapters
+    assert all(made["simple"][name].any() for name in adapters)
+    assert all(not np.array_equal(made["simple"][n], made["full"][n]) for n in adapters)
+    pictures = np.zeros((1, 32, 32, 3), np.uint8)
+    model = load_model(root / "artifacts/sft/full/model")
+    assert len(model.generate(pictures, ["What is this?"], max_new_tokens=4)) == 1
+
+    write_params(root, PARAMS)
+    refused = start_fork(root, "sft", "variant=full")
+    assert refused.wait() == 2
+    assert "fold them in with `vlfoundry merge`" in refused.output
+
+
 def test_the_default_profile_starts_at_guessing(warm, tmp_path: Path) -> None:
     """ln(batch) within a tenth: neither sure of wrong answers nor collapsed."""
     default = load_params(ROOT / "params.yaml")

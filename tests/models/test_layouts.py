@@ -1,0 +1,229 @@
+"""The parity matrix: gradients and losses in every layout equal those of one rank."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from infra.backend import Layout, device_literals
+from infra.backend.parallel import parallel
+from infra.backend.ranks import run_ranks
+from infra.errors import LayoutError
+from infra.train.config import TrainConfig
+from infra.train.loop import _wrap, fit
+from infra.train.step import Engine, pack, unpack
+from infra.train.weights import Piece, gather_weights, pieces
+from models.common.parallel import data_group
+from models.internvl.config import InternVLConfig
+from models.internvl.cut import cut
+from models.internvl.freeze import freeze
+from models.internvl.model import build
+from models.objectives.contrastive import Contrastive
+from models.objectives.generative import Generative
+from models.objectives.next_token import ChatObjective, NextTokenConfig, TextObjective
+from tests.models_helpers import chat_batch, pixels, stage2_batch, texts, tiny_config
+
+SAMPLES = 8
+LAYOUTS = {
+    "TP1": Layout(),
+    "micro-batches": Layout(micro_batch_samples=2),
+    "recompute": Layout(recompute=True),
+    "TP2": Layout(tensor=2),
+    "TP2+SP": Layout(tensor=2, sequence_parallel=True),
+    "TP2+SP+recompute": Layout(tensor=2, sequence_parallel=True, recompute=True),
+    "PP2": Layout(pipeline=2, micro_batch_samples=2),
+    "PP2+recompute": Layout(pipeline=2, micro_batch_samples=2, recompute=True),
+    "PP2 interleaved": Layout(pipeline=2, virtual_pipeline=2, micro_batch_samples=2),
+    "DP2": Layout(data=2),
+    "DP2+micro-batches": Layout(data=2, micro_batch_samples=2),
+    "TP2xPP2": Layout(tensor=2, pipeline=2, micro_batch_samples=2),
+    "TP2xPP2+SP": Layout(tensor=2, pipeline=2, sequence_parallel=True, micro_batch_samples=2),
+}
+
+
+def model_config() -> InternVLConfig:
+    """Four layers a tower, so that each can be cut into four stages; five heads, as ever."""
+    config = tiny_config()
+    return dataclasses.replace(
+        config,
+        vision=dataclasses.replace(config.vision, depth=4, drop_path=0.3),
+        text=dataclasses.replace(config.text, depth=4),
+    )
+
+
+def batch_of(stage: str, config: InternVLConfig, seed: int = 0) -> dict[str, torch.Tensor]:
+    """The whole batch of a step."""
+    numbers = {"samples": torch.arange(SAMPLES) + SAMPLES * seed}
+    if stage == "contrastive":
+        ids, mask = texts(SAMPLES, seed=seed)
+        ids[3], mask[3] = ids[0], mask[0]  # one caption of two images
+        return {"pixels": pixels(SAMPLES, seed=seed), "ids": ids, "mask": mask, **numbers}
+    if stage == "generative":
+        return stage2_batch(SAMPLES, seed=seed) | numbers
+    if stage == "text":
+        ids, mask = texts(SAMPLES, seed=seed)
+        return {"ids": ids, "mask": mask}
+    batch = chat_batch(config, f"chat_{stage}", SAMPLES)
+    batch["labels"][1, -2:] = -100  # micro-batches of unlike weight
+    return batch | numbers
+
+
+STAGES = {
+    "text": ("text", TextObjective),
+    "contrastive": ("internvl_c", Contrastive),
+    "generative": ("internvl_g", Generative),
+    "simple": ("chat_simple", lambda: ChatObjective(NextTokenConfig(averaging="square"))),
+    "full": ("chat_full", ChatObjective),
+}
+
+
+def share(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """This data-parallel rank's."""
+    size = SAMPLES // data_group().size()
+    start = data_group().rank() * size
+    return {name: value[start : start + size] for name, value in batch.items()}
+
+
+def gradients(stage: str, layout: Layout):
+    """Terms of one step, whole gradients (on rank 0), and the largest of a dummy head's."""
+
+    kind, objective = STAGES[stage]
+    with parallel(layout), device_literals():
+        config = model_config()
+        model = build(kind, config, seed=3)
+        if stage == "generative":
+            freeze(model, ["stage2", "text"])
+        wrapped = [_wrap(chunk) for chunk in getattr(model, "chunks", [model])]
+        engine = Engine(model, wrapped, objective(), layout)
+        model.train()
+        for chunk in wrapped:
+            chunk.zero_grad_buffer()
+        terms = engine.gradients(share(batch_of(stage, config)))
+        engine.finalise(everywhere=True)
+        for parameter in model.parameters():
+            parameter.data = getattr(parameter, "main_grad", torch.zeros_like(parameter))
+        padding = max(float(padding_of(piece).abs().max()) for piece in pieces(model))
+        whole = gather_weights(model)
+    tensors = {name: tensor.numpy() for name, tensor in (whole or {}).items()}
+    return terms, tensors, padding
+
+
+def padding_of(piece: Piece) -> torch.Tensor:
+    """What is there only to divide by the tensor ranks; zero elsewhere."""
+    held = piece.data.clone()
+    held[tuple(slice(0, size) for size in piece.size)] = 0
+    return held
+
+
+_alone: dict = {}
+
+
+def alone(stage: str, layout: Layout):
+    """One rank's, with the same micro-batches: what the layout has to equal."""
+    same = Layout(micro_batch_samples=layout.micro_batch_samples)
+    if (stage, same) not in _alone:
+        _alone[stage, same] = run_ranks(gradients, stage, same, ranks=1)[0]
+    return _alone[stage, same]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("stage", STAGES)
+def test_gradients_are_those_of_one_rank(stage, layout):
+    """Pipelines and recomputing change no bit; sums over ranks are rounded in another order."""
+    chosen = LAYOUTS[layout]
+    terms, expected, _ = alone(stage, chosen)
+    ranks = run_ranks(gradients, stage, chosen, ranks=chosen.ranks)
+    got_terms, got, _ = ranks[0]
+    assert [padding for _, _, padding in ranks] == [0.0] * chosen.ranks
+    assert got.keys() == expected.keys()
+    if chosen.tensor == chosen.data == 1:
+        assert got_terms == terms
+        assert [n for n in expected if not np.array_equal(expected[n], got[n])] == []
+        return
+    limit = 1e-5 if chosen.tensor > 1 else 1e-6
+    assert got_terms == pytest.approx(terms, rel=limit, abs=limit)
+    assert worst_difference(got, expected) <= limit
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_micro_batches_are_exact(stage):
+    _, expected, _ = alone(stage, Layout())
+    _, got, _ = alone(stage, Layout(micro_batch_samples=3))
+    assert worst_difference(got, expected) <= 1e-6
+
+
+def worst_difference(got: dict, expected: dict) -> float:
+    """The largest over all tensors, relative to the tensor's own norm or, where that is nothing
+    but rounding (a bias on keys shifts all scores of a query alike), to a thousandth of all's."""
+    whole = np.sqrt(sum(float(np.square(g).sum()) for g in expected.values()))
+    return max(
+        float(np.linalg.norm(got[n] - g) / max(np.linalg.norm(g), 1e-3 * whole))
+        for n, g in expected.items()
+    )
+
+
+def curve(stage: str, layout: Layout, work: Path, steps: int):
+    """Losses of a whole run, and its final weights on rank 0."""
+    kind, objective = STAGES[stage]
+    config = TrainConfig(steps=steps, batch_samples=SAMPLES, lr=1e-3, warmup_steps=2)
+    with parallel(layout):
+        model_of = model_config()
+        model = build(kind, model_of, seed=3)
+        result = fit(
+            model, objective(), lambda step: share(batch_of(stage, model_of, step)), config,
+            work=work, run_key="k", layout=layout, log=lambda _: None,
+        )  # fmt: skip
+        whole = gather_weights(model)
+    weights = {name: tensor.numpy() for name, tensor in (whole or {}).items()}
+    return [row["loss"] for row in result.history], weights
+
+
+@pytest.mark.parametrize("layout", ["TP2+SP", "PP2 interleaved", "DP2", "TP2xPP2"])
+@pytest.mark.parametrize("stage", ["contrastive", "generative", "full"])
+def test_loss_curves_agree(stage, layout, tmp_path):
+    chosen = LAYOUTS[layout]
+    steps = 20
+    one, expected = run_ranks(curve, stage, Layout(), tmp_path / "one", steps, ranks=1)[0]
+    got, weights = run_ranks(curve, stage, chosen, tmp_path / "cut", steps, ranks=chosen.ranks)[0]
+    assert len(one) == steps
+    assert one[-1] < one[0]
+    assert got == pytest.approx(one, rel=1e-4)
+    assert weights.keys() == expected.keys()
+
+
+def test_a_packet_is_what_was_put_in():
+    for dtype in (torch.float32, torch.bfloat16):
+        state = {
+            "vision": torch.randn(5, 2, 3, dtype=dtype, requires_grad=True),
+            "scalar": torch.randn((), dtype=dtype),
+            "nothing": torch.zeros(0, 4, dtype=dtype),
+        }
+        packet = pack(state, None, dtype)
+        assert packet.shape[1:] == (1, 1)
+        out = unpack(packet)
+        assert list(out) == list(state)
+        assert all(torch.equal(out[name], state[name]) for name in state)
+        (out["vision"] * 3).sum().backward()
+        assert torch.equal(state["vision"].grad, torch.full_like(state["vision"], 3))
+    came = torch.zeros(4, 1, 1, requires_grad=True)
+    pack({}, came, torch.float32).sum().backward()
+    assert torch.equal(came.grad, torch.zeros(4, 1, 1))
+
+
+def test_layers_are_cut_evenly_and_in_order():
+    config = model_config()
+    assert cut("chat_simple", config, 1) == [{"vision": range(4), "language": range(4)}]
+    for kind in ("internvl_g", "chat_full"):
+        shares = cut(kind, config, 4)
+        for tower in ("vision", "text"):
+            held = [index for share in shares for index in share.get(tower, ())]
+            assert held == list(range(4))
+    halves = range(2), range(2, 4)
+    assert cut("internvl_c", config, 2) == [{"vision": half, "text": half} for half in halves]
+
+
+def test_what_cannot_be_cut_is_refused():
+    with pytest.raises(LayoutError, match="4 layers for 5"):
+        cut("internvl_c", model_config(), 5)
