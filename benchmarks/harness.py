@@ -40,16 +40,20 @@ class Case:
     """What is measured, e.g. "ours" or "webdataset"."""
     call: Callable[[], Any]
     """Does the work once."""
-    items: int = 1
+    items: float = 1
     """Units of work in one call; the line also gives the rate."""
     unit: str = "calls"
     """What a unit is."""
     packages: tuple[str, ...] = ()
     """Distributions whose versions belong to the measurement."""
     repetitions: int = REPETITIONS
-    """Timed calls, after one that is not counted."""
+    """Timed calls."""
+    warm_up: bool = True
+    """Whether a call that is not counted goes before them."""
     against: str = ""
     """An earlier case of the benchmark; the line gives the ratio of our rate a CPU-second to its"""
+    ratios_to: tuple[str, ...] = ()
+    """Further earlier cases; the line gives the ratio to each."""
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """What else the line says, e.g. how far the results are from each other."""
 
@@ -64,7 +68,8 @@ class LeftOut:
     """Why it is not."""
 
 
-Benchmark = Callable[[], Iterator[Case | LeftOut]]
+Benchmark = Callable[[], Iterator[Case | LeftOut | tuple[Case, ...]]]
+"""A tuple is timed in turns: a load that comes and goes then meets all of its cases alike."""
 REGISTRY: dict[str, Benchmark] = {}
 
 
@@ -109,16 +114,26 @@ def commit() -> dict[str, Any]:
     return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
 
 
-def measure(case: Case) -> dict[str, Any]:
-    """Time a case: one call to warm up, then the repetitions."""
-    case.call()
-    walls, cpus = [], []
-    for _ in range(case.repetitions):
-        gc.collect()
-        cpu, wall = _cpu_s(), time.perf_counter()
-        case.call()
-        walls.append(time.perf_counter() - wall)
-        cpus.append(_cpu_s() - cpu)
+def measure(*cases: Case) -> list[dict[str, Any]]:
+    """Time cases in turns: one call of each to warm up, then the repetitions."""
+    for case in cases:
+        if case.warm_up:
+            case.call()
+    walls: list[list[float]] = [[] for _ in cases]
+    cpus: list[list[float]] = [[] for _ in cases]
+    for repetition in range(max(case.repetitions for case in cases)):
+        for case, wall_s, cpu_s in zip(cases, walls, cpus, strict=True):
+            if repetition >= case.repetitions:
+                continue
+            gc.collect()
+            cpu, wall = _cpu_s(), time.perf_counter()
+            case.call()
+            wall_s.append(time.perf_counter() - wall)
+            cpu_s.append(_cpu_s() - cpu)
+    return [_line(*measured) for measured in zip(cases, walls, cpus, strict=True)]
+
+
+def _line(case: Case, walls: list[float], cpus: list[float]) -> dict[str, Any]:
     median, cpu_s = statistics.median(walls), statistics.median(cpus)
     return {
         "median_s": round(median, 6),
@@ -138,20 +153,29 @@ def measure(case: Case) -> dict[str, Any]:
 def run(name: str) -> Iterator[dict[str, Any]]:
     """All measurements of one benchmark, as JSON-ready lines."""
     rates: dict[str, float | None] = {}
-    for case in REGISTRY[name]():
-        line: dict[str, Any] = {"format": FORMAT, "benchmark": name, "case": case.name}
-        if isinstance(case, LeftOut):
-            line["left_out"] = case.reason
-        else:
-            line |= measure(case) | dict(case.facts)
-            rates[case.name] = rate = line["items_per_cpu_s"]
+    for item in REGISTRY[name]():
+        head = {"format": FORMAT, "benchmark": name}
+        if isinstance(item, LeftOut):
+            yield head | {"case": item.name, "left_out": item.reason} | _origin()
+            continue
+        cases = item if isinstance(item, tuple) else (item,)
+        for case, line in zip(cases, measure(*cases), strict=True):
+            rates[case.name] = line["items_per_cpu_s"]
             if case.against:
-                other = rates[case.against]
-                line |= {
-                    "against": case.against,
-                    "ratio": rate and other and round(rate / other, 2),
-                }
-        yield line | commit() | {"machine": machine()}
+                line["against"] = case.against
+                line["ratio"] = _ratio(rates, case.name, case.against)
+            if case.ratios_to:
+                line["ratios"] = {to: _ratio(rates, case.name, to) for to in case.ratios_to}
+            yield head | {"case": case.name} | line | dict(case.facts) | _origin()
+
+
+def _ratio(rates: Mapping[str, float | None], ours: str, other: str) -> float | None:
+    rate, peer = rates[ours], rates[other]
+    return rate and peer and round(rate / peer, 2)
+
+
+def _origin() -> dict[str, Any]:
+    return commit() | {"machine": machine()}
 
 
 def load_all() -> None:

@@ -10,6 +10,7 @@ from flows.recipes import Recipe, find_recipe, recipes, with_profile
 from infra.config import PARAMS_FILE, apply_overrides, build, load_params
 from infra.errors import ConfigError
 from infra.train.config import TrainConfig
+from models.common.config import LoraConfig
 from models.internvl.config import InternVLConfig
 from models.plan.compute import sample_flops
 from models.plan.memory import GIB
@@ -92,6 +93,9 @@ def _parts(params: Mapping[str, Any], address: str, recipe: Recipe | None) -> It
         yield Workload(kind="text", objective="text", text_tokens=model.text.max_tokens, **common)
     elif stage == "sft":
         kind = f"chat_{variant}"
+        adapters = options.get("lora", {})
+        lora = {tower: build(LoraConfig, given) for tower, given in adapters.items()}
+        common["config"] = model.with_lora(**lora) if lora else model
         tokens = recipe.text_tokens if recipe else None
         yield Workload(
             kind=kind,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from infra.errors import DataError
+from infra.splitmix import mix64
 
 if TYPE_CHECKING:
     import torch
@@ -223,19 +224,12 @@ def uniforms(seed: int, positions: Sequence[tuple[int, int]], count: int) -> np.
     """
     keys = np.asarray(positions, np.uint64).reshape(-1, 2)
     with np.errstate(over="ignore"):
-        state = _mix(np.full(len(keys), seed & 0xFFFFFFFFFFFFFFFF, np.uint64))
-        state = _mix(state ^ _mix(keys[:, 0] + np.uint64(0x51ED270B)))
-        state = _mix(state ^ _mix(keys[:, 1] + np.uint64(0xA3C59AC3)))
+        state = mix64(np.full(len(keys), seed & 0xFFFFFFFFFFFFFFFF, np.uint64))
+        state = mix64(state ^ mix64(keys[:, 0] + np.uint64(0x51ED270B)))
+        state = mix64(state ^ mix64(keys[:, 1] + np.uint64(0xA3C59AC3)))
         steps = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-        bits = _mix(state[:, None] + steps)
+        bits = mix64(state[:, None] + steps)
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
-
-
-def _mix(z: np.ndarray) -> np.ndarray:
-    z = z + np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
 
 
 def _sampling_grid(draws: np.ndarray, config: AugmentConfig) -> np.ndarray:

@@ -11,6 +11,7 @@ import signal
 from pathlib import Path
 
 from infra.errors import ConfigError
+from infra.packing import PackingConfig
 
 ENVIRONMENT_VARIABLE = "VLFOUNDRY_LAUNCHER"
 PROFILES = Path(__file__).parent / "launchers"
@@ -31,6 +32,11 @@ class LauncherProfile:
     """Ranks that share each layer (TP)."""
     pipeline: int = 1
     """Ranks that share the depth (PP)."""
+    workers: int = 0
+    """Processes of each rank that make its batches ahead; 0: it makes them itself."""
+    packing: PackingConfig | None = None
+    """Samples share sequences up to this size (sft); None: each has a row, padded to the longest.
+    Changes speed and memory, not what is learnt."""
     virtual_pipeline: int | None = None
     """Pieces of the model that each of those holds (the interleaved schedule); null: one."""
     sequence_parallel: bool = False
@@ -50,6 +56,10 @@ class LauncherProfile:
                 raise ConfigError(
                     f"launcher {self.name}: {field} is {getattr(self, field)}, expected 1 or more"
                 )
+        if self.workers < 0:
+            raise ConfigError(
+                f"launcher {self.name}: workers is {self.workers}, expected 0 or more"
+            )
         for field in ("micro_batch_samples", "limit_s"):
             value = getattr(self, field)
             if value is not None and value <= 0:

@@ -40,11 +40,12 @@ class PairStream:
     """
 
     def __init__(self, shards: ShardSet, *, seed: int, size_px: int, captions: int = 1) -> None:
-        encoded = [shards.image_bytes(i) for i in range(len(shards))]
+        samples = list(shards)
+        encoded = [sample.image_bytes for sample in samples]
         self._table: PictureTable = decode_table(encoded, size_px)
         self._metas: list[list[dict[str, Any]]] = [[] for _ in self._table.pictures]
-        for i, picture in enumerate(self._table.index):
-            self._metas[picture].append(shards.meta(i))
+        for sample, picture in zip(samples, self._table.index, strict=True):
+            self._metas[picture].append(sample.meta)
         self._most = max(len(metas) for metas in self._metas)
         self._seed, self._captions = seed, captions
         self._order = SampleStream(len(self._metas), seed)

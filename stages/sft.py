@@ -15,7 +15,8 @@ import numpy as np
 
 from infra.errors import ConfigError, DataError
 from infra.images import decode_rgba, uniforms
-from infra.loader import ShardSet
+from infra.loader import ShardSet, rank_slice
+from infra.packing import pack
 from infra.scenes import KINDS, Drawing, Scene, compose, conversation, pick
 from infra.stage import Context, Stage, main
 from infra.train.config import TrainConfig
@@ -150,10 +151,10 @@ class SceneQuestions:
         self._samples = train.samples
         self._names: dict[str, dict[str, str]] = {}
         pictures: dict[tuple[str, str], bytes] = {}
-        for i in range(len(shards)):
-            meta = shards.meta(i)
+        for sample in shards:
+            meta = sample.meta
             self._names.setdefault(meta["concept"], {}).setdefault(meta["lang"], meta["caption"])
-            pictures.setdefault((meta["concept"], meta["source"]), shards.image_bytes(i))
+            pictures.setdefault((meta["concept"], meta["source"]), sample.image_bytes)
         self._drawings = [
             Drawing(concept=concept, rgba=rgba, names=self._names[concept])
             for (concept, _), data in sorted(pictures.items())
@@ -188,7 +189,7 @@ def _job(config: Config, context: Context, place: Place) -> Job:
     from models.internvl.freeze import freeze
     from models.internvl.load import load_parts, save_model
     from models.internvl.model import build
-    from models.internvl.prompts import chat_rows
+    from models.internvl.prompts import chat_row, labelled_rows, packed_rows
     from models.objectives.next_token import ChatObjective
     from models.preprocess import normalise
     from models.tokenizer import Tokenizer
@@ -210,28 +211,47 @@ def _job(config: Config, context: Context, place: Place) -> Job:
     for folder, parts in starts.items():
         load_parts(model, context.path(folder), parts)
     freeze(model, options.trainable)
-    share = batch // place.ranks
+    tokens, size_px = config.model.visual_tokens(kind), config.model.vision.image_px
 
-    def batch_at(step: int) -> dict[str, Any]:
-        first = step * batch + place.rank * share
-        samples = [questions.sample(first + i, config.model.vision.image_px) for i in range(share)]
-        ids, _, labels = chat_rows(
-            tokenizer,
-            [question for _, question, _ in samples],
-            [answer for _, _, answer in samples],
-            visual_tokens=config.model.visual_tokens(kind),
-        )
-        pictures = np.stack([scene.image for scene, _, _ in samples])
+    def asked(numbers: range) -> tuple[list[np.ndarray], list[tuple[list[int], list[int]]]]:
+        """Pictures, and ids of prompts and answers."""
+        samples = [questions.sample(number, size_px) for number in numbers]
+        rows = [chat_row(tokenizer, *pair, visual_tokens=tokens) for _, *pair in samples]
+        return [scene.image for scene, _, _ in samples], rows
+
+    def padded_at(step: int) -> dict[str, Any]:
+        first, count = rank_slice(step, batch, place.rank, place.ranks)
+        pictures, rows = asked(range(first, first + count))
+        ids, _, labels = map(torch.from_numpy, labelled_rows(rows))
+        return {"pictures": torch.from_numpy(np.stack(pictures)), "ids": ids, "labels": labels}
+
+    def packed_at(step: int) -> dict[str, Any]:
+        """Every rank looks at the whole step, so that all agree on its packs."""
+        assert place.packing is not None
+        pictures, rows = asked(range(step * batch, (step + 1) * batch))
+        lengths = [len(prompt) + len(answer) for prompt, answer in rows]
+        packs = pack(lengths, [1] * batch, place.packing, multiple=place.ranks * place.rounds)
+        packs = packs[place.rank :: place.ranks]
+        mine = [i for members in packs for i in members]
+        ids, labels, cu_seqlens = map(torch.from_numpy, packed_rows([rows[i] for i in mine]))
         return {
-            "pixels": normalise(pictures),
-            "ids": torch.from_numpy(ids),
-            "labels": torch.from_numpy(labels),
+            "pictures": torch.from_numpy(np.stack([pictures[i] for i in mine])),
+            "ids": ids,
+            "labels": labels,
+            "cu_seqlens": cu_seqlens,
+            "tiles": torch.ones(len(mine), dtype=torch.long),
+            "packs": torch.tensor([len(members) for members in packs]),
         }
+
+    def finish(made: dict[str, Any]) -> dict[str, Any]:
+        rest = {name: value for name, value in made.items() if name != "pictures"}
+        return {**rest, "pixels": normalise(made["pictures"].numpy())}
 
     return Job(
         model=model,
         objective=ChatObjective(options.objective),
-        batch_at=batch_at,
+        batch_at=packed_at if place.packing else padded_at,
+        finish=finish,
         save=lambda folder: save_model(folder, kind, architecture, model, tokenizer),
     )
 

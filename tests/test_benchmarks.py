@@ -62,12 +62,36 @@ def test_a_line_says_how_fast_it_is_against_another(
     assert (ours["against"], ours["wrong"]) == ("peer", 0)
 
 
+def test_cases_of_a_tuple_are_timed_in_turns(registry: dict[str, harness.Benchmark]) -> None:
+    calls = ""
+
+    def note(letter: str) -> None:
+        nonlocal calls
+        calls += letter
+        sum(range(100_000))
+
+    @harness.benchmark("turns")
+    def turns() -> Iterator[harness.Case | harness.LeftOut | tuple[harness.Case, ...]]:
+        yield (
+            harness.Case(name="a", call=lambda: note("a"), repetitions=3),
+            harness.Case(
+                name="b", call=lambda: note("b"), repetitions=2, warm_up=False, ratios_to=("a",)
+            ),
+        )
+
+    a, b = harness.run("turns")
+    assert calls == "a" + "abab" + "a"
+    assert (a["repetitions"], b["repetitions"]) == (3, 2)
+    assert b["ratios"].keys() == {"a"}
+
+
 def test_every_benchmark_yields_cases() -> None:
     harness.load_all()
-    assert {"shards", "start", "tiling"} <= harness.REGISTRY.keys()
+    assert {"contrastive", "decode", "shards", "start", "tiling", "vit"} <= harness.REGISTRY.keys()
     for benchmark in harness.REGISTRY.values():
-        case = next(iter(benchmark()))
-        assert case.name
+        first = next(iter(benchmark()))
+        for case in first if isinstance(first, tuple) else (first,):
+            assert case.name
 
 
 def test_a_command_is_measured_with_its_children(tmp_path: Path) -> None:

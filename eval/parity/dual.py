@@ -41,7 +41,7 @@ from models.internvl.config import InternVLConfig
 from models.internvl.hf import config_from_official, from_official
 from models.internvl.model import build
 from models.objectives.common import gather_rows
-from models.objectives.contrastive import ContrastiveConfig, targets
+from models.objectives.contrastive import ContrastiveConfig, own_places
 from models.objectives.generative import Generative, GenerativeConfig
 from models.objectives.next_token import NextTokenConfig
 from models.objectives.retrieval import Retrieval, RetrievalConfig
@@ -397,7 +397,7 @@ def _stage2_scores(
     return _similarities(model, out["image"], out["text"], "sim_{}") | {
         "itm_logits": out["match"],
         "itm_labels": torch.where(counts, is_match, -100),
-        "itc_targets": targets(out["image"], valid=~empty),
+        "itc_targets": own_places(len(empty), empty.device).masked_fill(empty, -100),
         "lm_head.out": logits,
         "itg_shift_logits": logits[:, :-1].flatten(0, 1),
         "itg_shift_labels": batch["caption_labels"][:, 1:].flatten(),
@@ -482,7 +482,9 @@ def _half_a_batch(folder: Path) -> list[Check]:
         recorded = below(everything, f"rank{rank}.")
         prefix = f"{file}/rank{rank}"
         checks = forward_checks(prefix, ours, other(recorded, "grad."))
-        own = below(recorded, "grad.")
+        # Ranks divide the scale's gradient in another way here: each has the share of its images'
+        # rows of the logits, officially of its images and its texts. Their mean is compared below.
+        own = {n: t for n, t in below(recorded, "grad.").items() if n != "logit_scale"}
         checks += _gradients(f"{prefix}/grad", model, own, weights)
         for parameter in model.parameters():
             if parameter.grad is not None:

@@ -13,7 +13,9 @@ from typing import Any
 
 from infra.backend import Layout
 from infra.backend.ranks import run_ranks
-from infra.launch import local_profile
+from infra.launch import LauncherProfile, local_profile
+from infra.packing import PackingConfig
+from infra.prefetch import Prefetch
 from infra.stage import Context, Interrupted
 from infra.train.config import TrainConfig
 from infra.train.loop import FitResult, Objective
@@ -30,6 +32,10 @@ class Place:
     """data-parallel rank"""
     ranks: int
     """data-parallel size"""
+    packing: PackingConfig | None = None
+    """samples share sequences up to this size; None: each has a row of its own"""
+    rounds: int = 1
+    """micro-batches of a rank are a multiple of this (the interleaved schedule)"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,9 +47,11 @@ class Job:
     objective: Objective
     """(model, batch) -> (loss, terms)"""
     batch_at: Callable[[int], Any]
-    """this rank's batch of a step"""
+    """this rank's batch of a step; a worker may call it"""
     save: Callable[[Path], None]
     """writes the trained model's folder; every rank calls it"""
+    finish: Callable[[Any], Any] = lambda batch: batch
+    """what the rank makes of what came from a worker, such as float pixels of uint8 ones"""
 
 
 def train(
@@ -80,7 +88,7 @@ def train(
     started = time.perf_counter()
     deadline = math.inf if profile.limit_s is None else time.monotonic() + profile.limit_s
     results = run_ranks(
-        _work, context, config, make, layout, target, deadline,
+        _work, context, config, make, layout, target, profile, deadline,
         ranks=profile.ranks, threads=profile.threads,
     )  # fmt: skip
     result: FitResult = results[0]["result"]
@@ -113,6 +121,7 @@ def _work(
     make: Callable[[Place], Job],
     layout: Layout,
     target: Path,
+    profile: LauncherProfile,
     deadline: float,
 ) -> dict[str, Any]:
     """One rank's whole life."""
@@ -125,13 +134,16 @@ def _work(
         place = Place(
             rank=parallel_state.get_data_parallel_rank(),
             ranks=parallel_state.get_data_parallel_world_size(),
+            packing=profile.packing,
+            rounds=layout.pipeline if layout.interleaved else 1,
         )
         job = make(place)
-        flops = counted_flops(job.model, job.objective, job.batch_at(0))
+        batches = Prefetch(job.batch_at, steps=config.steps, workers=profile.workers)
+        flops = counted_flops(job.model, job.objective, job.finish(job.batch_at(0)))
         result = fit(
             job.model,
             job.objective,
-            job.batch_at,
+            lambda step: job.finish(batches(step)),
             config,
             work=context.work,
             run_key=context.run_key,

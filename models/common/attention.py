@@ -1,11 +1,13 @@
 """Core attention on PyTorch's scaled_dot_product_attention, with a cache for decoding.
 
-Letters: S query tokens, T key tokens, B batch, N heads, G key/value heads, H head size.
+Letters: S query tokens, T key tokens, B batch, N heads, G key/value heads, H head size, P packed
+samples.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from models.common.megatron import AttnMaskType, TransformerConfig
+from models.common.packing import is_packed
 from models.common.parallel import Part
 
 
@@ -22,19 +25,21 @@ class KeyValueCache:
     def __init__(self, max_tokens: int):
         self.max_tokens = max_tokens
         self.length = 0
-        self.key: Tensor | None = None
-        self.value: Tensor | None = None
+        self.buffer: Tensor | None = None
 
-    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Add [S, B, G, H] tokens; returns all so far as [T, B, G, H]."""
-        if self.key is None:
-            self.key = key.new_empty(self.max_tokens, *key.shape[1:])
-            self.value = value.new_empty(self.max_tokens, *value.shape[1:])
-        end = self.length + key.shape[0]
-        self.key[self.length : end] = key
-        self.value[self.length : end] = value
+    def append(self, new: Tensor) -> Tensor:
+        """Add tokens [S, B, G, 2, H], key and value; returns all so far as [T, B, G, 2, H]."""
+        if self.buffer is None:
+            self.buffer = new.new_empty(self.max_tokens, *new.shape[1:])
+        end = self.length + new.shape[0]
+        self.buffer[self.length : end] = new
         self.length = end
-        return self.key[:end], self.value[:end]
+        return self.buffer[:end]
+
+    def reorder(self, rows: Tensor) -> None:
+        """Row b goes on from what row `rows[b]` has seen."""
+        if self.buffer is not None:
+            self.buffer[: self.length] = self.buffer[: self.length, rows]
 
 
 class SDPAttention(Part):
@@ -42,6 +47,7 @@ class SDPAttention(Part):
 
     `attention_mask` is None, boolean (True: blocked, as everywhere in Megatron) or an additive
     float mask, broadcastable to [B, N, S, T]. None means causal if the layer is causal, else full.
+    So does `cu_seqlens` (models.common.packing), within each sample.
     A scalar says how many keys are real: padding comes last. (That needs no mask, and without one
     attention is faster.)
     """
@@ -70,25 +76,60 @@ class SDPAttention(Part):
     ) -> Tensor:
         """Returns [S, B, N*H]."""
         if self.cache is not None:
-            key, value = self.cache.append(key, value)
+            key, value = self.cache.append(torch.stack([key, value], 3)).unbind(3)
         tokens, batch, heads, _size = query.shape
         if key.shape[2] != heads:
             key = key.repeat_interleave(heads // key.shape[2], dim=2)
             value = value.repeat_interleave(heads // value.shape[2], dim=2)
         mask = attention_mask
+        if is_packed(mask):
+            return self._packed(query, key, value, mask)
         if mask is not None and mask.dim() == 0:
             key, value, mask = key[: int(mask)], value[: int(mask)], None
         if mask is not None and mask.dtype == torch.bool:
             mask = ~mask
+        out = self._attend(query, key, value, mask)
+        return out.reshape(tokens, batch, -1)
+
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
+        """[S, B, N, H] and twice [T, B, N, H] -> [S, B, N, H]."""
         out = scaled_dot_product_attention(
             query.permute(1, 2, 0, 3),
             key.permute(1, 2, 0, 3),
             value.permute(1, 2, 0, 3),
             attn_mask=mask,
-            is_causal=self.causal and mask is None and tokens > 1,
+            is_causal=self.causal and mask is None and len(query) > 1,
             scale=self.scale,
         )
-        return out.permute(2, 0, 1, 3).reshape(tokens, batch, -1)
+        return out.permute(2, 0, 1, 3)
+
+    def _packed(self, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """[T, 1, N, H] each -> [T, 1, N*H]; samples of equal length are computed together."""
+        tokens, _, heads, size = query.shape
+        assert self.cache is None, "packed samples are not decoded"
+        places: dict[int, list[int]] = {}
+        for start, end in itertools.pairwise(cu_seqlens.tolist()):
+            places.setdefault(end - start, []).append(start)
+        if all(len(starts) == 1 for starts in places.values()):
+            parts = [x.split(list(places)) for x in (query, key, value)]
+            outs = [self._attend(*part) for part in zip(*parts, strict=True)]
+            return torch.cat(outs).reshape(tokens, 1, -1)
+        order = torch.cat(
+            [
+                (torch.tensor(starts) + torch.arange(length)[:, None]).flatten()
+                for length, starts in places.items()
+            ]
+        ).to(query.device)
+        sizes = [length * len(starts) for length, starts in places.items()]
+        parts = [x[:, 0].index_select(0, order).split(sizes) for x in (query, key, value)]
+        outs = [
+            self._attend(*(x.view(length, -1, heads, size) for x in part)).flatten(0, 1)
+            for length, part in zip(places, zip(*parts, strict=True), strict=True)
+        ]
+        back = order.argsort()
+        return torch.cat(outs).index_select(0, back).reshape(tokens, 1, -1)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from models.common.attention import KeyValueCache, additive, key_value_cache
+from models.common.attention import KeyValueCache, key_value_cache
+from models.common.decode import Continuation
 from models.common.decoder import Decoder
 
 _NEVER = -1e9
@@ -77,9 +78,10 @@ def beam_search(
             prefix_mask.repeat_interleave(beams, 0),
             positions=positions,
             context=None if context is None else context.repeat_interleave(beams, 0),
-        )
+        )[:, -1]
+        feed = Continuation(decoder, mask, max_new_tokens)
         for step in range(max_new_tokens):
-            totals = decoder.logits(hidden[:, -1]).float().log_softmax(-1) + scores[:, None]
+            totals = decoder.logits(hidden).float().log_softmax(-1) + scores[:, None]
             best = totals.view(batch, -1).topk(2 * beams, dim=1)
             parents = best.indices // totals.shape[1] + torch.arange(batch)[:, None] * beams
             words = best.indices % totals.shape[1]
@@ -94,10 +96,7 @@ def beam_search(
             if all(row.done for row in rows) or step + 1 == max_new_tokens:
                 break
             _reorder(decoder, torch.tensor([parent for _, parent, _ in flat]))
-            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
-            seen = additive(~mask[:, None, None, :], embeddings.dtype)
-            ids = torch.tensor([[token] for _, _, token in flat], device=embeddings.device)
-            hidden = decoder(decoder.embed(ids), seen, positions=positions[:, -1:] + 1 + step)
+            hidden = feed(torch.tensor([token for _, _, token in flat], device=embeddings.device))
     for index, row in enumerate(rows):
         for beam in range(index * beams, (index + 1) * beams) if not row.done else ():
             row.add(scores[beam].item(), tokens[beam], len(tokens[beam]))
@@ -127,6 +126,5 @@ def _reorder(decoder: Decoder, parents: Tensor) -> None:
     """Give each beam the remembered keys and values of the beam that it continues."""
     for module in decoder.modules():
         cache = getattr(module, "cache", None)
-        if isinstance(cache, KeyValueCache) and cache.key is not None:
-            cache.key = cache.key[:, parents]
-            cache.value = cache.value[:, parents]
+        if isinstance(cache, KeyValueCache):
+            cache.reorder(parents)

@@ -27,6 +27,7 @@ from models.common.megatron import (
     TransformerConfig,
 )
 from models.common.norms import RMSNorm
+from models.common.packing import is_packed, packed_positions
 from models.common.parallel import Part, beside, pad_to_multiple, stack_config
 from models.common.rope import rope_frequencies
 from models.common.stack import Stack
@@ -100,8 +101,9 @@ class Decoder(Part):
 
         Args:
             tokens: embeddings [B, T, D].
-            mask: None for causal; else boolean (True: blocked) or additive, [B, 1, T, T].
-            positions: rotary positions [B, T]; None: 0, 1, ... T-1 in each row.
+            mask: None for causal; else boolean (True: blocked) or additive, [B, 1, T, T]; or
+                cu_seqlens, int32 [P+1], of P samples that lie one behind another in one row.
+            positions: rotary positions [B, T]; None: 0, 1, ... in each row or packed sample.
             context: what cross-attention layers look at [B', T', D'].
 
         Returns:
@@ -137,17 +139,22 @@ class Decoder(Part):
         """
         if mask is not None and mask.dtype == torch.bool:
             mask = additive(mask, hidden.dtype)
+        if positions is None and is_packed(mask):
+            positions = packed_positions(mask, hidden.shape[1], length)
         result, _ = self.decoder.through(
             hidden,
             length,
             mask=mask,
-            rotary=self._angles(positions, length, hidden.device),
+            rotary=self.angles(positions, length, hidden.device),
             context=None if context is None else context.transpose(0, 1),
         )
         return result
 
     def encode(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Causal hidden states [B, T, D] of right-padded text; those at padding mean nothing."""
+        """Causal hidden states [B, T, D] of right-padded text; those at padding mean nothing.
+
+        `mask` is [B, T], or cu_seqlens of texts that are packed in one row.
+        """
         return self(self.embed(ids), mask_of_holes(mask))
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -156,7 +163,7 @@ class Decoder(Part):
         flat, _ = self.head(hidden.reshape(-1, 1, hidden.shape[-1]), weight)
         return flat[:, 0, : self.decoder_config.vocab_size].view(*hidden.shape[:-1], -1)
 
-    def _angles(self, positions: Tensor | None, length: int, device: torch.device) -> Tensor:
+    def angles(self, positions: Tensor | None, length: int, device: torch.device) -> Tensor:
         """Rotary angles [T, B or 1, 1, head size], the two halves alike ("rotate half")."""
         if positions is None:
             positions = torch.arange(length, device=device)[None]
@@ -215,7 +222,9 @@ def _head(stack: TransformerConfig, config: DecoderConfig, vocabulary: int, grou
 
 
 def at_end(hidden: Tensor, mask: Tensor) -> Tensor:
-    """States [B, D] at the last real token of each row of [B, T, D]."""
+    """States [B, D] at the last real token of each row, or packed sample, of [B, T, D]."""
+    if is_packed(mask):
+        return hidden[0, mask[1:] - 1]
     last = mask.long().sum(1) - 1
     return hidden[torch.arange(len(hidden), device=hidden.device), last]
 
@@ -223,8 +232,11 @@ def at_end(hidden: Tensor, mask: Tensor) -> Tensor:
 def mask_of_holes(mask: Tensor) -> Tensor | None:
     """None if each row's real tokens come first, else the causal mask with padding blocked.
 
-    To a causal layer, padding on the right is invisible, so the common case needs no mask.
+    To a causal layer, padding on the right is invisible, so the common case needs no mask. Of
+    packed texts `mask` is cu_seqlens, and stays it.
     """
+    if is_packed(mask):
+        return mask
     if bool((mask[:, 1:] <= mask[:, :-1]).all()):
         return None
     length = mask.shape[1]

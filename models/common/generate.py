@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from models.common.attention import additive, key_value_cache
+from models.common.attention import key_value_cache
+from models.common.decode import Continuation
 from models.common.decoder import Decoder
 
 
@@ -39,25 +40,22 @@ def greedy(
         [B, N] new token ids; rows that ended are filled with `eos_id`.
     """
     batch, length, _ = embeddings.shape
-    blocked = ~mask.bool()
     if prefix_mask is None:
-        prefix_mask = causal_blocked(length, embeddings.device) | blocked[:, None, None, :]
+        unseen = ~mask.bool()[:, None, None, :]
+        prefix_mask = causal_blocked(length, embeddings.device) | unseen
     positions = (mask.long().cumsum(1) - 1).clamp_min(0)
     tokens: list[Tensor] = []
     done = torch.zeros(batch, dtype=torch.bool, device=embeddings.device)
     with key_value_cache(decoder, length + max_new_tokens):
-        hidden = decoder(embeddings, prefix_mask, positions=positions, context=context)
+        hidden = decoder(embeddings, prefix_mask, positions=positions, context=context)[:, -1]
+        feed = Continuation(decoder, mask, max_new_tokens)
         for step in range(max_new_tokens):
-            best = decoder.logits(hidden[:, -1]).argmax(-1)
-            best = torch.where(done, eos_id, best)
+            best = torch.where(done, eos_id, decoder.logits(hidden).argmax(-1))
             tokens.append(best)
             done |= best == eos_id
             if step + 1 == max_new_tokens or bool(done.all()):
                 break
-            blocked = torch.cat([blocked, torch.zeros_like(blocked[:, :1])], 1)
-            seen = additive(blocked[:, None, None, :], embeddings.dtype)
-            place = positions[:, -1:] + 1 + step
-            hidden = decoder(decoder.embed(best[:, None]), seen, positions=place)
+            hidden = feed(best)
     return torch.stack(tokens, 1)
 
 

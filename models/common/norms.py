@@ -23,8 +23,7 @@ class _RMSNormFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        scale = torch.rsqrt(norm.square_().div_(x.shape[-1]).add_(eps))
+        scale = _reciprocal_rms(x, eps)
         ctx.save_for_backward(x, weight, scale)
         return torch.mul(x, scale).mul_(weight)
 
@@ -43,10 +42,17 @@ class _RMSNormFunction(torch.autograd.Function):
         return grad_x, grad_weight, None
 
 
+def _reciprocal_rms(x: Tensor, eps: float) -> Tensor:
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return torch.rsqrt(norm.square_().div_(x.shape[-1]).add_(eps))
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm over the last axis: computed in fp32, cast back, then times the weight."""
     if x.dtype == torch.float32 and weight.dtype == torch.float32:
-        return _RMSNormFunction.apply(x, weight, eps)
+        if torch.is_grad_enabled():
+            return _RMSNormFunction.apply(x, weight, eps)
+        return torch.mul(x, _reciprocal_rms(x, eps)).mul_(weight)
     wide = x.float()
     unit = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return unit.to(x.dtype) * weight

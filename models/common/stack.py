@@ -20,6 +20,7 @@ from models.common.megatron import (
     gather_from_sequence_parallel_region,
     scatter_to_sequence_parallel_region,
 )
+from models.common.packing import is_packed
 from models.common.parallel import pad_to_multiple, process_groups
 
 
@@ -177,10 +178,13 @@ def _widen(tokens: Tensor | None, more: int) -> Tensor | None:
 def _widen_mask(mask: Tensor | None, length: int, more: int) -> Tensor | None:
     """Nobody looks at padding; causal attention (None) does not anyway, if it is at the end.
 
-    A number of keys that count (see `models.common.attention`) says it already.
+    A number of keys that count (see `models.common.attention`) says it already. To packed samples
+    padding is one sample more.
     """
     if mask is None or not more or mask.dim() == 0:
         return mask
+    if is_packed(mask):
+        return torch.cat([mask, mask.new_tensor([length + more])])
     block = True if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
     rows = more if mask.shape[-2] == length else 0
     # Rows of padding look at what the last real token looks at: none may look at nothing.

@@ -54,7 +54,7 @@ def cut(kind: str, config: InternVLConfig, stages: int) -> list[Share]:
         layers = [(tower, index) for tower in chain for index in range(depths[tower])]
         if len(layers) < stages:
             raise LayoutError(
-                f"{kind}: {' and '.join(chain)} have {len(layers)} layers for {stages} pipeline "
+                f"{kind}: {' and '.join(chain)}: {len(layers)} layers for {stages} pipeline "
                 "stages (pipeline x virtual_pipeline); choose at most as many stages as layers"
             )
         costs = [_layer_cost(config, tower) for tower, _ in layers]

@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
 
-import torch
-from torch import nn
+from infra.errors import ConfigError
 
-from models.common.megatron import parallel_state
-from models.common.parallel import is_distributed
-from models.internvl.trained import select
+if TYPE_CHECKING:
+    from torch import nn
+
+STAGES: dict[str, tuple[str, ...]] = {
+    "all": ("*",),
+    # InternVL, section 3.3: both towers and the heads of stage 1 stay as they are.
+    "stage2": (
+        "text.query_tokens",
+        "text.decoder.layers.*.cross_attention.*",
+        "clip_projector2.*",
+        "itm_head.*",
+        "logit_scale",
+    ),
+    "connector": ("connector.*", "query_connector.*"),
+    "sft": ("connector.*", "query_connector.*", "language.*"),
+    "lora": ("*.lora.*",),
+}
 
 
 def freeze(model: nn.Module, trained: str | Sequence[str]) -> list[str]:
@@ -17,7 +32,8 @@ def freeze(model: nn.Module, trained: str | Sequence[str]) -> list[str]:
 
     Args:
         model: unwrapped, before it is given to the optimizer.
-        trained: as `models.internvl.trained.select` takes it.
+        trained: a name of `STAGES`, or a list of such names and of patterns of canonical
+            parameter names (`language`, `text.decoder.layers.*.cross_attention.*`).
 
     Returns:
         Names of the trained parameters.
@@ -32,8 +48,27 @@ def freeze(model: nn.Module, trained: str | Sequence[str]) -> list[str]:
     return wanted
 
 
+def select(names: Sequence[str], trained: str | Sequence[str]) -> list[str]:
+    """What `freeze` would train of a model with parameters of these names, in their order."""
+    wanted: set[str] = set()
+    for entry in [trained] if isinstance(trained, str) else trained:
+        matched = [n for n in names if any(_matches(n, p) for p in STAGES.get(entry, (entry,)))]
+        if not matched:
+            raise ConfigError(
+                f"{entry!r} matches no parameter of the model; known stages: {sorted(STAGES)}, "
+                f"parts of this model: {sorted({n.split('.')[0] for n in names})}"
+            )
+        wanted |= set(matched)
+    return [name for name in names if name in wanted]
+
+
 def _names_of_all_stages(model: nn.Module) -> list[str]:
     """A stage of a pipeline holds part of the model; what is asked for may be in another's."""
+    import torch
+
+    from models.common.megatron import parallel_state
+    from models.common.parallel import is_distributed
+
     names = [name for name, _ in model.named_parameters()]
     if not is_distributed():
         return names
@@ -41,3 +76,7 @@ def _names_of_all_stages(model: nn.Module) -> list[str]:
     every: list[list[str]] = [[] for _ in range(group.size())]
     torch.distributed.all_gather_object(every, names, group=group)
     return [name for stage in every for name in stage]
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return fnmatchcase(name, pattern) or name.startswith(f"{pattern}.")

@@ -150,7 +150,8 @@ class InternVL(Part):
         return state
 
     def _text(self, state: State, batch: Mapping[str, Any]) -> State:
-        """ "summarize:"-prefixed `ids` and `mask` [B, T] -> unit "text" [B, E]."""
+        """ "summarize:"-prefixed `ids` and `mask` [B, T] -> unit "text" [B, E]. Of packed texts
+        `ids` are [1, T] and `mask` is cu_seqlens."""
         state = self._lm(state, batch)
         if self._has_read:
             ends = at_end(state["hidden"], batch["mask"])
@@ -158,8 +159,10 @@ class InternVL(Part):
         return state
 
     def _lm(self, state: State, batch: Mapping[str, Any]) -> State:
-        """`ids` and `mask` [B, T] of text alone -> "hidden" [B, T, D]."""
-        ids, mask = batch["ids"], batch["mask"]
+        """`ids` and `mask` [B, T] of text alone, or `ids` [1, T] and `cu_seqlens` -> "hidden"
+        [B, T, D]."""
+        ids = batch["ids"]
+        mask = batch["cu_seqlens"] if "cu_seqlens" in batch else batch["mask"]
         _advance(
             self.text, state, "text", lambda: self.text.embed(ids), ids.shape[1],
             mask_of_holes(mask),
@@ -216,8 +219,8 @@ class InternVL(Part):
         }
 
     def _chat(self, state: State, batch: Mapping[str, Any]) -> State:
-        """Right-padded conversations `ids` [B, T], `pixels` [N, 3, H, W] or none, maybe another
-        `context_id` than ours -> "hidden" [B, T, D]."""
+        """Conversations `ids` [B, T], right-padded or packed (`cu_seqlens`), `pixels`
+        [N, 3, H, W] or none, maybe another `context_id` than ours -> "hidden" [B, T, D]."""
         pixels, ids = batch.get("pixels"), batch["ids"]
         if pixels is not None and len(pixels):
             self._look(state, batch)
@@ -227,7 +230,7 @@ class InternVL(Part):
                 ids, state.pop("visual", None), len(pixels if pixels is not None else ()),
                 batch.get("context_id", IMG_CONTEXT_ID),
             ),
-            ids.shape[1],
+            ids.shape[1], batch.get("cu_seqlens"),
         )  # fmt: skip
         if self.language is not None and self.language.ends:
             return {"hidden": _rows_first(state["language"])}

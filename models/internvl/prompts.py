@@ -61,26 +61,6 @@ def chat_prompt(tokenizer: Tokenizer, question: str, visual_tokens: int) -> list
     return [BOS_ID, *image, *tokenizer.encode(f"\nUser: {question}\nAssistant:")]
 
 
-def chat_rows(
-    tokenizer: Tokenizer,
-    questions: Sequence[str],
-    answers: Sequence[str],
-    *,
-    visual_tokens: int,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Conversations of one turn; only the answer and the end are learnt.
-
-    Returns:
-        ids, mask and labels, each int64 [B, T].
-    """
-    return labelled_rows(
-        [
-            chat_row(tokenizer, question, answer, visual_tokens=visual_tokens)
-            for question, answer in zip(questions, answers, strict=True)
-        ]
-    )
-
-
 def chat_row(
     tokenizer: Tokenizer, question: str, answer: str, *, visual_tokens: int
 ) -> tuple[list[int], list[int]]:
@@ -102,3 +82,18 @@ def labelled_rows(
     for i, (prompt, answer) in enumerate(rows):
         labels[i, len(prompt) : len(prompt) + len(answer)] = answer
     return ids, mask, labels
+
+
+def packed_rows(
+    rows: Sequence[tuple[list[int], list[int]]],
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(given, learnt) ids of each row, one behind another in one sequence.
+
+    Returns:
+        ids and labels, int64 [1, T]; labels are -100 but on what is learnt; and cu_seqlens, int32
+        [rows + 1]: where each row begins, and where the last ends.
+    """
+    ids = [token for prompt, answer in rows for token in (*prompt, *answer)]
+    labels = [token for prompt, answer in rows for token in (*[IGNORE] * len(prompt), *answer)]
+    ends = np.cumsum([0] + [len(prompt) + len(answer) for prompt, answer in rows])
+    return np.array([ids], np.int64), np.array([labels], np.int64), ends.astype(np.int32)

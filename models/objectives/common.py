@@ -39,6 +39,32 @@ def gather_rows(rows: Tensor) -> Tensor:
     return rows if group.size() == 1 else _GatherRows.apply(rows, group)
 
 
+class _ScatterRows(torch.autograd.Function):
+    """Part r of our rows goes to rank r, and its gradient comes back."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, group) -> Tensor:
+        ctx.group = group
+        received = torch.empty_like(rows)
+        dist.all_to_all_single(received, rows.contiguous(), group=group)
+        return received
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return _ScatterRows.apply(grad, ctx.group), None
+
+
+def scatter_rows(rows: Tensor) -> Tensor:
+    """What each data-parallel rank has for all -> what all of them have for us, with gradients.
+
+    [ranks * B] -> [ranks, B].
+    """
+    group = data_group()
+    if group.size() > 1:
+        rows = _ScatterRows.apply(rows, group)
+    return rows.view(group.size(), -1)
+
+
 def sum_over_ranks(values: Tensor) -> Tensor:
     """Sum over the data-parallel ranks of numbers that have no gradient."""
     group = data_group()

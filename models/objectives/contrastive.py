@@ -10,10 +10,19 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.linalg import vecdot
 
 from models.common.parallel import data_group
-from models.objectives.common import Batch, Metrics, MicroBatches, Objective, gather_rows, images_of
+from models.objectives.common import (
+    Batch,
+    Metrics,
+    MicroBatches,
+    Objective,
+    gather_rows,
+    images_of,
+    scatter_rows,
+)
+from models.objectives.tiled import TwoWay, softplus_sum, two_way_logsumexp
 from models.tokenizer import PAD_ID
 
 LENGTH_GROUPS = 4
@@ -97,17 +106,20 @@ def info_nce(
     *,
     group: Tensor | None = None,
     valid: Tensor | None = None,
+    total: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Mean of both directions, our rows against the columns of all ranks.
 
     The mean over ranks of its gradient (what data parallelism makes) is the gradient of the loss
-    of the whole batch.
+    of the whole batch. Memory is linear in the batch: only texts are gathered, and each rank makes
+    its images' rows of the logits, tile by tile.
 
     Args:
         images, texts: unit embeddings [B, E].
         logit_scale: logarithm of the inverse temperature.
         group: [B] ids; rows of one group share the target evenly. None: each row its own.
         valid: [B] boolean; rows that count. None: all.
+        total: mean over the ranks of how many count; None: this rank's own.
 
     Returns:
         The loss, and the share of our rows whose best column is right, both ways averaged.
@@ -115,27 +127,93 @@ def info_nce(
     scale = logit_scale.exp()
     if config.max_logit_scale is not None:
         scale = scale.clamp(max=config.max_logit_scale)
-    target = targets(images, group, valid)
-    losses, hits = [], []
-    for rows, columns in ((images, texts), (texts, images)):
-        logits = scale * rows @ gather_rows(columns).T  # [B, R*B]
-        losses.append(cross_entropy(logits, target, label_smoothing=config.label_smoothing))
-        hits.append(_hits(logits.detach(), target))
-    return (losses[0] + losses[1]) / 2, (hits[0] + hits[1]) / 2
+    rows, texts = scale * _wide(images), _wide(texts)
+    # Before the kernel, so that its buffers are gone when the gradients of these are made.
+    row_target, text_target = _target_logits(rows, texts, group, config.label_smoothing)
+    both = two_way_logsumexp(rows, gather_rows(texts))
+    row_loss = both.row_lse - row_target
+    text_loss = scatter_rows(both.column_lse).logsumexp(0) - text_target
+    hits = _is_right(both.row_best, group) + _is_right(_best_over_ranks(both), group)
+    weight = torch.ones_like(row_loss) if valid is None else valid.to(row_loss.dtype)
+    count = weight.sum().clamp_min(1) if total is None else total
+    loss = ((row_loss + text_loss) * weight).sum() / (2 * count)
+    return loss, (hits * weight).sum() / (2 * count)
 
 
-def targets(rows: Tensor, group: Tensor | None = None, valid: Tensor | None = None) -> Tensor:
-    """Column of each of our rows (-100: it does not count), or the even distribution over its
-    group [B, R*B]."""
+def sigmoid_loss(
+    images: Tensor,
+    texts: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    *,
+    group: Tensor | None = None,
+) -> Tensor:
+    """Each pair of an image and a text is a match or not (SigLIP, arXiv 2303.15343, algorithm 1).
+
+    Per image, our images against the texts of all ranks; gradients and memory as in `info_nce`.
+
+    Args:
+        images, texts: unit embeddings [B, E].
+        logit_scale: logarithm of the inverse temperature; SigLIP starts at ln 10.
+        logit_bias: of every logit; SigLIP starts at -10.
+        group: [B] ids; all pairs within a group match. None: each row with its own.
+    """
+    rows, texts = logit_scale.exp() * _wide(images), _wide(texts)
+    bias = logit_bias.to(rows.dtype)
+    mean, count = means_of_groups(texts, group)
+    matches = (count * (vecdot(rows, mean) + bias)).sum()
+    return (softplus_sum(rows, gather_rows(texts), bias) - matches) / len(rows)
+
+
+def means_of_groups(others: Tensor, group: Tensor | None) -> tuple[Tensor, Tensor]:
+    """For each of our rows the mean [B, E] of `others` of all ranks in its group, and of how many
+    it is [B]."""
     if group is None:
-        own = torch.arange(len(rows), device=rows.device) + data_group().rank() * len(rows)
-        return own if valid is None else own.masked_fill(~valid, -100)
-    same = (group[:, None] == gather_rows(group)[None, :]).to(rows.dtype)
-    return same / same.sum(1, keepdim=True)
+        return others, others.new_ones(len(others))
+    _, place, counts = torch.unique(gather_rows(group), return_inverse=True, return_counts=True)
+    counts = counts.to(others.dtype)
+    sums = others.new_zeros(len(counts), others.shape[1])
+    sums = sums.index_add(0, place, gather_rows(others))
+    ours = place[own_places(len(group), group.device)]
+    return (sums / counts[:, None])[ours], counts[ours]
 
 
-def _hits(logits: Tensor, target: Tensor) -> Tensor:
-    best = logits.argmax(1)
-    if target.dtype == torch.long:
-        return (best == target).float().mean()
-    return (target.gather(1, best[:, None]) > 0).float().mean()
+def own_places(size: int, device: torch.device) -> Tensor:
+    """Where our rows stand among those of all ranks [B]."""
+    return torch.arange(size, device=device) + data_group().rank() * size
+
+
+def _target_logits(
+    rows: Tensor, texts: Tensor, group: Tensor | None, smoothing: float
+) -> tuple[Tensor, Tensor]:
+    """The mean of the target logits of each of our rows, and of each of our texts [B].
+
+    It is the logit of the mean of the targets, so no logits need to be at hand.
+    """
+    if group is None and not smoothing:
+        own = vecdot(rows, texts)
+        return own, own
+    means = []
+    for ours, others in ((rows, texts), (texts, rows)):
+        target, _ = means_of_groups(others, group)
+        everything = gather_rows(others.mean(0, keepdim=True)).mean(0)
+        means.append(vecdot(ours, torch.lerp(target, everything, smoothing)))
+    return means[0], means[1]
+
+
+def _best_over_ranks(both: TwoWay) -> Tensor:
+    """The image of all ranks that each of our texts is most similar to [B]."""
+    first_row = data_group().rank() * len(both.row_lse)
+    rank = scatter_rows(both.column_max).argmax(0, keepdim=True)
+    return scatter_rows(both.column_best + first_row).gather(0, rank)[0]
+
+
+def _is_right(best: Tensor, group: Tensor | None) -> Tensor:
+    if group is None:
+        return (best == own_places(len(best), best.device)).float()
+    return (gather_rows(group)[best] == group).float()
+
+
+def _wide(embeddings: Tensor) -> Tensor:
+    """At least fp32: a logit of 100 in bf16 is known to 0.5."""
+    return embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))

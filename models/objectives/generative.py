@@ -52,8 +52,8 @@ class Generative(Objective):
     (prompt and caption), `negative_ids`/`_mask` for given negatives, and may hold `group` [B]:
     samples of one group are no negatives for each other.
 
-    Hard negatives are looked for among the captions of all ranks, and matching is a mean over all
-    of them. Given ones are treated as the official code does: halves and means are each rank's.
+    Hard negatives are looked for among the captions of all ranks, and matching and contrast are
+    means over all of them. With given ones it is as in the official code: each rank's own.
     """
 
     paths = ("tasks",)
@@ -75,11 +75,15 @@ class Generative(Objective):
             prepared[f"{name}_ids"], prepared[f"{name}_mask"] = _widen(task, length)
         labels = batch["caption_labels"]
         prepared["labels"] = pad(labels, (0, length - labels.shape[1]), value=IGNORE)
-        matched = counts.sum().float()
-        if self.config.negatives == "hard":
-            matched = sum_over_ranks(matched) / data_group().size()
+        prepared["summarised"] = prepared["summary_mask"].sum(1) != self.config.empty_summary_tokens
         known = totals(prepared["labels"], self.config.next_token)
-        return prepared | known | {"total_matched": matched.clamp_min(1 / data_group().size())}
+        for name, rows in (("matched", counts), ("summarised", prepared["summarised"])):
+            total, ranks = rows.sum().float(), 1
+            if self.config.negatives == "hard":
+                ranks = data_group().size()
+                total = sum_over_ranks(total) / ranks
+            known[f"total_{name}"] = total.clamp_min(1 / ranks)
+        return prepared | known
 
     def finish(self, path: str, model, state: dict[str, Tensor], batch: Batch) -> Metrics:
         if path != "tasks":
@@ -97,7 +101,8 @@ class Generative(Objective):
             outputs["text"],
             model.logit_scale,
             self.config.contrastive,
-            valid=batch["summary_mask"].sum(1) != self.config.empty_summary_tokens,
+            valid=batch["summarised"],
+            total=batch["total_summarised"],
         )
         caption, caption_accuracy = mean_of(outputs, batch)
         loss = match + contrast + caption

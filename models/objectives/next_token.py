@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from infra.errors import ModelError
+from models.common.packing import sample_of_token, split_packs
 from models.common.parallel import data_group
 from models.objectives.common import (
     Batch,
@@ -42,7 +43,11 @@ class NextTokenConfig:
 
 class NextToken(Objective):
     """What text alone and chat share. The batch holds `ids` and `labels` [B, T], -100 where
-    nothing is learnt, and may hold `weights` [B, T] instead of those of the config."""
+    nothing is learnt, and may hold `weights` [B, T] instead of those of the config.
+
+    Or packed samples: `ids` and `labels` [1, T], `cu_seqlens` [P+1], and what
+    `models.common.packing.split_packs` needs to cut micro-batches: one pack each.
+    """
 
     coupled = False
     tower: str
@@ -52,7 +57,24 @@ class NextToken(Objective):
         self.config = config or NextTokenConfig()
 
     def prepare(self, run: Runner, batch: Batch) -> Batch:
+        if "cu_seqlens" in batch:
+            batch = {**batch, **self._of_packed(batch["labels"], batch["cu_seqlens"])}
         return {**batch, **totals(batch["labels"], self.config, batch.get("weights"))}
+
+    def _of_packed(self, labels: Tensor, cu_seqlens: Tensor) -> Metrics:
+        """Labels without each sample's first token, which the sample before would foretell, and
+        weights by the number of a sample's own tokens."""
+        labels = labels.index_fill(1, cu_seqlens[:-1].long(), IGNORE)
+        weights = token_weights(labels != IGNORE, self.config.averaging, cu_seqlens)
+        return {"labels": labels, "weights": weights}
+
+    def micro_batches(self, path: str, batch: Batch, parts: int) -> MicroBatches:
+        if "cu_seqlens" in batch:
+            return MicroBatches(batches=list(split_packs(batch)))
+        return super().micro_batches(path, batch, parts)
+
+    def samples(self, batch: Batch) -> int:
+        return len(batch["cu_seqlens"]) - 1 if "cu_seqlens" in batch else super().samples(batch)
 
     def finish(self, path: str, model, state: dict[str, Tensor], batch: Batch) -> Metrics:
         head = getattr(model, self.tower).logits
@@ -65,26 +87,31 @@ class NextToken(Objective):
 
 
 class TextObjective(NextToken):
-    """Language modelling on texts: the batch holds `ids`, `mask` and maybe `labels` [B, T]."""
+    """Language modelling on texts: the batch holds `ids`, `mask` and maybe `labels` [B, T]. Packed
+    texts have no `mask`."""
 
     paths = ("lm",)
     tower = "text"
 
     def prepare(self, run: Runner, batch: Batch) -> Batch:
         if "labels" not in batch:
-            labels = batch["ids"].masked_fill(batch["mask"] == 0, IGNORE)
+            ids, is_packed = batch["ids"], "cu_seqlens" in batch
+            labels = ids if is_packed else ids.masked_fill(batch["mask"] == 0, IGNORE)
             batch = {**batch, "labels": labels}
         return super().prepare(run, batch)
 
 
 class ChatObjective(NextToken):
     """Conversations about images: the batch holds `pixels` [N, 3, H, W] or none, `ids` and
-    `labels` [B, T]; `labels` is -100 outside the answers."""
+    `labels` [B, T]; `labels` is -100 outside the answers. With `cu_seqlens` the one row of `ids`
+    holds several conversations, and `pixels` their tiles in the same order."""
 
     paths = ("chat",)
     tower = "language"
 
     def micro_batches(self, path: str, batch: Batch, parts: int) -> MicroBatches:
+        if "cu_seqlens" in batch:
+            return super().micro_batches(path, batch, parts)
         pixels = batch.get("pixels")
         rest = {name: value for name, value in batch.items() if name != "pixels"}
         batches = split_rows(rest, parts)
@@ -107,7 +134,13 @@ class ChatObjective(NextToken):
 
 
 def next_token(
-    hidden: Tensor, labels: Tensor, head, config: NextTokenConfig, weights: Tensor | None = None
+    hidden: Tensor,
+    labels: Tensor,
+    head,
+    config: NextTokenConfig,
+    weights: Tensor | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Metrics]:
     """Weighted mean cross-entropy of each labelled token given those before it.
 
@@ -117,6 +150,7 @@ def next_token(
         head: states [N, D] -> logits [N, V]; called on labelled places only.
         config: how tokens are weighted.
         weights: [B, T] instead of those of `config.averaging`.
+        cu_seqlens: where each sample begins, if the one row holds several.
     """
     known = totals(labels, config, weights)
     loss, accuracy = mean_of(sums(hidden, labels, head, config, weights), known)
@@ -172,8 +206,14 @@ def _learnt(
     return learnt, weights[:, 1:]
 
 
-def token_weights(learnt: Tensor, averaging: Averaging) -> Tensor:
-    """[B, T] boolean -> weight of each token, by the number of learnt ones in its row."""
-    count = learnt.sum(1, keepdim=True).clamp_min(1).float()
+def token_weights(learnt: Tensor, averaging: Averaging, cu_seqlens: Tensor | None = None) -> Tensor:
+    """[B, T] boolean -> weight of each token, by the number of learnt ones in its row or, with
+    `cu_seqlens`, in its packed sample."""
+    if cu_seqlens is None:
+        count = learnt.sum(1, keepdim=True)
+    else:
+        sample = sample_of_token(cu_seqlens)
+        each = learnt.new_zeros(len(cu_seqlens) - 1, dtype=torch.long)
+        count = each.index_add(0, sample, learnt[0].long())[sample][None]
     power = {"token": 0.0, "sample": -1.0, "square": -0.5}[averaging]
-    return count.pow(power).expand(learnt.shape)
+    return count.clamp_min(1).float().pow(power).expand(learnt.shape)

@@ -144,9 +144,9 @@ def _pool(work: Workload, name: str, width: int, tokens: int) -> Flops:
 def _projected_texts(work: Workload, texts: int) -> Flops:
     cost = 2 * texts * work.config.text.width * work.config.embed_dim
     graph = work.trains("text.")
-    # Both directions' similarities with the whole batch.
-    loss = 4 * texts * work.batch_samples * work.config.embed_dim
-    return _linear(cost, work.trains("text_projection"), graph) + Flops(loss, 2 * loss)
+    # Similarities with the whole batch, made again in the backward pass (models.objectives.tiled).
+    loss = 2 * texts * work.batch_samples * work.config.embed_dim
+    return _linear(cost, work.trains("text_projection"), graph) + Flops(loss, 3 * loss)
 
 
 def _connectors(work: Workload) -> Flops:

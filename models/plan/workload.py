@@ -14,7 +14,7 @@ from infra.backend.layout import Layout
 from models.common.config import LoraConfig
 from models.internvl.config import PARTS, InternVLConfig
 from models.internvl.cut import check_layout
-from models.internvl.trained import select
+from models.internvl.freeze import select
 from models.plan.weights import Weight, weights
 
 Objective = Literal["text", "contrastive", "generative", "retrieval", "chat"]
@@ -61,7 +61,7 @@ class Workload:
     text_tokens: int
     """of a text; in chat of the whole sequence, visual tokens included"""
     trained: tuple[str, ...] = ("all",)
-    """as `models.internvl.trained` takes it"""
+    """as `models.internvl.freeze` takes it"""
     captions: int = 1
     """texts of a picture (contrastive)"""
     images: float = 1

@@ -11,12 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from eval.parity import chat, dual, vision
+from eval.parity import chat, dual, layouts, vision
 from eval.parity.check import Check
 from eval.parity.run import check_folder, compare_folders
 from flows.cli import app
 from infra.backend import Layout
-from infra.backend.parallel import parallel
 from infra.devices import find_device
 from infra.errors import DataError
 from models.common.norms import FullWidthQKRMSNorm
@@ -73,7 +72,10 @@ def test_a_wrong_epsilon_of_the_vision_tower_is_seen_by_the_probe(monkeypatch, n
         vision, "config_from_official", lambda c: dataclasses.replace(right(c), eps=1e-5)
     )
 
-    assert misses(check_folder(GOLDEN / name)) == {"eps_probe_outputs/hidden_states.1"}
+    assert misses(check_folder(GOLDEN / name)) == {
+        "eps_probe_outputs/hidden_states.1",
+        "tensor 2/eps_probe_outputs/hidden_states.1",
+    }
 
 
 def test_a_wrong_epsilon_of_qllama_is_seen_by_the_probe(monkeypatch):
@@ -131,34 +133,39 @@ def test_a_recorded_tensor_that_nothing_answers_to_does_not_pass(tmp_path):
     recorded = load_file(folder / "outputs.safetensors")
     save_file({**recorded, "native.new": torch.zeros(2)}, folder / "outputs.safetensors")
 
-    assert misses(check_folder(folder)) == {"outputs/native.new"}
+    assert misses(check_folder(folder)) == {"outputs/native.new", "tensor 2/outputs/native.new"}
 
 
 # --- layouts ----------------------------------------------------------------------------------
 
 
-def on_tensor_ranks(check, folder: Path) -> list[Check]:
-    with parallel(Layout(tensor=2)):
-        return check(folder)
-
-
 @pytest.mark.parametrize(
-    ("check", "name"),
+    ("name", "prefix"),
     [
-        (vision.check_vision, "internvit_rms"),
-        (vision.check_vision, "internvit_layer"),
-        (dual.check_dual, "internvl_14b"),
-        (chat.check_chat, "internvl_chat"),
+        ("internvit_rms", "eps_probe_outputs/"),
+        ("internvit_layer", "eps_probe_outputs/"),
+        ("internvl_14b", "train_grads/"),
+        ("internvl_chat", "grads/"),
     ],
 )
-def test_two_tensor_ranks_match_the_recorded_numbers(run_ranks, check, name):
-    first, second = run_ranks(on_tensor_ranks, check, GOLDEN / name, ranks=2)
+def test_tensor_ranks_and_pipeline_stages_are_compared_too(run_ranks, name, prefix):
+    names = {check.name for check in check_folder(GOLDEN / name)}
 
-    assert first
-    assert not misses(first)
-    assert not misses(second)
-    gradients = {c.name for c in first} - {c.name for c in second}  # the first rank gathers them
-    assert all("grad" in name for name in gradients)
+    assert any(check.startswith(f"tensor 2/{prefix}") for check in names)
+    outputs = {check for check in names if check.startswith("outputs/")}
+    assert {f"tensor 2/{check}" for check in outputs} <= names
+    # The smallest folders' models have one layer, which no pipeline can cut.
+    staged = sum(check.startswith("pipeline 2/outputs/") for check in names)
+    assert staged >= len(outputs) / 2 or "pipeline 2" in names
+    assert staged or name.startswith("internvit")
+
+
+def test_a_layout_that_the_sizes_do_not_allow_is_told(monkeypatch, run_ranks):
+    monkeypatch.setitem(layouts.LAYOUTS, "pipeline 2", Layout(pipeline=2, virtual_pipeline=9))
+    checks = {check.name: check for check in check_folder(GOLDEN / "internvit_layer")}
+
+    assert "pipeline stages" in checks["pipeline 2"].note
+    assert not any(name.startswith("pipeline 2/") for name in checks)
 
 
 # --- the command ------------------------------------------------------------------------------
@@ -177,7 +184,7 @@ def test_the_command_prints_each_tensor_and_skips_files(tmp_path):
     assert float(absolute) < 1e-4
     assert float(relative) < 1e-4
     assert verdict == "pass"
-    assert result.stdout.splitlines()[-1] == "4 of 4 pass in 1 folder(s)"
+    assert result.stdout.splitlines()[-1] == "9 of 9 pass in 1 folder(s)"
 
 
 def test_a_miss_is_exit_code_one(tmp_path):
@@ -199,7 +206,7 @@ def test_a_folder_of_no_group_is_named_and_the_others_go_on(tmp_path):
 
     assert not compare_folders([tmp_path / "strange", GOLDEN / "internvit_layer"], lines.append)
     assert any("no golden folder of a known group: it holds pictures.bin" in x for x in lines)
-    assert lines[-1] == "4 of 4 pass in 2 folder(s); not passed: strange"
+    assert lines[-1] == "9 of 9 pass in 2 folder(s); not passed: strange"
     with pytest.raises(DataError, match="known group"):
         check_folder(tmp_path / "strange")
 

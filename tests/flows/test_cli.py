@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 COMMANDS = (
-    "run", "evaluate", "parity", "import", "export", "merge", "plan", "recipes", "report", "models",
-    "register", "lineage", "status",
+    "run", "evaluate", "parity", "import", "export", "merge", "plan", "recipes", "report",
+    "models", "register", "lineage", "status",
 )  # fmt: skip
 
 

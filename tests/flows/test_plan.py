@@ -202,6 +202,14 @@ def test_profile_and_assignments_change_the_plan():
     assert (plain.heaviest.captions, changed.heaviest.captions) == (4, 1)
 
 
+def test_a_stage_with_adapters_trains_them_alone():
+    overrides = ("sft={lora: {language: {rank: 4}}, trainable: [lora], train: {simple: "
+                 "{steps: 1, batch_samples: 2, lr: 1.0e-3}}}",)  # fmt: skip
+    work = find_job(ROOT, "sft@simple", overrides=overrides).heaviest
+    assert work.config.chat.lora.rank == 4
+    assert {name.rsplit(".", 2)[1] for name in work.names} == {"lora"}
+
+
 @pytest.mark.parametrize(
     ("ask", "message"),
     [
@@ -250,5 +258,5 @@ def test_what_plan_prints():
     ).stdout  # fmt: skip
     assert "12,620,029,697 parameters" in done
     assert "recompute" in done
-    assert "do not: internvl_c: vision have 48 layers for more pipeline stages" in done
+    assert "do not: internvl_c: vision: 48 layers for more pipeline stages" in done
     assert done.splitlines()[-1].startswith("recommended: ")

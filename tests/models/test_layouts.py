@@ -15,6 +15,7 @@ from infra.train.config import TrainConfig
 from infra.train.loop import _wrap, fit
 from infra.train.step import Engine, pack, unpack
 from infra.train.weights import Piece, gather_weights, pieces
+from models.common.packing import pack_rows
 from models.common.parallel import data_group
 from models.internvl.config import InternVLConfig
 from models.internvl.cut import cut
@@ -86,7 +87,7 @@ def share(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: value[start : start + size] for name, value in batch.items()}
 
 
-def gradients(stage: str, layout: Layout):
+def gradients(stage: str, layout: Layout, form=dict):
     """Terms of one step, whole gradients (on rank 0), and the largest of a dummy head's."""
 
     kind, objective = STAGES[stage]
@@ -100,7 +101,7 @@ def gradients(stage: str, layout: Layout):
         model.train()
         for chunk in wrapped:
             chunk.zero_grad_buffer()
-        terms = engine.gradients(share(batch_of(stage, config)))
+        terms = engine.gradients(form(share(batch_of(stage, config))))
         engine.finalise(everywhere=True)
         for parameter in model.parameters():
             parameter.data = getattr(parameter, "main_grad", torch.zeros_like(parameter))
@@ -145,6 +146,30 @@ def test_gradients_are_those_of_one_rank(stage, layout):
     limit = 1e-5 if chosen.tensor > 1 else 1e-6
     assert got_terms == pytest.approx(terms, rel=limit, abs=limit)
     assert worst_difference(got, expected) <= limit
+
+
+def packed(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same samples in two packs, the second the longer."""
+    ids = batch["ids"]
+    rows, cu_seqlens = pack_rows(ids, batch.get("mask", torch.ones_like(ids)))
+    few = len(ids) // 2 - 1
+    made = {"ids": rows, "cu_seqlens": cu_seqlens, "packs": torch.tensor([few, len(ids) - few])}
+    if "pixels" not in batch:
+        return made
+    images = {name: batch[name] for name in ("pixels", "samples")}
+    labels = batch["labels"].flatten()[None]
+    return {**made, **images, "labels": labels, "tiles": torch.ones(len(ids), dtype=torch.long)}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("stage", ["text", "simple", "full"])
+def test_packed_gradients_are_those_of_padded_rows(stage, layout):
+    chosen = LAYOUTS[layout]
+    terms, expected, _ = alone(stage, Layout())
+    got_terms, got, _ = run_ranks(gradients, stage, chosen, packed, ranks=chosen.ranks)[0]
+    assert got_terms == pytest.approx(terms, rel=1e-5)
+    assert got.keys() == expected.keys()
+    assert worst_difference(got, expected) <= 1e-5
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -11,7 +11,14 @@ from models.common.config import DecoderConfig
 from models.internvl.config import PARTS, InternVLConfig
 from models.internvl.load import load_model, load_parts, read_config, save_model
 from models.internvl.model import build
-from models.internvl.prompts import IGNORE, caption_prompt, caption_rows, chat_prompt, chat_rows
+from models.internvl.prompts import (
+    IGNORE,
+    caption_prompt,
+    caption_rows,
+    chat_prompt,
+    chat_row,
+    labelled_rows,
+)
 from models.preprocess import MEAN, STD, normalise, over_background, resize
 from models.tokenizer import (
     BOS_ID,
@@ -77,8 +84,9 @@ def test_wrong_tokenizers_are_refused(tmp_path):
 
 
 def test_only_answers_are_labelled(tokenizer):
-    ids, mask, labels = chat_rows(
-        tokenizer, ["What colour?", "Where?"], ["red", "on the table"], visual_tokens=4
+    asked = [("What colour?", "red"), ("Where?", "on the table")]
+    ids, mask, labels = labelled_rows(
+        [chat_row(tokenizer, *pair, visual_tokens=4) for pair in asked]
     )
     assert (ids == IMG_CONTEXT_ID).sum(1).tolist() == [4, 4]
     for row in range(2):

@@ -37,7 +37,7 @@ from models.internvl.model import InternVL, build
 from models.objectives.next_token import ChatObjective, NextTokenConfig
 from models.tokenizer import train
 from tests.models.test_parallel import loss_of
-from tests.models_helpers import TEXTS, chat_batch, pixels, texts, tiny_config
+from tests.models_helpers import TEXTS, chat_batch, pixels, texts, three_tasks, tiny_config
 
 GOLDEN = Path(__file__).parents[1] / "eval" / "golden"
 LORA = LoraConfig(rank=3, alpha=6.0, dropout=0.0)
@@ -81,7 +81,7 @@ def output(model: InternVL) -> torch.Tensor:
             images = pixels(2, model.model_config.vision.image_px)
             return model.language.logits(model.chat_hidden(batch["ids"], images))
         if model.kind == "internvl_g":
-            three = model.three_tasks(pixels(2), texts(2), texts(2), texts(2))
+            three = three_tasks(model, pixels(2), texts(2), texts(2), texts(2))
             return torch.cat([model.embed_images(pixels(2)), three["image"], three["text"]])
         return torch.cat([model.embed_images(pixels(2)), model.embed_texts(*texts(2))])
 

@@ -450,7 +450,7 @@ def test_what_is_recommended_fits_and_is_the_fastest():
 def test_layouts_that_do_not_fit_are_counted_by_reason():
     plan = search(stage1(), dataclasses.replace(H100, memory_bytes=20 << 30))
     assert plan.refused["memory"] > 10
-    assert plan.refused["internvl_c: vision have 48 layers for more pipeline stages"] > 0
+    assert plan.refused["internvl_c: vision: 48 layers for more pipeline stages"] > 0
     nothing = search(stage1(), dataclasses.replace(H100, ranks=1))
     assert nothing.best is None
     assert nothing.refused == {"memory": 2}

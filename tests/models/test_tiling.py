@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import simplejpeg
 from PIL import Image
 
 from infra.errors import ConfigError, DataError
@@ -199,6 +200,50 @@ def test_every_mode_becomes_rgb(mode: str) -> None:
     image = Image.fromarray(noise(30, 40)).convert(mode)
     expected = tile(image.convert("RGB"), Tiling(tile_px=28, max_tiles=2))
     assert np.array_equal(tile(image, Tiling(tile_px=28, max_tiles=2)), expected)
+
+
+TURNED = Image.Exif()
+TURNED[0x0112] = 6  # Orientation
+JPEGS = {
+    "4:4:4": {"subsampling": 0},
+    "4:2:2": {"subsampling": 1},
+    "4:2:0": {"subsampling": 2},
+    "4:1:1": {"subsampling": "4:1:1"},
+    "progressive": {"progressive": True},
+    "restart markers": {"restart_marker_rows": 1},
+    "RGB inside": {"keep_rgb": True},
+    "poor": {"quality": 5},
+    "turned by EXIF": {"exif": TURNED},
+}
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("options", JPEGS.values(), ids=JPEGS)
+@pytest.mark.parametrize("size", [(1, 1), (37, 90), (128, 65)])
+def test_a_jpeg_has_the_pixels_that_pillow_gives(size: tuple, options: dict, mode: str) -> None:
+    if mode != "RGB":
+        options = {name: value for name, value in options.items() if name != "keep_rgb"}
+    picture = Image.fromarray(noise(size[1], size[0])).convert(mode)
+    data = encoded(picture, "JPEG", **({"quality": 90} | options))
+    config = Tiling(tile_px=28, max_tiles=2)
+    expected = tile(Image.open(io.BytesIO(data)).convert("RGB"), config)
+    assert np.array_equal(tile(data, config), expected)
+
+
+def test_a_sound_jpeg_is_not_decoded_by_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encoded(Image.fromarray(noise(120, 90)), "JPEG")
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", None)
+    assert tile(data, Tiling(tile_px=28, max_tiles=2)).shape == (3, 28, 28, 3)
+
+
+def test_a_damaged_jpeg_that_pillow_reads_has_its_pixels() -> None:
+    sound = encoded(Image.fromarray(noise(120, 90)), "JPEG")
+    middle = len(sound) // 2
+    data = sound[:middle] + b"\xff\xd9" + sound[middle:]
+    config = Tiling(tile_px=28, max_tiles=2)
+    with pytest.raises(ValueError, match="Corrupt JPEG data"):
+        simplejpeg.decode_jpeg(data)
+    assert np.array_equal(tile(data, config), tile(Image.open(io.BytesIO(data)), config))
 
 
 def test_padding_centres_the_picture_on_the_mean_colour() -> None:

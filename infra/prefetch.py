@@ -1,0 +1,93 @@
+"""Batches that worker processes make ahead of the step that needs them."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from infra.errors import UserError
+from infra.launch import die_with_parent
+
+DEPTH = 2
+"""batches that each worker makes ahead"""
+
+
+class Prefetch:
+    """`batch_at`, asked from forked workers for the steps that come next.
+
+    `batch_at` must be a function of the step alone, so that neither how many workers there are nor
+    where a run resumes changes a batch, and there is nothing to save. Tensors come through shared
+    memory; anything else is pickled, so give pictures as uint8 tensors. At most DEPTH batches a
+    worker wait. A UserError of a worker is raised here as it was. Workers end with this process,
+    even if it is killed, and leave Ctrl-C to it.
+
+    Args:
+        batch_at: makes the batch of a step.
+        steps: steps of the whole run.
+        workers: processes; 0: batches are made here, when they are asked for.
+    """
+
+    def __init__(self, batch_at: Callable[[int], Any], *, steps: int, workers: int) -> None:
+        self._batch_at, self._steps, self._workers = batch_at, steps, workers
+        self._batches: Iterator[Any] = iter(())
+        self._last: tuple[int, Any] = (-1, None)
+        self._next = -1
+
+    def __call__(self, step: int) -> Any:
+        if not self._workers:
+            return self._batch_at(step)
+        if step == self._last[0]:  # after a dry run
+            return self._last[1]
+        if step != self._next:
+            self._batches = self._start(step)
+        batch = next(self._batches)
+        if isinstance(batch, _Failed):
+            raise batch.error
+        self._last, self._next = (step, batch), step + 1
+        return batch
+
+    def _start(self, first: int) -> Iterator[Any]:
+        import torch
+        from torch.utils.data import DataLoader
+
+        parent = os.getpid()
+        loader = DataLoader(
+            _Steps(self._batch_at),  # pyrefly: ignore[bad-argument-type]
+            sampler=range(first, self._steps),
+            batch_size=None,
+            collate_fn=lambda batch: batch,  # the default turns tuples into lists
+            num_workers=self._workers,
+            prefetch_factor=DEPTH,
+            multiprocessing_context="fork",
+            worker_init_fn=lambda _: _be_worker(parent),
+            generator=torch.Generator(),  # else it draws from the one that dropout draws from
+        )
+        return iter(loader)
+
+
+class _Failed:
+    """A mistake of the user on its way out of a worker."""
+
+    def __init__(self, error: UserError) -> None:
+        self.error = error
+
+
+class _Steps:
+    def __init__(self, batch_at: Callable[[int], Any]) -> None:
+        self._batch_at = batch_at
+
+    def __getitem__(self, step: int) -> Any:
+        try:
+            return self._batch_at(step)
+        except UserError as error:
+            return _Failed(error)
+
+
+def _be_worker(parent: int) -> None:
+    die_with_parent(signal.SIGKILL)
+    if os.getppid() != parent:  # it was gone before we could ask
+        os._exit(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
