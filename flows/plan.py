@@ -10,6 +10,7 @@ from flows.recipes import Recipe, find_recipe, recipes, with_profile
 from infra.config import PARAMS_FILE, apply_overrides, build, load_params
 from infra.errors import ConfigError
 from infra.train.config import TrainConfig
+from models.common.config import LoraConfig
 from models.internvl.config import InternVLConfig
 from models.plan.compute import sample_flops
 from models.plan.memory import GIB
@@ -92,6 +93,9 @@ def _parts(params: Mapping[str, Any], address: str, recipe: Recipe | None) -> It
         yield Workload(kind="text", objective="text", text_tokens=model.text.max_tokens, **common)
     elif stage == "sft":
         kind = f"chat_{variant}"
+        adapters = options.get("lora", {})
+        lora = {tower: build(LoraConfig, given) for tower, given in adapters.items()}
+        common["config"] = model.with_lora(**lora) if lora else model
         tokens = recipe.text_tokens if recipe else None
         yield Workload(
             kind=kind,
@@ -180,15 +184,15 @@ def gpu_hours(job: Job, machine: Machine) -> float:
 
 def describe(fit: Fit) -> str:
     """A layout in words."""
-    layout, candidate = fit.candidate.layout, fit.candidate
+    layout = fit.layout
     words = [f"tensor {layout.tensor}"]
     if layout.sequence_parallel:
         words[0] += " with sequence parallelism"
     words.append(f"pipeline {layout.pipeline}")
     if layout.virtual_pipeline:
         words[1] += f" x {layout.virtual_pipeline} chunks"
-    words += [f"data {layout.data}", f"micro-batch {candidate.micro_batch}"]
-    words.append("full recomputation" if candidate.recompute else "no recomputation")
+    words += [f"data {layout.data}", f"micro-batch {layout.micro_batch_samples}"]
+    words.append("full recomputation" if layout.recompute else "no recomputation")
     return f"{', '.join(words)}: {fit.memory.total / GIB:.1f} GiB, {fit.seconds:.3g} s a step"
 
 
@@ -205,13 +209,13 @@ def _table(fits: list[Fit], work: Workload) -> Iterator[str]:
         "    TP SP  PP  VP    DP  recompute  micro   params   grads  optim.    acts   total  step s"
     )
     for number, fit in enumerate(fits):
-        layout, need = fit.candidate.layout, fit.memory
+        layout, need = fit.layout, fit.memory
         sizes = (need.parameters, need.gradients, need.optimizer, need.activations, need.total)
         yield (
             f"  {'*' if number == 0 else ' '} {layout.tensor:2d} "
             f"{'yes' if layout.sequence_parallel else ' no'} {layout.pipeline:2d}  "
             f"{layout.virtual_pipeline or 1:2d} {layout.data:5d}  "
-            f"{'full' if fit.candidate.recompute else 'none':9s}  {fit.candidate.micro_batch:5d}  "
+            f"{'full' if layout.recompute else 'none':9s}  {layout.micro_batch_samples:5d}  "
             + "  ".join(f"{size / GIB:6.3g}" for size in sizes)
             + f"  {fit.seconds:6.4g}"
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from functools import lru_cache
 
 from infra.backend.layout import Layout, ModelFacts
 from infra.errors import LayoutError
@@ -21,6 +22,7 @@ _SERIES = {
 }
 
 
+@lru_cache(maxsize=64)
 def cut(kind: str, config: InternVLConfig, stages: int) -> list[Share]:
     """What each of `stages` holds, in order; consecutive layers, of about equal cost.
 

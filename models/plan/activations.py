@@ -72,9 +72,10 @@ def _layer(
     if not state.graph:
         return 0.0
     tokens = samples * step.rows * step.tokens
+    adapters = _adapters(work, step, tokens, kept) if state.lora else 0.0
     if step.stack == "vision":
-        return _vision_layer(work, tokens, state.trained, kept)
-    found = _decoder_layer(work, step, tokens, state.trained, kept)
+        return _vision_layer(work, tokens, state.trained, kept) + adapters
+    found = _decoder_layer(work, step, tokens, state.trained, kept) + adapters
     if step.context_tokens and layer % work.config.queries.cross_attention_frequency == 0:
         found += _cross_attention(work, step, samples, state.cross_trained, kept)
     return found
@@ -106,6 +107,21 @@ def _decoder_layer(work: Workload, step: Pass, tokens: float, trained: bool, kep
     return kept.between(between * stream) + kept.inside(inside * stream + mlp * hidden)
 
 
+def _adapters(work: Workload, step: Pass, tokens: float, kept: Kept) -> float:
+    """What LoRA keeps: its linears' inputs, with dropout those after it and its mask."""
+    parts = {"vision": work.config.vision, "text": work.config.text, "language": work.config.chat}
+    config, lora = parts[step.stack], parts[step.stack].lora
+    copies = 2 if lora.dropout else 1
+    between = sum(name in ("qkv", "fc1") for name in lora.linears) * config.width
+    inside = ("proj" in lora.linears) * config.width + ("fc2" in lora.linears) * config.mlp_hidden
+    pairs = {"qkv": 3, "fc1": 2} if step.stack != "vision" else {}
+    narrow = sum(pairs.get(name, 1) for name in lora.linears) * lora.rank
+    return (
+        copies * tokens * (kept.between(between) + kept.inside(inside))
+        + kept.element * tokens * narrow
+    )
+
+
 def _cross_attention(work: Workload, step: Pass, samples: int, trained: bool, kept: Kept) -> float:
     width, vision = work.config.text.width, work.config.vision.width
     rows = samples * step.rows
@@ -117,7 +133,8 @@ def _cross_attention(work: Workload, step: Pass, samples: int, trained: bool, ke
     # the vision tokens, which are all layers' (`behind_bytes`).
     norms = stream if kept.element == 4 else kept.rms(trained) * (queries + seen)
     between = norms + trained * (queries + 2 * seen)  # vision tokens once for each linear
-    return kept.between(between) + kept.inside(2 * queries + 2 * keys)
+    # Under sequence parallelism the tokens are put together around it.
+    return kept.element * between + kept.inside(2 * queries + 2 * keys)
 
 
 def around_bytes(work: Workload, samples: int, kept: Kept) -> float:

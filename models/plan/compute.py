@@ -11,6 +11,7 @@ Letters: T tokens, D width, F hidden size of the MLP, E embedding.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from models.plan.weights import padded
 from models.plan.workload import LayerState, Pass, Workload, layer_states
@@ -40,15 +41,29 @@ def sample_flops(work: Workload, tensor: int = 1) -> Flops:
 
 
 def pass_flops(work: Workload, step: Pass, tensor: int = 1) -> Flops:
-    """FLOPs of one pass through its layers."""
-    flops = Flops()
+    """FLOPs of one pass through all layers that are run."""
+    linear, attention = _self_costs(work, step, tensor)
+    unused = Flops(step.unused_layers * (linear + attention))
+    return sum(layer_flops(work, step, tensor), start=unused)
+
+
+@lru_cache(maxsize=256)
+def layer_flops(work: Workload, step: Pass, tensor: int = 1) -> list[Flops]:
+    """FLOPs of each layer of a pass."""
+    linear, attention = _self_costs(work, step, tensor)
+    layers = []
     for layer, state in enumerate(layer_states(work, step)):
-        linear, attention = _self_costs(work, step, tensor)
-        flops += _linear(linear, state.trained, state.graph)
+        flops = _linear(linear, state.trained, state.graph)
         flops += Flops(attention, 2 * attention if state.graph else 0)
+        if state.first and state.graph:
+            flops += Flops(0, -_qkv_cost(work, step, tensor, state.lora))
+        if work.lora(step.stack):
+            adapters = 2 * step.tokens * step.rows * work.lora_elements[step.stack]
+            flops += _linear(adapters, state.lora, state.graph)
         if step.context_tokens and layer % work.config.queries.cross_attention_frequency == 0:
             flops += _cross(work, step, state)
-    return flops
+        layers.append(flops)
+    return layers
 
 
 def patch_flops(work: Workload) -> float:
@@ -75,6 +90,14 @@ def _self_costs(work: Workload, step: Pass, tensor: int) -> tuple[float, float]:
         mixed = inner + 2 * groups * config.head_size
         weights = config.width * (mixed + inner + 3 * config.mlp_hidden)
     return 2 * tokens * weights, 4 * tokens * step.tokens * inner
+
+
+def _qkv_cost(work: Workload, step: Pass, tensor: int, lora: bool) -> float:
+    """Forward FLOPs of what a layer's input goes into first: q, k, v and their adapters' A."""
+    name = f"{step.stack}.decoder.layers.0.self_attention.linear_qkv."
+    wanted = {f"{name}weight", f"{name}lora.a"} if lora else {f"{name}weight"}
+    found = [w.elements for w in work.weights(tensor) if w.name in wanted]
+    return 2 * step.tokens * step.rows * tensor * sum(found)
 
 
 def _cross(work: Workload, step: Pass, state: LayerState) -> Flops:
@@ -121,9 +144,9 @@ def _pool(work: Workload, name: str, width: int, tokens: int) -> Flops:
 def _projected_texts(work: Workload, texts: int) -> Flops:
     cost = 2 * texts * work.config.text.width * work.config.embed_dim
     graph = work.trains("text.")
-    # Both directions' similarities with the whole batch.
-    loss = 4 * texts * work.batch_samples * work.config.embed_dim
-    return _linear(cost, work.trains("text_projection"), graph) + Flops(loss, 2 * loss)
+    # Similarities with the whole batch, made again in the backward pass (models.objectives.tiled).
+    loss = 2 * texts * work.batch_samples * work.config.embed_dim
+    return _linear(cost, work.trains("text_projection"), graph) + Flops(loss, 3 * loss)
 
 
 def _connectors(work: Workload) -> Flops:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -9,12 +10,13 @@ from dataclasses import dataclass, field
 
 from infra.backend.layout import Layout
 from infra.errors import LayoutError
-from models.internvl.cut import check_layout
-from models.plan.memory import Candidate, Memory, memory, step_seconds
+from models.plan.memory import Memory, memory, step_seconds
 from models.plan.workload import Workload
 
 NODE_RANKS = 8
 """tensor parallelism stays within a machine of so many devices"""
+PIPELINE_RANKS = 32
+"""deeper pipelines are not tried"""
 VIRTUAL = (None, 2, 4)
 """model chunks of a pipeline rank that are tried"""
 SAME_TIME = 0.01
@@ -41,7 +43,7 @@ class Machine:
 class Fit:
     """A way to run that fits."""
 
-    candidate: Candidate
+    layout: Layout
     memory: Memory
     seconds: float
     """of one step"""
@@ -63,13 +65,14 @@ class Plan:
 def search(work: Workload, machine: Machine) -> Plan:
     """Try every layout with and without recomputation, each at its largest micro-batch that fits.
 
-    The order is by step time; of equal ones the one with fewer tensor ranks, then fewer pipeline
-    ranks, then plain before interleaved: what communicates less, which the step time leaves out.
+    The order is by step time; of equal ones that with the model on fewer ranks, then with fewer
+    tensor ranks, then plain before interleaved: what communicates less, which the step time leaves
+    out.
     """
     plan = Plan()
     for layout in _layouts(machine.ranks):
         try:
-            check_layout(work.kind, work.config, layout)
+            work.check(layout)
         except LayoutError as error:
             plan.refused[_short(str(error))] += 1
             continue
@@ -77,7 +80,7 @@ def search(work: Workload, machine: Machine) -> Plan:
             plan.refused[f"batch {work.batch_samples} does not divide by data"] += 1
             continue
         for recompute in (False, True):
-            fit = _largest(work, machine, layout, recompute)
+            fit = _largest(work, machine, dataclasses.replace(layout, recompute=recompute))
             if fit is None:
                 plan.refused["memory"] += 1
             else:
@@ -93,6 +96,8 @@ def _layouts(ranks: int) -> Iterator[Layout]:
         if tensor > NODE_RANKS:
             continue
         for pipeline in _divisors(ranks // tensor):
+            if pipeline > PIPELINE_RANKS:
+                continue
             for virtual in VIRTUAL if pipeline > 1 else (None,):
                 for sequence_parallel in (False, True) if tensor > 1 else (False,):
                     yield Layout(
@@ -104,35 +109,36 @@ def _layouts(ranks: int) -> Iterator[Layout]:
                     )
 
 
-def _largest(work: Workload, machine: Machine, layout: Layout, recompute: bool) -> Fit | None:
+def _largest(work: Workload, machine: Machine, layout: Layout) -> Fit | None:
     """The micro-batch, of those that divide the rank's share, with the shortest step."""
     best = None
     share = work.batch_samples // layout.data
-    for micro_batch in _divisors(share):
-        candidate = Candidate(layout=layout, recompute=recompute, micro_batch=micro_batch)
-        needed = memory(work, candidate, element=machine.element)
+    for samples in _divisors(share):
+        one = dataclasses.replace(layout, micro_batch_samples=samples)
+        if one.micro_batches(share) * samples != share:
+            continue  # the interleaved schedule asks for whole groups of micro-batches
+        needed = memory(work, one, element=machine.element)
         if needed.total > machine.memory_bytes:
             break
-        if layout.interleaved and candidate.micro_batches(work) % layout.pipeline:
-            continue  # the interleaved schedule asks for whole groups of micro-batches
-        seconds = step_seconds(work, candidate, mfu=machine.mfu, flops_per_s=machine.flops_per_s)
+        seconds = step_seconds(work, one, mfu=machine.mfu, flops_per_s=machine.flops_per_s)
         if best is None or seconds <= best.seconds * (1 + SAME_TIME):
-            best = Fit(candidate=candidate, memory=needed, seconds=seconds)
+            best = Fit(layout=one, memory=needed, seconds=seconds)
     return best
 
 
 def _rank(fit: Fit, fastest: float) -> tuple:
-    layout = fit.candidate.layout
+    layout = fit.layout
     steps = int((fit.seconds / fastest - 1) / SAME_TIME)
     return (
-        steps, layout.tensor, layout.pipeline, layout.virtual_pipeline or 1,
+        steps, layout.tensor * layout.pipeline, layout.tensor, layout.virtual_pipeline or 1,
         not layout.sequence_parallel, fit.seconds,
     )  # fmt: skip
 
 
 def _short(message: str) -> str:
     """A layout's refusal without the size it names, so that those of one cause count together."""
-    return re.sub(r" \d+$", "", message.split(" (")[0])
+    short = re.sub(r" for \d+ pipeline", " for more pipeline", message.split(" (")[0])
+    return re.sub(r" \d+$", "", short)
 
 
 def _divisors(number: int) -> list[int]:

@@ -10,7 +10,10 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Literal
 
+from infra.backend.layout import Layout
+from models.common.config import LoraConfig
 from models.internvl.config import PARTS, InternVLConfig
+from models.internvl.cut import check_layout
 from models.internvl.freeze import select
 from models.plan.weights import Weight, weights
 
@@ -28,7 +31,9 @@ class Pass:
     rows: float = 1
     """of a sample"""
     layers: int
-    """how many of the stack's are run"""
+    """of the stack, whose output is used"""
+    unused_layers: int = 0
+    """that are run all the same"""
     context_tokens: int = 0
     """vision tokens that cross-attention looks at; 0: there is none"""
     context_rows: float = 1
@@ -110,24 +115,51 @@ class Workload:
         return _any_begins(self, prefix)
 
     @cached_property
-    def trained_layers(self) -> frozenset[tuple[str, int, bool]]:
-        """(stack, layer, whether in its cross-attention) of every trained parameter."""
+    def trained_layers(self) -> frozenset[tuple[str, int, str]]:
+        """(tower, layer, what of it: "self", "cross" or "lora") of every trained parameter."""
         found = set()
         for name in self.names:
             stack, *rest = name.split(".")
             if rest[:2] == ["decoder", "layers"]:
-                found.add((stack, int(rest[2]), rest[3] == "cross_attention"))
+                what = "cross" if rest[3] == "cross_attention" else "self"
+                found.add((stack, int(rest[2]), "lora" if rest[-2] == "lora" else what))
         return frozenset(found)
+
+    @property
+    def coupled(self) -> bool:
+        """Whether the loss needs all samples at once (`models.objectives.common.Objective`)."""
+        return self.objective in ("contrastive", "generative", "retrieval")
+
+    def check(self, layout: Layout) -> None:
+        """Raises LayoutError for a layout that the model's sizes do not allow."""
+        check_layout(self.kind, self.config, layout)
 
     def weights(self, tensor: int) -> list[Weight]:
         return weights(self.kind, self.config, tensor)
+
+    def lora(self, tower: str) -> LoraConfig | None:
+        """Its adapters, if they are trained."""
+        trained = (tower, 0, "lora") in self.trained_layers
+        return self.config.lora_of(tower) if trained else None
+
+    @cached_property
+    def lora_elements(self) -> dict[str, int]:
+        """Elements of a layer's adapters, by tower."""
+        found: dict[str, int] = {}
+        for weight in self.weights(1):
+            if ".lora." in weight.name and weight.layer == 0:
+                found[weight.tower] = found.get(weight.tower, 0) + weight.elements
+        return found
 
     def _vision(self) -> Pass:
         depth, select_layer = self.config.vision.depth, self.config.connector.select_layer
         layers = depth
         if self.kind == "chat_simple":
             layers = select_layer if select_layer >= 0 else depth + 1 + select_layer
-        return Pass(stack="vision", tokens=self.vision_tokens, rows=self.images, layers=layers)
+        return Pass(
+            stack="vision", tokens=self.vision_tokens, rows=self.images, layers=layers,
+            unused_layers=depth - layers,
+        )  # fmt: skip
 
     def _text(self, **changes) -> Pass:
         return Pass(
@@ -182,23 +214,28 @@ class LayerState:
     """self-attention, MLP and norms"""
     cross_trained: bool
     """cross-attention"""
+    lora: bool
+    """adapters"""
     graph: bool
     """gradients pass here"""
+    first: bool
+    """nothing before its q, k and v is trained: what they take in needs no gradient"""
 
 
 @lru_cache(maxsize=256)
 def layer_states(work: Workload, step: Pass) -> list[LayerState]:
     """One state a layer that `step` runs, from the first."""
     if not step.gradient:
-        return [LayerState(False, False, False)] * step.layers
+        return [LayerState(False, False, False, False, False)] * step.layers
     flows = reaches_input(work, step)
     states = []
     for layer in range(step.layers):
-        trained, cross = (
-            (step.stack, layer, where) in work.trained_layers for where in (False, True)
-        )
-        flows = flows or trained or cross
-        states.append(LayerState(trained, cross, flows))
+        own = [
+            (step.stack, layer, what) in work.trained_layers for what in ("self", "cross", "lora")
+        ]
+        first = not flows and not own[0]
+        flows = flows or any(own)
+        states.append(LayerState(*own, graph=flows, first=first))
     return states
 
 

@@ -117,7 +117,7 @@ def test_numbers_of_the_optimizer_are_the_published_ones(name):
     assert betas is None or (train.beta1, train.beta2) == betas
     if warmup is not None:
         expected = warmup if warmup > 1 else round(warmup * train.steps)
-        assert train.warmup_steps == expected
+        assert train.warmup == expected
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -155,7 +155,12 @@ def test_every_recipe_fits_the_machine_that_it_names(name):
     machine = machine_of(job.recipe.machine.gpus, job.recipe.machine.memory, 0.4, 989.0)
     best = make_plan(job, machine).best
     assert best is not None
-    assert best.candidate.layout.ranks == job.recipe.machine.gpus
+    assert best.layout.ranks == job.recipe.machine.gpus
+
+
+@pytest.mark.parametrize("name", ["internvl-g-flickr30k", "internvl-g-coco"])
+def test_retrieval_fine_tuning_decays_the_rate_from_layer_to_layer(name):
+    assert train_of(name).layer_decay == {"vision": 0.9, "text": 0.9}
 
 
 def test_showing_a_recipe_says_command_cost_memory_and_what_is_ours():
@@ -195,6 +200,14 @@ def test_profile_and_assignments_change_the_plan():
     changed = find_job(ROOT, "contrastive", profile="base", overrides=("contrastive.captions=1",))
     assert changed.heaviest.config.vision.width == 384
     assert (plain.heaviest.captions, changed.heaviest.captions) == (4, 1)
+
+
+def test_a_stage_with_adapters_trains_them_alone():
+    overrides = ("sft={lora: {language: {rank: 4}}, trainable: [lora], train: {simple: "
+                 "{steps: 1, batch_samples: 2, lr: 1.0e-3}}}",)  # fmt: skip
+    work = find_job(ROOT, "sft@simple", overrides=overrides).heaviest
+    assert work.config.chat.lora.rank == 4
+    assert {name.rsplit(".", 2)[1] for name in work.names} == {"lora"}
 
 
 @pytest.mark.parametrize(
@@ -245,5 +258,5 @@ def test_what_plan_prints():
     ).stdout  # fmt: skip
     assert "12,620,029,697 parameters" in done
     assert "recompute" in done
-    assert "do not: vision: layers 48 does not divide by pipeline" in done
+    assert "do not: internvl_c: vision: 48 layers for more pipeline stages" in done
     assert done.splitlines()[-1].startswith("recommended: ")

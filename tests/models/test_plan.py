@@ -9,7 +9,8 @@ from infra.backend import Layout
 from infra.backend.parallel import parallel
 from infra.train.config import TrainConfig
 from infra.train.mfu import counted_flops
-from models.common.config import DecoderConfig
+from models.common.config import DecoderConfig, LoraConfig
+from models.connector.config import ConnectorConfig
 from models.internvit.config import DESIGN_SEARCH, InternViTConfig, internvit
 from models.internvl.config import FLAVOURS, PARTS, InternVLConfig, internvl
 from models.internvl.freeze import freeze
@@ -27,10 +28,10 @@ from models.plan.activations import (
 )
 from models.plan.compute import pass_flops, patch_flops, sample_flops
 from models.plan.memory import (
-    Candidate,
     gradient_elements,
     memory,
     optimizer_bytes,
+    rank_weights,
     step_seconds,
 )
 from models.plan.search import Machine, search
@@ -63,7 +64,8 @@ def medium(**changes) -> InternVLConfig:
     return InternVLConfig(**(fields | changes))
 
 
-def workload(objective: str, config: InternVLConfig, **changes) -> Workload:
+def workload(objective: str, config: InternVLConfig | None = None, **changes) -> Workload:
+    config = config or medium()
     kinds = {
         "text": "text", "contrastive": "internvl_c", "generative": "internvl_g",
         "retrieval": "internvl_g", "chat": "chat_simple",
@@ -131,12 +133,25 @@ def saved_bytes(model: torch.nn.Module, forward) -> int:
 # --- parameters -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", PARTS)
-@pytest.mark.parametrize("flavour", FLAVOURS)
+@pytest.mark.parametrize(
+    ("flavour", "kind"),
+    [("paper", kind) for kind in PARTS] + [(name, "chat_simple") for name in FLAVOURS],
+)
 def test_every_parameter_has_its_name_and_shape(flavour, kind):
-    config = internvl(flavour)
-    if kind == "chat_full" and config.text.width != config.vision.width and flavour != "paper":
-        config = dataclasses.replace(config, text=internvl("small").text)
+    _assert_same_shapes(kind, internvl(flavour))
+
+
+@pytest.mark.parametrize("kind", PARTS)
+def test_adapters_and_tied_heads_too(kind):
+    config = tiny_config().with_lora(
+        vision=LoraConfig(rank=2), text=LoraConfig(rank=3), language=LoraConfig(linears=("qkv",))
+    )
+    _assert_same_shapes(kind, config)
+    tied = dataclasses.replace(config.text, tied_head=True)
+    _assert_same_shapes(kind, dataclasses.replace(config, text=tied, language=tied))
+
+
+def _assert_same_shapes(kind: str, config: InternVLConfig) -> None:
     model = on_meta(lambda: build(kind, config))
     assert {w.name: w.shape for w in weights(kind, config)} == {
         name: tuple(parameter.shape) for name, parameter in model.named_parameters()
@@ -178,10 +193,13 @@ def vision_flops(work: Workload) -> float:
         ("chat", {"trained": ("connector",)}),
         ("chat", {"trained": ("connector", "vision.position_embedding")}),
         ("chat", {"trained": ("sft",), "kind": "chat_full"}),
+        ("chat", {"config": medium(connector=ConnectorConfig(select_layer=-3))}),
+        ("chat", {"config": medium().with_lora(language=LoraConfig()), "trained": ("lora",)}),
+        ("chat", {"config": medium().with_lora(vision=LoraConfig()), "trained": ("lora",)}),
     ],
 )
 def test_flops_are_those_that_are_counted(objective, changes):
-    work = workload(objective, medium(), **changes)
+    work = workload(objective, **changes)
     model = build(work.kind, work.config)
     freeze(model, work.trained)
     counted = counted_flops(model, objective_of(work), batch_of(work)) / BATCH
@@ -239,10 +257,12 @@ def test_activations_of_qllama_s_queries_where_cross_attention_is_most(dtype):
         ("chat", {}),
         ("chat", {"trained": ("connector",)}),
         ("chat", {"trained": ("sft",), "kind": "chat_full"}),
+        ("chat", {"config": medium().with_lora(language=LoraConfig()), "trained": ("lora",)}),
+        ("chat", {"config": medium().with_lora(vision=LoraConfig()), "trained": ("lora",)}),
     ],
 )
 def test_activations_of_a_whole_step(dtype, objective, changes):
-    work = workload(objective, medium(), **changes)
+    work = workload(objective, **changes)
     model = build(work.kind, work.config).to(dtype).train()
     freeze(model, work.trained)
     batch, loss = batch_of(work), objective_of(work)
@@ -255,32 +275,28 @@ def step_bytes(work: Workload, kept: Kept) -> float:
     return layers + around_bytes(work, BATCH, kept)
 
 
+@pytest.mark.parametrize("sequence_parallel", [False, True], ids=["whole", "sequence"])
 @pytest.mark.parametrize("objective", ["contrastive", "generative", "chat"])
-def test_activations_of_each_tensor_rank(run_ranks, objective):
+def test_activations_of_each_tensor_rank(run_ranks, objective, sequence_parallel):
     def measure():
         work = workload(objective, medium())
-        with parallel(Layout(tensor=2)):
+        with parallel(Layout(tensor=2, sequence_parallel=sequence_parallel)):
             model = build(work.kind, work.config).train()
             batch, loss = batch_of(work), objective_of(work)
             return saved_bytes(model, lambda: loss(model, batch))
 
     work = workload(objective, medium())
+    kept = Kept(tensor=2, sequence_parallel=sequence_parallel)
     for got in run_ranks(measure, ranks=2):
-        assert step_bytes(work, Kept(tensor=2)) == pytest.approx(got, rel=STEP_TOLERANCE)
+        assert step_bytes(work, kept) == pytest.approx(got, rel=STEP_TOLERANCE)
 
 
 def test_activations_under_full_recomputation(run_ranks):
     work = workload("contrastive", medium())
 
     def measure():
-        from infra.backend import device_literals
-
-        with parallel(Layout()), device_literals():
+        with parallel(Layout(recompute=True)):
             model = build(work.kind, work.config).train()
-            for tower in (model.vision, model.text):
-                stack = tower.decoder.config
-                stack.recompute_granularity, stack.recompute_method = "full", "uniform"
-                stack.recompute_num_layers = 1
             batch, loss = batch_of(work), objective_of(work)
             return saved_bytes(model, lambda: loss(model, batch))
 
@@ -310,7 +326,7 @@ def test_parameters_gradients_and_optimizer_are_megatrons(run_ranks, layout, obj
             model = build(work.kind, config)
             freeze(model, trained)
             wrapped = _wrap(model)
-            optimizer = build_optimizer(wrapped, TrainConfig(steps=1, batch_samples=2, lr=1e-3))
+            optimizer = build_optimizer([wrapped], TrainConfig(steps=1, batch_samples=2, lr=1e-3))
             for parameter in wrapped.parameters():
                 if parameter.requires_grad:
                     parameter.main_grad.fill_(1.0)
@@ -335,6 +351,29 @@ def test_parameters_gradients_and_optimizer_are_megatrons(run_ranks, layout, obj
     assert states == layout.data * optimizer_bytes(sum(sizes), layout.data, 4)
 
 
+@pytest.mark.parametrize("kind", ["internvl_c", "internvl_g", "chat_full"])
+@pytest.mark.parametrize(
+    "layout",
+    [Layout(pipeline=2), Layout(tensor=2), Layout(pipeline=2, virtual_pipeline=2)],
+    ids=["pipeline", "tensor", "interleaved"],
+)
+def test_every_rank_holds_what_is_planned(run_ranks, layout, kind):
+    deep = dataclasses.replace(tiny_config().text, depth=4)
+    vision = dataclasses.replace(tiny_config().vision, depth=4)
+    work = workload("generative", tiny_config(text=deep, vision=vision), kind=kind)
+
+    def measure():
+        from megatron.core import parallel_state
+
+        with parallel(layout):
+            model = build(kind, work.config)
+            shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+            return parallel_state.get_pipeline_model_parallel_rank(), shapes
+
+    for rank, shapes in run_ranks(measure, ranks=2):
+        assert shapes == {w.name: w.shape for w in rank_weights(work, layout, rank)}
+
+
 # --- the whole of a rank, and the search ----------------------------------------------------------
 
 H100 = Machine(ranks=64, memory_bytes=76 << 30, element=2, flops_per_s=989e12, mfu=0.4)
@@ -348,8 +387,8 @@ def stage1(**changes) -> Workload:
     return Workload(**(fields | changes))
 
 
-def candidate(micro_batch: int = 8, recompute: bool = False, **layout) -> Candidate:
-    return Candidate(layout=Layout(**layout), recompute=recompute, micro_batch=micro_batch)
+def candidate(micro_batch: int = 8, **layout) -> Layout:
+    return Layout(micro_batch_samples=micro_batch, **layout)
 
 
 def test_bytes_of_a_parameter_are_6_and_12_over_the_data_ranks():
@@ -405,13 +444,13 @@ def test_what_is_recommended_fits_and_is_the_fastest():
     plan = search(stage1(), H100)
     assert plan.best.memory.total <= H100.memory_bytes
     assert plan.best.seconds <= 1.01 * min(fit.seconds for fit in plan.fits)
-    assert all(fit.candidate.layout.ranks == 64 for fit in plan.fits)
+    assert all(fit.layout.ranks == 64 for fit in plan.fits)
 
 
 def test_layouts_that_do_not_fit_are_counted_by_reason():
     plan = search(stage1(), dataclasses.replace(H100, memory_bytes=20 << 30))
     assert plan.refused["memory"] > 10
-    assert plan.refused["vision: layers 48 does not divide by pipeline x virtual_pipeline"] > 0
+    assert plan.refused["internvl_c: vision: 48 layers for more pipeline stages"] > 0
     nothing = search(stage1(), dataclasses.replace(H100, ranks=1))
     assert nothing.best is None
     assert nothing.refused == {"memory": 2}
