@@ -46,14 +46,28 @@ def test_all_golden_folders(tmp_path: Path, record_property: Record) -> None:
     assert "does not apply" not in text
 
 
-@pytest.mark.parametrize(("bench", "least"), [("tiling", 3.0), ("decode", 1.5)])
-def test_speed(bench: str, least: float, tmp_path: Path, record_property: Record) -> None:
-    """Ratios of CPU-seconds, both sides in turns in one run."""
+def rows_of(bench: str, tmp_path: Path) -> list[dict[str, Any]]:
+    """What a benchmark measured here and now; both sides are timed in turns."""
     out = tmp_path / f"{bench}.jsonl"
-    subprocess.run(
-        [sys.executable, "-m", "benchmarks.harness", bench, "--out", str(out)],
-        cwd=ROOT, check=True,
-    )  # fmt: skip
-    rows = [json.loads(line) for line in out.read_text("utf-8").splitlines()]
-    record_property("rows", rows)
+    command = [sys.executable, "-m", "benchmarks.harness", bench, "--out", str(out)]
+    subprocess.run(command, cwd=ROOT, check=True)
+    return [json.loads(line) for line in out.read_text("utf-8").splitlines()]
+
+
+def test_tiling_is_three_times_the_official_way(tmp_path: Path, record_property: Record) -> None:
+    ratios = {}
+    for row in rows_of("tiling", tmp_path):
+        if row["case"] in ("ours, web", "ours, photo"):
+            ratios[row["case"]] = row["ratio"]
+            assert row["levels_from_pillow_11"] <= 2
+    record_property("ratios", ratios)
+    assert len(ratios) == 2
+    assert min(ratios.values()) >= 3.0
+
+
+def test_decoding_gives_the_same_tokens(tmp_path: Path, record_property: Record) -> None:
+    """How fast is recorded and not judged: the issue calls it welcome, and sizes differ much."""
+    rows = [row for row in rows_of("decode", tmp_path) if row["case"].startswith("ours")]
+    record_property("ratios", {row["case"]: row["ratio"] for row in rows})
     assert rows
+    assert all(row["tokens_that_differ"] == 0 for row in rows)
