@@ -6,6 +6,7 @@ it returns to what `dvc dag` and `dvc status` print, and the version of DVC is p
 
 import dataclasses
 import os
+import re
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,25 @@ def load_graph(root: Path) -> Graph:
     except DvcException as error:
         raise DataError(f"DVC cannot read the pipeline in {root}: {error}") from error
     return Graph(nodes=tuple(_in_order(nodes)), changed=changed)
+
+
+def order_lock(root: Path, graph: Graph) -> None:
+    """Put the entries of dvc.lock into the graph's order.
+
+    DVC appends a stage when it first ends, and stages that run side by side, or in a run that was
+    killed and went on, end in any order. No DVC may run meanwhile.
+    """
+    path = root / "dvc.lock"
+    if not path.is_file():
+        return
+    head, *entries = re.split(r"^(?=  \S)", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    place = {node.name: index for index, node in enumerate(graph.nodes)}
+    last = len(place)
+    ordered = sorted(entries, key=lambda entry: place.get(entry.strip().partition(":")[0], last))
+    if ordered != entries:
+        temporary = path.with_name(".dvc.lock.part")
+        temporary.write_text(head + "".join(ordered), encoding="utf-8")
+        temporary.replace(path)
 
 
 def _name(stage: Any, root: Path) -> str:

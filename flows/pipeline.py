@@ -23,7 +23,7 @@ from prefect.logging.handlers import APILogWorker
 from prefect.states import Cancelled, Completed, Failed
 
 from flows import artifacts
-from flows.graph import Graph, StageNode
+from flows.graph import Graph, StageNode, order_lock
 from flows.runner import STOP_GRACE_S, StageResult, run_stage
 from flows.slots import Slots
 from flows.terminal import Terminal
@@ -73,6 +73,7 @@ def run_flow(run: Run) -> State:
         stop = asyncio.Event()
         with _stopped_by_signals(stop, run):
             await _walk(run, wanted, stop)
+        order_lock(run.root, run.graph)
         if run.after and not stop.is_set() and all(r.good for r in run.results.values()):
             run.closing = await asyncio.to_thread(run.after, run.root)
         await artifacts.publish(run.root, run.graph, run.results)

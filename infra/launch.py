@@ -50,6 +50,11 @@ class LauncherProfile:
     """Seconds after which a stage saves and leaves resumable, e.g. Slurm's time limit less a few
     minutes; null: no limit."""
 
+    telemetry: tuple[str, ...] = ()
+    """Who is told about each step beside `work/<stage>/steps.jsonl`: tensorboard, dvclive."""
+    prometheus: str | None = None
+    """"host:port" at which a running stage answers Prometheus; null: nowhere."""
+
     def __post_init__(self) -> None:
         for field in ("ranks", "threads", "tensor", "pipeline"):
             if getattr(self, field) < 1:

@@ -12,6 +12,7 @@ import itertools
 import math
 import mmap
 import os
+import struct
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
@@ -29,6 +30,8 @@ GAP_BYTES = 64 << 10
 TABLE_SAMPLES = 1 << 17
 """up to so many samples an epoch's order is a table; beyond, it is computed where it is needed"""
 ROUNDS = 8
+
+_FOUR = struct.Struct("=4q")
 
 Span = tuple[int, int, int]
 """shard, first byte, number of bytes"""
@@ -57,7 +60,9 @@ class ShardSet(Sequence[Sample]):
         self._first = [0, *itertools.accumulate(counts)]
         self._keys: list[str] = [key for shard in index["shards"] for key in shard["keys"]]
         tables = [np.asarray(s["offsets"], np.int64).reshape(-1, 4) for s in index["shards"]]
-        self._spans = np.concatenate(tables) if tables else np.empty((0, 4), np.int64)
+        spans = np.concatenate(tables) if tables else np.empty((0, 4), np.int64)
+        self._packed = spans.tobytes()  # a row of it costs a third of a row of an array
+        self._spans = np.frombuffer(self._packed, np.int64).reshape(-1, 4)
         if len(self._spans) != len(self._keys) or index["samples"] != len(self._keys):
             raise DataError(f"{where}: counts disagree; run the shard stage again")
         self._digests = [shard["sha256"] for shard in index["shards"]]
@@ -146,10 +151,10 @@ class ShardSet(Sequence[Sample]):
         for start, stop in zip([0, *breaks], [*breaks, len(self)], strict=True):
             yield range(int(start), int(stop))
 
-    def _locate(self, i: int) -> tuple[int, list[int]]:
+    def _locate(self, i: int) -> tuple[int, tuple[int, ...]]:
         if not 0 <= i < len(self._keys):
             raise IndexError(f"sample {i} of {len(self._keys)}")
-        return bisect.bisect_right(self._first, i) - 1, self._spans[i].tolist()
+        return bisect.bisect_right(self._first, i) - 1, _FOUR.unpack_from(self._packed, 32 * i)
 
 
 class _Storage(Protocol):
@@ -164,18 +169,21 @@ class _MappedShards:
         self._maps: dict[int, mmap.mmap] = {}
 
     def read(self, spans: Sequence[Span]) -> list[bytes]:
-        return [self._map(shard)[start : start + size] for shard, start, size in spans]
+        maps = self._maps
+        return [
+            (maps.get(shard) or self._map(shard))[start : start + size]
+            for shard, start, size in spans
+        ]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_maps": {}}  # maps do not survive pickling; reopen lazily
 
     def _map(self, shard: int) -> mmap.mmap:
-        found = self._maps.get(shard)
-        if found is None:
-            path = f"{self._folder}/{self._names[shard]}"
-            found = self._maps[shard] = _map_file(path)
-            _check_size(path, len(found), self._sizes[shard])
-        return found
+        path = f"{self._folder}/{self._names[shard]}"
+        mapped = _map_file(path)
+        _check_size(path, len(mapped), self._sizes[shard])
+        self._maps[shard] = mapped
+        return mapped
 
 
 class _RemoteShards:

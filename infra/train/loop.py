@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,11 @@ from infra.progress import Progress
 from infra.train.checkpoint import Checkpoints, Saved, best_checkpoint, newest
 from infra.train.config import TrainConfig
 from infra.train.ema import Ema
+from infra.train.mfu import peak_flops_per_s
 from infra.train.optim import build_optimizer, gradient_norm, set_step, update
 from infra.train.spikes import Account, refuse_if_hopeless, why_bad
 from infra.train.step import Engine
+from infra.train.telemetry import Stopwatch, Telemetry, Work
 
 Objective = Any
 """what `infra.train.step` can differentiate: pieces of a loss, or a function
@@ -43,6 +44,10 @@ class FitResult:
     """steps that an earlier call had done"""
     best_step: int | None
     """steps of the checkpoint that `train.keep_best` kept"""
+    step_flops: float
+    """FLOPs of a step's matrix products over all ranks"""
+    peak_flops_per_s: float
+    """of one rank's device"""
 
 
 def fit(
@@ -57,6 +62,8 @@ def fit(
     log: Callable[[str], None] = print,
     label: str = "train",
     deadline: float = math.inf,
+    sinks: tuple[str, ...] = (),
+    prometheus: str | None = None,
 ) -> FitResult:
     """Train `model` in place; every rank calls this inside `infra.backend.parallel`.
 
@@ -68,12 +75,14 @@ def fit(
         objective: its terms become columns of the history.
         batch_at: this rank's batch of a step; a pure function of the step.
         config: what to do.
-        work: folder for `checkpoints/` and `steps.jsonl` (times; rank 0).
+        work: folder for `checkpoints/` and `steps.jsonl` (where time went; rank 0).
         run_key: a checkpoint of another run key is never loaded.
         layout: must be the one that is initialised.
         log: takes one line; called on rank 0 only.
         label: stands before the progress bar.
         deadline: `time.monotonic` at which to save and leave, as if asked to.
+        sinks, prometheus: who is told about each step, beside `steps.jsonl`
+            (`infra.train.telemetry`).
 
     With `train.ema_decay` the model ends as the running mean of its weights.
 
@@ -96,21 +105,38 @@ def fit(
             trainer.dry_run(batch_at(0))
         first = trainer.begin(saved)
         account = trainer.account
-        timings = _Timings(work / "steps.jsonl", config.batch_samples, enabled=is_first)
+        watch = trainer.watch
+        flops, peak, peak_is = trainer.measure(batch_at(0))
+        telemetry = Telemetry(
+            work,
+            Work(
+                samples=config.batch_samples,
+                flops=flops,
+                peak_flops_per_s=peak * layout.ranks,
+                peak_is=peak_is,
+            ),
+            sinks=sinks,
+            prometheus=prometheus,
+            enabled=is_first,
+        )
         bar = Progress(config.steps, unit="steps", label=label, start=first, enabled=is_first)
-        with timings, bar:
+        with telemetry, bar:
             while account.step < config.steps:
-                step = account.step
-                timings.start()
-                batch = batch_at(account.batch)
-                timings.loaded()
+                step, wall, cpu = account.step, time.perf_counter(), time.process_time()
+                watch.start()
+                with watch.phase("data"):
+                    batch = batch_at(account.batch)
                 row = trainer.step(batch)
-                timings.stepped(step)
-                asked_to_stop = trainer.look_up(stop.asked or time.monotonic() > deadline)
+                with watch.phase("checkpoint"):
+                    asked_to_stop = trainer.look_up(stop.asked or time.monotonic() > deadline)
+                telemetry.step(
+                    step, watch, time.perf_counter() - wall, time.process_time() - cpu,
+                    trainer.tokens(), row,
+                )  # fmt: skip
                 if row is not None:
                     bar.update(1, loss=f"{row['loss']:.4f}")
                     if account.step % config.log_every_steps == 0 or account.step == config.steps:
-                        log(_line(row, config, timings.samples_per_s))
+                        log(_line(row, config, telemetry.samples_per_s))
                 if asked_to_stop:
                     break
         trainer.checkpoints.finish()
@@ -130,6 +156,8 @@ def fit(
         interrupted=interrupted,
         resumed_from=first,
         best_step=int(best.name.partition("-")[2]) if best else None,
+        step_flops=flops,
+        peak_flops_per_s=peak,
     )
 
 
@@ -150,7 +178,8 @@ class _Trainer:
         self._config, self._log = config, log
         self._folder, self._run_key = work / "checkpoints", run_key
         self._run = _Run(model, objective, config, layout)
-        self.dry_run = self._run.dry_run
+        self.dry_run, self.measure = self._run.dry_run, self._run.measure
+        self.watch, self.tokens = self._run.watch, self._run.tokens
         self.ema = Ema(model, config.ema_decay) if config.ema_decay else None
         self.account = Account()
         self._saved_step = -1
@@ -176,15 +205,17 @@ class _Trainer:
         account, config, optimizer = self.account, self._config, self._run.optimizer
         terms = self._run.gradients(batch)
         lr = set_step(optimizer, account.step, config)
-        grad_norm = gradient_norm(optimizer)
+        with self.watch.phase("communication"):
+            grad_norm = gradient_norm(optimizer)
         reason = why_bad(terms, grad_norm, account, config)
         if reason:
             refuse_if_hopeless(reason, account, config)
             self._pass_over(reason)
             return None
-        update(optimizer, grad_norm, config.clip_grad)
-        if self.ema:
-            self.ema.update()
+        with self.watch.phase("optimizer"):
+            update(optimizer, grad_norm, config.clip_grad)
+            if self.ema:
+                self.ema.update()
         row = {"step": account.step, **terms, "lr": lr, "grad_norm": grad_norm}
         account.history.append(row)
         account.step += 1
@@ -246,8 +277,9 @@ class _Run:
     def __init__(
         self, model: Any, objective: Objective, config: TrainConfig, layout: Layout
     ) -> None:
+        self.watch = Stopwatch(_synchronise())
         self._wrapped = [_wrap(chunk) for chunk in getattr(model, "chunks", [model])]
-        self._engine = Engine(model, self._wrapped, objective, layout)
+        self._engine = Engine(model, self._wrapped, objective, layout, self.watch)
         self.optimizer = build_optimizer(self._wrapped, config)
         model.train()
 
@@ -259,13 +291,29 @@ class _Run:
         self._engine.forward(batch)
         torch.set_rng_state(state)
 
+    def measure(self, batch: Any) -> tuple[float, float, str]:
+        """FLOPs of a step over all ranks, and what one rank's device could do, with its source."""
+        import torch
+        import torch.distributed as dist
+
+        state = torch.get_rng_state()
+        flops = torch.tensor(self._engine.flops(batch), dtype=torch.float64, device=install().kind)
+        torch.set_rng_state(state)
+        dist.all_reduce(flops)
+        return float(flops), *peak_flops_per_s()
+
+    def tokens(self) -> int:
+        """Tokens of the last step in all towers, of all ranks that have different ones."""
+        return self._engine.tokens()
+
     def gradients(self, batch: Any) -> dict[str, float]:
         """Gradients of one batch; returns the terms, equal on all ranks."""
         for wrapped in self._wrapped:
             wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
         terms = self._engine.gradients(batch)
-        self._engine.finalise()
+        with self.watch.phase("communication"):
+            self._engine.finalise()
         return terms
 
 
@@ -284,6 +332,15 @@ def _wrap(model: Any) -> Any:
         grad_reduce_in_fp32=True,
     )
     return DistributedDataParallel(model.config, settings, model)
+
+
+def _synchronise() -> Callable[[], None] | None:
+    """What makes a device's work end before the clock is read; a CPU's has ended."""
+    if install().kind == "cpu":
+        return None
+    import torch
+
+    return torch.cuda.synchronize
 
 
 def _agree(saved: Saved | None) -> Saved | None:
@@ -316,45 +373,3 @@ def _line(row: dict[str, float], config: TrainConfig, samples_per_s: float) -> s
 
 def _say_nothing(_message: str) -> None:
     pass
-
-
-@dataclass
-class _Timings:
-    """Rank 0's times, one JSON line a step: never part of a result."""
-
-    path: Path
-    batch_samples: int
-    enabled: bool
-    samples_per_s: float = 0.0
-    _marks: list[float] = field(default_factory=list)
-    _stream: Any = None
-
-    def __enter__(self) -> _Timings:
-        if self.enabled:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._stream = self.path.open("a", encoding="utf-8", buffering=1)
-        return self
-
-    def __exit__(self, *_error: Any) -> None:
-        if self._stream:
-            self._stream.close()
-
-    def start(self) -> None:
-        self._marks = [time.perf_counter(), time.process_time()]
-
-    def loaded(self) -> None:
-        self._marks.append(time.perf_counter())
-
-    def stepped(self, step: int) -> None:
-        started, cpu_started, loaded = self._marks
-        now = time.perf_counter()
-        self.samples_per_s = self.batch_samples / (now - started)
-        if self._stream:
-            line = {
-                "step": step,
-                "data_s": round(loaded - started, 5),
-                "step_s": round(now - loaded, 5),
-                "cpu_s": round(time.process_time() - cpu_started, 5),
-                "samples_per_s": round(self.samples_per_s, 2),
-            }
-            self._stream.write(json.dumps(line) + "\n")

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 GEMM_SIDE = 1024
+DENSE_BF16_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0}
+"""of the SXM boards, without sparsity"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,16 +56,37 @@ def counted_flops(model: Any, objective: Any, batch: Any) -> float:
     What is frozen has no backward pass and is not credited with one. Leaves no gradient behind.
     """
     import torch
-    from torch.utils.flop_counter import FlopCounterMode
 
     state = torch.get_rng_state()
-    with FlopCounterMode(display=False, custom_mapping=_attention_on_cpu()) as counter:
+    with flop_counter() as counter:
         loss, _ = objective(model, batch)
         loss.backward()
     torch.set_rng_state(state)
     for parameter in model.parameters():
         parameter.grad = None
     return float(counter.get_total_flops())
+
+
+def flop_counter() -> Any:
+    """PyTorch's counter of the FLOPs of matrix products, which also knows a CPU's attention."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    return FlopCounterMode(display=False, custom_mapping=_attention_on_cpu())
+
+
+def peak_flops_per_s() -> tuple[float, str]:
+    """What this rank's device could do, and where that is from."""
+    from infra.backend import install
+
+    if install().kind == "cpu":
+        return gemm_rate(), "fp32 torch.mm of 1024^3 in this run, one thread"
+    import torch
+
+    name = torch.cuda.get_device_name()
+    for known, tflops in DENSE_BF16_TFLOPS.items():
+        if known in name:
+            return tflops * 1e12, f"data sheet of {known}, dense bf16"
+    return float("nan"), f"unknown for {name}"
 
 
 def _attention_on_cpu() -> dict[Any, Any]:

@@ -19,7 +19,8 @@ from infra.prefetch import Prefetch
 from infra.stage import Context, Interrupted
 from infra.train.config import TrainConfig
 from infra.train.loop import FitResult, Objective
-from infra.train.mfu import Utilisation, counted_flops, gemm_rate
+from infra.train.mfu import Utilisation
+from infra.train.telemetry import check_sinks
 
 HISTORY_FORMAT = "vlfoundry.history.v1"
 
@@ -83,6 +84,7 @@ def train(
         micro_batch_samples=profile.micro_batch_samples,
     )
     check(layout)
+    check_sinks(profile.telemetry, profile.prometheus)
     config.samples_per_rank(layout.data)
     target = context.output(model_folder)
     started = time.perf_counter()
@@ -111,7 +113,7 @@ def train(
         bad_steps=len(result.bad_steps),
         best_step=result.best_step,
         samples=result.steps * config.batch_samples,
-        throughput=_throughput(results, context.work / "steps.jsonl", config.batch_samples),
+        throughput=_throughput(result, layout, context.work / "steps.jsonl", config.batch_samples),
     )
 
 
@@ -139,7 +141,6 @@ def _work(
         )
         job = make(place)
         batches = Prefetch(job.batch_at, steps=config.steps, workers=profile.workers)
-        flops = counted_flops(job.model, job.objective, job.finish(job.batch_at(0)))
         result = fit(
             job.model,
             job.objective,
@@ -151,23 +152,27 @@ def _work(
             log=context.log,
             label=context.bound.address,
             deadline=deadline,
+            sinks=profile.telemetry,
+            prometheus=profile.prometheus,
         )
         if not result.interrupted:
             job.save(target)
-        return {"result": result, "step_flops": flops, "gemm": gemm_rate()}
+        return {"result": result}
 
 
-def _throughput(results: list[dict[str, Any]], timings: Path, batch_samples: int) -> dict[str, Any]:
+def _throughput(
+    result: FitResult, layout: Layout, timings: Path, batch_samples: int
+) -> dict[str, Any]:
     """Median samples a second, and MFU(CPU) with both its terms.
 
     Every step's CPU-seconds are rank 0's; the ranks do the same work, so they count alike.
     """
     rows = [json.loads(line) for line in timings.read_text(encoding="utf-8").splitlines()]
-    wall_s = statistics.median(row["data_s"] + row["step_s"] for row in rows)
+    wall_s = statistics.median(row["wall_s"] for row in rows)
     cpu_s = statistics.median(row["cpu_s"] for row in rows)
     used = Utilisation(
-        flops_per_cpu_s=statistics.mean(result["step_flops"] for result in results) / cpu_s,
-        gemm_flops_per_cpu_s=statistics.median(result["gemm"] for result in results),
+        flops_per_cpu_s=result.step_flops / layout.ranks / cpu_s,
+        gemm_flops_per_cpu_s=result.peak_flops_per_s,
     )
     return {
         "samples_per_s": round(batch_samples / wall_s, 1),

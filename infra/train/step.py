@@ -21,6 +21,8 @@ from typing import Any
 from infra.backend import Layout, device_literals, install
 from infra.backend.parallel import SoloGroup
 from infra.errors import LayoutError
+from infra.train.mfu import flop_counter
+from infra.train.telemetry import Stopwatch
 
 Terms = dict[str, float]
 Rows = dict[str, Any]
@@ -37,9 +39,20 @@ class Engine:
             is learnt.
         objective: see the module.
         layout: the one that is initialised.
+        watch: told what the time goes into.
     """
 
-    def __init__(self, model: Any, wrapped: Sequence[Any], objective: Any, layout: Layout) -> None:
+    def __init__(
+        self,
+        model: Any,
+        wrapped: Sequence[Any],
+        objective: Any,
+        layout: Layout,
+        watch: Stopwatch | None = None,
+    ) -> None:
+        self._watch = watch or Stopwatch()
+        self._counter: Any = None
+        self._first_pass_flops = 0
         self._chunks = list(getattr(model, "chunks", [model]))
         self._wrapped, self._objective, self._layout = list(wrapped), objective, layout
         self._pipelined = layout.pipeline > 1
@@ -61,18 +74,52 @@ class Engine:
 
         The gradients are not yet averaged over data-parallel ranks: `finalise` does that.
         """
+        self._forget_tokens()
         if not hasattr(self._objective, "paths"):
-            loss, terms = self._objective(self._chunks[0], batch)
-            loss.backward()
+            with self._watch.phase("forward"):
+                loss, terms = self._objective(self._chunks[0], batch)
+            self._learn(loss)
             return self._agree({"loss": loss.detach(), **terms})
         self._parts = self._layout.micro_batches(self._objective.samples(batch))
-        batch = self._objective.prepare(self, batch)
+        with self._watch.phase("forward"):
+            batch = self._objective.prepare(self, batch)
         plans = {path: self._plan(path, batch, self._parts) for path in self._objective.paths}
         if self._objective.coupled:
             terms = self._coupled(batch, plans)
         else:
             terms = self._additive(plans)
         return self._agree(terms)
+
+    def flops(self, batch: Any) -> float:
+        """FLOPs of this rank's matrix products in one step; leaves gradients behind.
+
+        The first of two passes is not credited. What recomputing does again is.
+        """
+        with flop_counter() as self._counter:
+            self.gradients(batch)
+        found = self._counter.get_total_flops() - self._first_pass_flops
+        self._counter, self._first_pass_flops = None, 0
+        return float(found)
+
+    def tokens(self) -> int:
+        """Tokens that entered towers in the last step, over all data-parallel ranks."""
+        import torch
+        import torch.distributed as dist
+
+        own = sum(getattr(m, "tokens_seen", 0) for c in self._chunks for m in c.modules())
+        box = torch.tensor(own, dtype=torch.int64, device=install().kind)
+        dist.all_reduce(box)
+        return int(box) // self._layout.tensor
+
+    def _forget_tokens(self) -> None:
+        for chunk in self._chunks:
+            for module in chunk.modules():
+                if hasattr(module, "tokens_seen"):
+                    module.tokens_seen = 0
+
+    def _learn(self, loss: Any) -> None:
+        with self._watch.phase("backward"):
+            loss.backward()
 
     def forward(self, batch: Any) -> Terms:
         """The terms of a batch, without gradients: every shape and most of the memory of a step."""
@@ -156,12 +203,13 @@ class Engine:
     def _coupled(self, batch: Any, plans: dict[str, Any]) -> Rows:
         if self._parts == 1 and not self._pipelined:
             outputs: Rows = {}
-            for path, plan in plans.items():
-                outputs |= plan.assemble(
-                    [self._finish(path, self._run(path, part), part) for part in plan.batches]
-                )
-            loss, terms = self._objective.loss(self._last_chunk, outputs, batch)
-            loss.backward()
+            with self._watch.phase("forward"):
+                for path, plan in plans.items():
+                    outputs |= plan.assemble(
+                        [self._finish(path, self._run(path, part), part) for part in plan.batches]
+                    )
+                loss, terms = self._objective.loss(self._last_chunk, outputs, batch)
+            self._learn(loss)
             return {"loss": loss.detach(), **terms}
         return self._in_two_passes(batch, plans)
 
@@ -169,9 +217,12 @@ class Engine:
         import torch
 
         leaves: dict[str, list[Rows]] = {}
+        counted = self._counter.get_total_flops() if self._counter else 0
         with torch.no_grad():
             for path, plan in plans.items():
                 leaves[path] = self._forward(path, plan, remember=True)
+        if self._counter:
+            self._first_pass_flops += self._counter.get_total_flops() - counted
         result: Rows = {}
         if self._is_last:
             outputs: Rows = {}
@@ -180,8 +231,9 @@ class Engine:
                     for name in [n for n, value in rows.items() if value.is_floating_point()]:
                         rows[name] = rows[name].detach().requires_grad_()
                 outputs |= plan.assemble(leaves[path])
-            loss, terms = self._objective.loss(self._last_chunk, outputs, batch)
-            loss.backward()
+            with self._watch.phase("forward"):
+                loss, terms = self._objective.loss(self._last_chunk, outputs, batch)
+            self._learn(loss)
             result = {"loss": loss.detach(), **terms}
         for path, plan in plans.items():
             ends = iter(leaves[path])
@@ -252,16 +304,28 @@ class Engine:
 
         if not self._pipelined:
             for part in plan.batches:
-                loss = end(self._chunks[0], one(self._chunks[0], {}, part), part)
+                with self._watch.phase("forward"):
+                    loss = end(self._chunks[0], one(self._chunks[0], {}, part), part)
                 if not forward_only:
-                    loss.backward()
+                    self._learn(loss)
             return
-        _through_stages(self._wrapped, plan.batches, one, end, forward_only=forward_only)
+
+        def timed(chunk: Any, state: Rows, part: Any) -> Rows:
+            with self._watch.phase("forward"):
+                return one(chunk, state, part)
+
+        # What is not forward is backward, and waiting for the stages beside this one.
+        with self._watch.phase("communication" if forward_only else "backward"):
+            _through_stages(self._wrapped, plan.batches, timed, end, forward_only=forward_only)
 
     # --- terms ------------------------------------------------------------------------------
 
     def _agree(self, terms: Rows) -> Terms:
         """Means over the ranks that know them, on every rank."""
+        with self._watch.phase("communication"):
+            return self._means(terms)
+
+    def _means(self, terms: Rows) -> Terms:
         import torch
         import torch.distributed as dist
 

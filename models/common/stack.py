@@ -44,7 +44,7 @@ class Stack(TransformerBlock):
 
     The tokens go in as [S, B, D] and come out so. Under sequence parallelism they are padded to a
     multiple of the tensor ranks and cut on the way in, and put together again on the way out; what
-    travels between two stages stays cut.
+    travels between two stages stays cut. `tokens_seen` counts those that came in to be learnt from.
     """
 
     def __init__(
@@ -57,6 +57,7 @@ class Stack(TransformerBlock):
     ):
         self.held = layers
         self.depth = len(layer_specs)
+        self.tokens_seen = 0
         submodules = TransformerBlockSubmodules(
             layer_specs=[layer_specs[index] for index in layers], layer_norm=layer_norm
         )
@@ -129,6 +130,8 @@ class Stack(TransformerBlock):
             mask, rotary = _widen_mask(mask, length, more), _widen(rotary, more)
         found: dict[int, Tensor] = {}
         if self.starts:
+            if torch.is_grad_enabled():
+                self.tokens_seen += length * tokens.shape[1]
             if 0 in wanted:
                 found[0] = tokens
             tokens = self._cut(tokens, more)

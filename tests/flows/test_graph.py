@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.graph import Graph, load_graph
+from flows.graph import Graph, load_graph, order_lock
 from infra.errors import ConfigError, DataError
 from tests.flows.toy import sh
 
@@ -56,3 +56,18 @@ def test_a_broken_pipeline_is_a_message(toy: Path) -> None:
     (toy / "dvc.yaml").write_text("stages: {a: {cmd: [}}")
     with pytest.raises(DataError, match="DVC cannot read the pipeline"):
         load_graph(toy)
+
+
+def test_the_lock_does_not_tell_in_which_order_stages_ended(toy: Path) -> None:
+    dvc = (sys.executable, "-m", "dvc", "repro", "--quiet")
+    sh(toy, *dvc)
+    order_lock(toy, load_graph(toy))
+    expected = (toy / "dvc.lock").read_bytes()
+    (toy / "dvc.lock").unlink()
+    sh(toy, *dvc, "train@b")
+    sh(toy, *dvc)
+    assert (toy / "dvc.lock").read_bytes() != expected
+
+    order_lock(toy, load_graph(toy))
+    assert (toy / "dvc.lock").read_bytes() == expected
+    assert load_graph(toy).stale == frozenset()
