@@ -440,6 +440,29 @@ def test_step_time_counts_recomputation_both_passes_and_the_bubble():
     assert again == pytest.approx(once * 4 / 3, rel=0.01)
 
 
+def test_the_slowest_pipeline_rank_sets_the_pace():
+    work = workload(
+        "text", batch_samples=64
+    )  # three layers: one on the first rank, two on the other
+    per = {"mfu": 0.5, "flops_per_s": 1e12}
+    one, two = (step_seconds(work, candidate(8, pipeline=p), **per) for p in (1, 2))
+    assert two == pytest.approx(one / 2 * (1 + 1 / 8) * 4 / 3)
+
+
+def test_the_towers_of_stage_1_learn_one_after_the_other_in_two_passes():
+    once, twice = (
+        memory(stage1(batch_samples=size), candidate(8), element=2).activations - 16 * size * 768
+        for size in (8, 16)
+    )
+    vision, text = (
+        memory(stage1(batch_samples=16, **alone), candidate(8), element=2).activations
+        - 16 * 16 * 768
+        for alone in ({"captions": 0}, {"images": 0})
+    )
+    assert twice < once
+    assert twice == pytest.approx(max(vision, text), rel=0.05)
+
+
 def test_what_is_recommended_fits_and_is_the_fastest():
     plan = search(stage1(), H100)
     assert plan.best.memory.total <= H100.memory_bytes
