@@ -12,6 +12,8 @@ SET ?=
 # `make test TESTS=tests/flows`, `make accept ISSUE=2`
 TESTS ?= tests
 ISSUE ?= 2
+# how many test files run at a time
+JOBS ?= 2
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export DO_NOT_TRACK := 1
@@ -26,8 +28,8 @@ setup: ## make .venv from requirements/$(LOCK).lock (every other target does it 
 run: setup ## run the whole pipeline (PROFILE=base, SET="key=value ...")
 	@exec vlfoundry run $(if $(PROFILE),--profile $(PROFILE)) $(foreach s,$(SET),--set $(s))
 
-test: setup ## run all tests (TESTS=path for some)
-	@python -m pytest $(TESTS)
+test: setup ## run all tests (TESTS=path for some, JOBS=n at a time)
+	@python -m pytest -n $(JOBS) --dist loadfile $(TESTS)
 
 lint: setup ## ruff, types, layers
 	@ruff check .
