@@ -101,12 +101,13 @@ def fit(
         warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not")
         saved = _agree(newest(work / "checkpoints", run_key, log) if is_first else None)
         trainer = _Trainer(model, objective, config, layout, work=work, run_key=run_key, log=log)
+        probe = batch_at(0)
         if saved is None:
-            trainer.dry_run(batch_at(0))
+            trainer.dry_run(probe)
         first = trainer.begin(saved)
         account = trainer.account
         watch = trainer.watch
-        flops, peak, peak_is = trainer.measure(batch_at(0))
+        flops, peak, peak_is = trainer.measure(probe)
         telemetry = Telemetry(
             work,
             Work(
