@@ -19,7 +19,7 @@ from infra.train.ema import Ema
 from infra.train.mfu import peak_flops_per_s
 from infra.train.optim import build_optimizer, gradient_norm, set_step, update
 from infra.train.spikes import Account, refuse_if_hopeless, why_bad
-from infra.train.step import Engine
+from infra.train.step import Engine, random_state, set_random_state
 from infra.train.telemetry import Stopwatch, Telemetry, Work
 
 Objective = Any
@@ -286,20 +286,18 @@ class _Run:
 
     def dry_run(self, batch: Any) -> None:
         """Forward one batch, so that wrong shapes and lack of memory show in the first seconds."""
-        import torch
-
-        state = torch.get_rng_state()
+        state = random_state()
         self._engine.forward(batch)
-        torch.set_rng_state(state)
+        set_random_state(state)
 
     def measure(self, batch: Any) -> tuple[float, float, str]:
         """FLOPs of a step over all ranks, and what one rank's device could do, with its source."""
         import torch
         import torch.distributed as dist
 
-        state = torch.get_rng_state()
+        state = random_state()
         flops = torch.tensor(self._engine.flops(batch), dtype=torch.float64, device=install().kind)
-        torch.set_rng_state(state)
+        set_random_state(state)
         dist.all_reduce(flops)
         return float(flops), *peak_flops_per_s()
 
@@ -309,9 +307,10 @@ class _Run:
 
     def gradients(self, batch: Any) -> dict[str, float]:
         """Gradients of one batch; returns the terms, equal on all ranks."""
-        for wrapped in self._wrapped:
-            wrapped.zero_grad_buffer()
-        self.optimizer.zero_grad()
+        with self.watch.phase("optimizer"):
+            for wrapped in self._wrapped:
+                wrapped.zero_grad_buffer()
+            self.optimizer.zero_grad()
         terms = self._engine.gradients(batch)
         with self.watch.phase("communication"):
             self._engine.finalise()

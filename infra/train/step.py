@@ -297,9 +297,9 @@ class Engine:
             key = (path, place, counts[place])
             counts[place] += 1
             if remember:
-                self._random[key] = _random_state()
+                self._random[key] = random_state()
             elif again:
-                _set_random_state(self._random[key])
+                set_random_state(self._random[key])
             return chunk.run(path, part, state)
 
         if not self._pipelined:
@@ -467,14 +467,16 @@ def _pipeline_size() -> int:
     return parallel_state.get_pipeline_model_parallel_world_size()
 
 
-def _random_state() -> Any:
+def random_state() -> Any:
+    """PyTorch's and Megatron's, to be put back with `set_random_state`."""
     import torch
     from megatron.core import tensor_parallel
 
     return torch.get_rng_state(), tensor_parallel.get_cuda_rng_tracker().get_states()
 
 
-def _set_random_state(state: Any) -> None:
+def set_random_state(state: Any) -> None:
+    """Put back what `random_state` gave."""
     import torch
     from megatron.core import tensor_parallel
 

@@ -189,7 +189,12 @@ def _prometheus(address: str, stack: contextlib.ExitStack) -> Callable:
     host, _, port = address.rpartition(":")
     registry = CollectorRegistry()
     gauges: dict[str, Gauge] = {}
-    server, thread = start_http_server(int(port), addr=host or "127.0.0.1", registry=registry)
+    try:
+        server, thread = start_http_server(int(port), addr=host or "127.0.0.1", registry=registry)
+    except OSError as error:
+        raise ConfigError(
+            f"launcher: prometheus cannot answer at {address} ({error}); name another host:port"
+        ) from error
     stack.callback(thread.join)
     stack.callback(server.shutdown)
 

@@ -1,5 +1,6 @@
 """Where a step's time goes, and who is told."""
 
+import contextlib
 import json
 import socket
 import time
@@ -43,8 +44,11 @@ def test_rates_are_per_second_of_the_step(tmp_path):
 
 
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
+    """Outside the range that connections of other tests are given; see `ip_local_port_range`."""
+    for port in range(1100, 1900):
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    raise AssertionError("no port between 1100 and 1900 is free")
 
 
 def test_a_run_tells_everybody(run_ranks, tmp_path):
@@ -111,3 +115,13 @@ def test_what_it_costs(tmp_path):
 def test_what_nobody_can_write_to_is_refused(sinks, prometheus, message):
     with pytest.raises(ConfigError, match=message):
         check_sinks(sinks, prometheus)
+
+
+def test_a_port_that_is_taken_is_named(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        with (
+            pytest.raises(ConfigError, match=f"cannot answer at {address}"),
+            Telemetry(tmp_path, WORK, prometheus=address),
+        ):
+            pass
