@@ -15,6 +15,8 @@ import pytest
 
 from accept.crash import Target, besiege
 from infra.stage import EXIT_INTERRUPTED
+from tests.models.test_layouts import LAYOUTS as MATRIX
+from tests.models.test_layouts import STAGES, loss_curves_agree
 from tests.stages.conftest import TRAINING, TRAINING_IMPORTS
 from tests.tiny import LIMIT_S, PARAMS, artifacts, make_project, run_stage, start_fork
 
@@ -156,3 +158,9 @@ def test_a_stopped_run_goes_on_in_another_layout(
     record_property("resumed_from", done)
     record_property("worst_relative_difference", worst)
     assert worst <= 1e-5
+
+
+@pytest.mark.parametrize("layout", MATRIX)
+@pytest.mark.parametrize("stage", STAGES)
+def test_loss_curves_agree(stage: str, layout: str, tmp_path: Path) -> None:
+    loss_curves_agree(stage, MATRIX[layout], tmp_path, steps=20)
