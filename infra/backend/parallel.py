@@ -10,11 +10,13 @@ from typing import Any
 from infra.backend import install
 from infra.backend.layout import Layout
 from infra.backend.ranks import Rank, forbid_forks, this_rank
+from infra.fp8 import Fp8Config
 
 # One rendezvous store a rank, kept for as long as it lives, and how many worlds met there.
 _store: Any = None
 _worlds = 0
 _layout: Layout | None = None
+_fp8: Fp8Config | None = None
 
 
 class SoloGroup:
@@ -32,17 +34,29 @@ def current_layout() -> Layout:
     return _layout or Layout()
 
 
+def current_fp8() -> Fp8Config | None:
+    """What models that are built now compute in FP8, if anything."""
+    return _fp8
+
+
 @contextlib.contextmanager
-def parallel(layout: Layout, *, seed: int = 0) -> Iterator[Layout]:
+def parallel(
+    layout: Layout, *, seed: int = 0, fp8: Fp8Config | None = None
+) -> Iterator[Layout]:
     """Join the other ranks, cut the world as `layout` says, seed the random states.
 
     Works in a rank of `run_ranks`, and in a plain process as a world of one; that process can
     start no ranks afterwards.
 
+    Args:
+        layout: how.
+        seed: of the random states.
+        fp8: for the models that are built inside; None: higher precision.
+
     Raises:
         LayoutError: the layout needs another number of ranks than there are.
     """
-    global _layout
+    global _layout, _fp8
     device = install()
     import torch.distributed as dist
     from megatron.core import parallel_state
@@ -63,10 +77,10 @@ def parallel(layout: Layout, *, seed: int = 0) -> Iterator[Layout]:
             create_gloo_process_groups=False,
         )
         seed_everything(seed)
-        _layout = layout
+        _layout, _fp8 = layout, fp8
         yield layout
     finally:
-        _layout = None
+        _layout = _fp8 = None
         parallel_state.destroy_model_parallel()
         # Megatron's own teardown forgets its groups but leaves them open; this closes them all.
         dist.destroy_process_group()

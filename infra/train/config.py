@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from infra.errors import ConfigError
+from infra.fp8 import Fp8Config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +50,8 @@ class TrainConfig:
     """largest gradient norm over all parameters; 0: no clipping"""
     ema_decay: float = 0.0
     """of a running mean of the weights, which then is the model that the run leaves; 0: none"""
+    fp8: Fp8Config | None = None
+    """train the transformer layers in FP8; None: in the device's own precision"""
     on_bad_step: Literal["stop", "skip", "rollback"] = "stop"
     """what a loss or gradient norm that is not finite, or a spike, does: end the run, drop this
     update, or go back to the last checkpoint and on with batches that were not seen yet"""

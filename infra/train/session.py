@@ -132,7 +132,7 @@ def _work(
     from infra.backend.parallel import parallel
     from infra.train.loop import fit
 
-    with parallel(layout, seed=config.seed):
+    with parallel(layout, seed=config.seed, fp8=config.fp8):
         place = Place(
             rank=parallel_state.get_data_parallel_rank(),
             ranks=parallel_state.get_data_parallel_world_size(),
