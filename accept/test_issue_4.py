@@ -15,8 +15,8 @@ import pytest
 
 from accept.crash import Target, besiege
 from infra.stage import EXIT_INTERRUPTED
+from tests.models.test_layouts import APART, STAGES, loss_curves_agree
 from tests.models.test_layouts import LAYOUTS as MATRIX
-from tests.models.test_layouts import STAGES, loss_curves_agree
 from tests.stages.conftest import TRAINING, TRAINING_IMPORTS
 from tests.tiny import LIMIT_S, PARAMS, artifacts, make_project, run_stage, start_fork
 
@@ -30,6 +30,7 @@ LAYOUTS = {
     "data 4": "ranks: 4\n",
     "tensor 2": "ranks: 2\ntensor: 2\n",
     "tensor 2 x data 2": "ranks: 4\ntensor: 2\n",
+    "tensor 2, text 1": "ranks: 2\ntensor: 2\ntext_tensor: 1\n",
 }
 Record = Callable[[str, Any], None]
 
@@ -164,3 +165,8 @@ def test_a_stopped_run_goes_on_in_another_layout(
 @pytest.mark.parametrize("stage", STAGES)
 def test_loss_curves_agree(stage: str, layout: str, tmp_path: Path) -> None:
     loss_curves_agree(stage, MATRIX[layout], tmp_path, steps=20)
+
+
+@pytest.mark.parametrize("layout", APART)
+def test_loss_curves_agree_where_each_tower_has_its_own_layout(layout: str, tmp_path: Path) -> None:
+    loss_curves_agree("contrastive", APART[layout], tmp_path, steps=20)

@@ -32,6 +32,9 @@ class LauncherProfile:
     """Ranks that share each layer (TP)."""
     pipeline: int = 1
     """Ranks that share the depth (PP)."""
+    text_tensor: int | None = None
+    """Ranks that share each layer of the text tower in stage 1, where that is smaller than the
+    vision tower: the rest of `tensor` shares its texts; null: `tensor`."""
     workers: int = 0
     """Processes of each rank that make its batches ahead; 0: it makes them itself."""
     packing: PackingConfig | None = None

@@ -482,9 +482,12 @@ def _half_a_batch(folder: Path) -> list[Check]:
         recorded = below(everything, f"rank{rank}.")
         prefix = f"{file}/rank{rank}"
         checks = forward_checks(prefix, ours, other(recorded, "grad."))
+        own = below(recorded, "grad.")
         # Ranks divide the scale's gradient in another way here: each has the share of its images'
-        # rows of the logits, officially of its images and its texts. Their mean is compared below.
-        own = {n: t for n, t in below(recorded, "grad.").items() if n != "logit_scale"}
+        # rows of the logits, officially of its images and its texts. Only the mean is ever used,
+        # so it is their mean that is compared.
+        own.pop("logit_scale", None)
+        shares = [t for n, t in everything.items() if n.endswith(".grad.logit_scale")]
         checks += _gradients(f"{prefix}/grad", model, own, weights)
         for parameter in model.parameters():
             if parameter.grad is not None:
@@ -493,4 +496,8 @@ def _half_a_batch(folder: Path) -> list[Check]:
         if rank:
             return checks
         mean = below(everything, "ddp_mean_grad.")
-        return checks + _gradients(f"{file}/ddp_mean_grad", model, mean, weights)
+        checks += _gradients(f"{file}/ddp_mean_grad", model, mean, weights)
+        if shares:
+            mean = {"logit_scale": torch.stack(shares).mean(0)}
+            checks += _gradients(f"{file}/mean_of_ranks/grad", model, mean, weights)
+        return checks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from infra.errors import LayoutError
@@ -37,6 +38,9 @@ class Layout:
     """model chunks a pipeline rank holds (the interleaved schedule); None: one"""
     data: int = 1
     """copies of the model, each with its part of the batch"""
+    text_tensor: int | None = None
+    """ranks that share the text tower's matrices, where it meets the vision tower in the loss alone
+    (internvl_c): each such group of a tensor group encodes its part of the texts; None: `tensor`"""
     sequence_parallel: bool = False
     """cut activations outside attention and MLP along the sequence over the tensor ranks"""
     batch_p2p: bool | None = None
@@ -51,6 +55,23 @@ class Layout:
     def ranks(self) -> int:
         """Processes in all."""
         return self.tensor * self.pipeline * self.data
+
+    @property
+    def text_stands_apart(self) -> bool:
+        """Whether the text tower is cut in another way than the rest."""
+        return self.text_tensor not in (None, self.tensor)
+
+    @property
+    def of_text(self) -> Layout:
+        """How the text tower alone is cut, if it stands apart."""
+        assert self.text_tensor is not None, "the text tower has no layout of its own"
+        return dataclasses.replace(
+            self,
+            tensor=self.text_tensor,
+            data=self.data * (self.tensor // self.text_tensor),
+            text_tensor=None,
+            sequence_parallel=False,
+        )
 
     @property
     def interleaved(self) -> bool:
@@ -97,6 +118,16 @@ class Layout:
         for name, size in sizes.items():
             if size < 1:
                 raise LayoutError(f"layout.{name} is {size}; expected at least 1")
+        if self.text_tensor is not None and not 1 <= self.text_tensor <= self.tensor:
+            raise LayoutError(
+                f"layout.text_tensor is {self.text_tensor}; expected 1 to tensor {self.tensor}, "
+                "or left out"
+            )
+        if self.text_tensor is not None and self.tensor % self.text_tensor:
+            raise LayoutError(
+                f"layout.tensor {self.tensor} does not divide by layout.text_tensor "
+                f"{self.text_tensor}: groups of so many ranks share the texts of a tensor group"
+            )
         if ranks is not None and ranks != self.ranks:
             raise LayoutError(
                 f"the layout needs tensor {self.tensor} x pipeline {self.pipeline} x data "

@@ -17,6 +17,7 @@ _store: Any = None
 _worlds = 0
 _layout: Layout | None = None
 _fp8: Fp8Config | None = None
+_text_peers: Any = None
 
 
 class SoloGroup:
@@ -39,10 +40,14 @@ def current_fp8() -> Fp8Config | None:
     return _fp8
 
 
+def text_peers() -> Any:
+    """Ranks of this one's tensor group that hold the same part of a text tower that stands apart,
+    and share the texts; a group of one where it does not."""
+    return _text_peers or SoloGroup()
+
+
 @contextlib.contextmanager
-def parallel(
-    layout: Layout, *, seed: int = 0, fp8: Fp8Config | None = None
-) -> Iterator[Layout]:
+def parallel(layout: Layout, *, seed: int = 0, fp8: Fp8Config | None = None) -> Iterator[Layout]:
     """Join the other ranks, cut the world as `layout` says, seed the random states.
 
     Works in a rank of `run_ranks`, and in a plain process as a world of one; that process can
@@ -56,7 +61,7 @@ def parallel(
     Raises:
         LayoutError: the layout needs another number of ranks than there are.
     """
-    global _layout, _fp8
+    global _layout, _fp8, _text_peers
     device = install()
     import torch.distributed as dist
     from megatron.core import parallel_state
@@ -73,14 +78,18 @@ def parallel(
             tensor_model_parallel_size=layout.tensor,
             pipeline_model_parallel_size=layout.pipeline,
             virtual_pipeline_model_parallel_size=layout.virtual_pipeline,
+            # Megatron knows one other way to cut some parameters. It is made for experts, which
+            # nobody here has; the text tower takes it where it stands apart.
+            expert_tensor_parallel_size=layout.text_tensor,
             # Twins of the NCCL groups that only asynchronous checkpoints would use.
             create_gloo_process_groups=False,
         )
         seed_everything(seed)
+        _text_peers = _groups_of_text(layout)
         _layout, _fp8 = layout, fp8
         yield layout
     finally:
-        _layout = _fp8 = None
+        _layout = _fp8 = _text_peers = None
         parallel_state.destroy_model_parallel()
         # Megatron's own teardown forgets its groups but leaves them open; this closes them all.
         dist.destroy_process_group()
@@ -93,6 +102,25 @@ def seed_everything(seed: int) -> None:
 
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
+
+
+def _groups_of_text(layout: Layout) -> Any:
+    """This rank's group of `text_peers`, or None where there is nobody to share with."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    if not layout.text_stands_apart:
+        return None
+    if layout.text_tensor == 1:
+        return parallel_state.get_tensor_model_parallel_group()
+    mine = None
+    for first in range(0, layout.ranks, layout.tensor):  # ranks of a tensor group are neighbours
+        for place in range(layout.text_tensor):
+            ranks = list(range(first + place, first + layout.tensor, layout.text_tensor))
+            group = dist.new_group(ranks)
+            if dist.get_rank() in ranks:
+                mine = group
+    return mine
 
 
 def _join(rank: Rank | None, backend: str) -> None:

@@ -32,8 +32,9 @@ from infra.train.config import TrainConfig
 from infra.train.ema import Ema
 from infra.train.spikes import Account
 
-FORMAT = "vlfoundry.checkpoint.v2"
+FORMAT = "vlfoundry.checkpoint.v3"
 MANIFEST = "train.json"
+SHARDING = "fully_reshardable"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +159,7 @@ class Checkpoints:
         loaded = dist_checkpointing.load(state, str(saved.folder))
         with torch.no_grad():  # Megatron fills views of the parameters in place
             self._model.load_state_dict(loaded["model"])
-            self._optimizer.load_state_dict(loaded["optimizer"])
+            self._load_optimizer(loaded)
             if self._ema:
                 self._ema.load_state_dict(loaded["ema"])
         if same_ranks:
@@ -175,7 +176,7 @@ class Checkpoints:
 
         metadata = {
             # The only kind that can be read in another layout.
-            "distrib_optim_sharding_type": "fully_reshardable",
+            "distrib_optim_sharding_type": SHARDING,
             "singleton_local_shards": False,
             "chained_optim_avoid_prefix": True,
             "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
@@ -190,13 +191,29 @@ class Checkpoints:
             "torch": torch.get_rng_state(),
             "megatron": tensor_parallel.get_cuda_rng_tracker().get_states(),
         }
+        optimizer = self._optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata)
         return {
             "model": model,
-            "optimizer": self._optimizer.sharded_state_dict(
-                model, is_loading=loading, metadata=metadata
-            ),
+            "optimizer": [part["param_state"] for part in self._parts(optimizer)],
+            "optimizer_steps": self._optimizer.param_groups[0].get("step", 0),
             "random": ShardedObject("random", random, (dist.get_world_size(),), (dist.get_rank(),)),
         } | ({"ema": self._ema.sharded_state_dict(model)} if self._ema else {})
+
+    def _parts(self, state: dict[str, Any]) -> list[dict[str, Any]]:
+        """Of an optimizer's state. How many there are depends on the layout, and so does which
+        parameters are in which; so a checkpoint holds nothing but tensors by name, and the number
+        of steps. What else a part has to say, the config says again."""
+        chained = getattr(self._optimizer, "chained_optimizers", [self._optimizer])
+        return [state] if len(chained) == 1 else list(state.values())
+
+    def _load_optimizer(self, loaded: dict[str, Any]) -> None:
+        state = self._optimizer.state_dict()
+        parts = state if isinstance(state, list) else [state]
+        for part, tensors in zip(parts, loaded["optimizer"], strict=True):
+            for group in part["optimizer"]["param_groups"]:
+                group["step"] = loaded["optimizer_steps"]
+            part |= {"param_state": tensors, "param_state_sharding_type": SHARDING}
+        self._optimizer.load_state_dict(dict(enumerate(parts)) if len(parts) > 1 else parts[0])
 
     def _manifest(self, account: Account) -> dict[str, Any]:
         import torch.distributed as dist

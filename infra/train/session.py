@@ -60,14 +60,14 @@ def train(
     config: TrainConfig,
     make: Callable[[Place], Job],
     *,
-    check: Callable[[Layout], None],
+    check: Callable[[Layout], Layout],
     model_folder: str,
     history: str,
 ) -> None:
     """Fork the launcher's ranks, fit, and write the model folder and the history.
 
     Args:
-        check: refuses a layout that the model cannot have.
+        check: refuses a layout that the model cannot have, and leaves out what does not concern it.
 
     Raises:
         LayoutError: the launcher's layout does not fit; nothing has been started.
@@ -77,13 +77,14 @@ def train(
     layout = Layout(
         tensor=profile.tensor,
         pipeline=profile.pipeline,
+        text_tensor=profile.text_tensor,
         virtual_pipeline=profile.virtual_pipeline,
         data=profile.data,
         sequence_parallel=profile.sequence_parallel,
         recompute=profile.recompute,
         micro_batch_samples=profile.micro_batch_samples,
     )
-    check(layout)
+    layout = check(layout)
     check_sinks(profile.telemetry, profile.prometheus)
     config.samples_per_rank(layout.data)
     target = context.output(model_folder)

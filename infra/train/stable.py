@@ -49,13 +49,12 @@ class _Shards:
 
         self._inner = optimizer.optimizer
         self._data = optimizer.data_parallel_group
-        self._tensor = parallel_state.get_tensor_model_parallel_group()
-        params = [
-            param
-            for chunk in optimizer.model_chunks
-            for param in chunk.parameters()
-            if param.requires_grad
-        ]
+        params = [param for buffer in optimizer.buffers for param in buffer.params]
+        self._tensor = (
+            parallel_state.get_tensor_model_parallel_group()
+            if getattr(params[0], "allreduce", True)
+            else parallel_state.get_expert_tensor_parallel_group()  # the text tower stands apart
+        )
         self._cut = [bool(getattr(param, "tensor_model_parallel", False)) for param in params]
         self._counts = [
             _elements(param, self._tensor.size() if cut else 1)

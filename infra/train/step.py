@@ -106,7 +106,13 @@ class Engine:
         import torch
         import torch.distributed as dist
 
-        own = sum(getattr(m, "tokens_seen", 0) for c in self._chunks for m in c.modules())
+        # Ranks that share a layer have seen the same tokens.
+        own = sum(
+            module.tokens_seen * (self._layout.tensor // module.tp_group.size())
+            for chunk in self._chunks
+            for module in chunk.modules()
+            if hasattr(module, "tokens_seen")
+        )
         box = torch.tensor(own, dtype=torch.int64, device=install().kind)
         dist.all_reduce(box)
         return int(box) // self._layout.tensor

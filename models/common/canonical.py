@@ -15,7 +15,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from models.common.parallel import tensor_group
+from models.common.parallel import tensor_group_of
 from models.tokenizer import EOS_ID
 
 Rule = tuple[str, float]
@@ -54,7 +54,7 @@ def full_shape(parameter: Tensor) -> torch.Size:
         return true_shape
     shape = list(parameter.shape)
     if getattr(parameter, "tensor_model_parallel", False):
-        shape[parameter.partition_dim] *= tensor_group().size()
+        shape[parameter.partition_dim] *= tensor_group_of(parameter).size()
     return torch.Size(shape)
 
 
@@ -65,7 +65,7 @@ def cut(full: Tensor, parameter: Tensor) -> Tensor:
     """
     if not getattr(parameter, "tensor_model_parallel", False):
         return full
-    group, dim = tensor_group(), parameter.partition_dim
+    group, dim = tensor_group_of(parameter), parameter.partition_dim
     pieces = []
     for part in full.chunk(parameter.partition_stride, dim):
         local = parameter.shape[dim] // parameter.partition_stride

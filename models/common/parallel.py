@@ -5,7 +5,9 @@ A model for evaluation is built in a process that has no process group and needs
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 
 import torch
 
@@ -20,6 +22,7 @@ from models.common.megatron import (
 )
 
 _SOLO = SoloGroup()
+_builds_text_apart = False
 
 
 def is_distributed() -> bool:
@@ -35,6 +38,7 @@ def process_groups() -> ProcessGroupCollection:
     """
     if is_distributed():
         groups = ProcessGroupCollection.use_mpu_process_groups(["tp", "cp"])
+        groups.tp = tensor_group()  # pyrefly: ignore[bad-assignment]
         groups.pp = _SOLO  # pyrefly: ignore[bad-assignment]
         return groups
     return ProcessGroupCollection(tp=_SOLO, pp=_SOLO, cp=_SOLO)
@@ -44,9 +48,42 @@ def tensor_group() -> torch.distributed.ProcessGroup | SoloGroup:
     """Ranks that share each layer's matrices."""
     if not is_distributed():
         return _SOLO
+    if _builds_text_apart:
+        group = parallel_state.get_expert_tensor_parallel_group()
+        assert group is not None, "the text tower stands apart, but has no tensor group"
+        return group
     group = parallel_state.get_tensor_model_parallel_group()
     assert group is not None, "Megatron says it is initialised, but has no tensor group"
     return group
+
+
+@contextlib.contextmanager
+def text_apart() -> Iterator[None]:
+    """Within the context parts are built in the text tower's own layout."""
+    global _builds_text_apart
+    _builds_text_apart = True
+    try:
+        yield
+    finally:
+        _builds_text_apart = False
+
+
+def stand_apart(*parameters: torch.nn.Parameter) -> None:
+    """Say that parameters are cut, and their gradients added up, in the text tower's own way."""
+    for parameter in parameters:
+        parameter.allreduce = False  # Megatron's word for an expert's
+        parameter.tensor_group = parallel_state.get_expert_tensor_parallel_group()
+
+
+def tensor_group_of(parameter: torch.Tensor) -> torch.distributed.ProcessGroup | SoloGroup:
+    """Ranks over which a parameter is cut, if it is."""
+    return getattr(parameter, "tensor_group", None) or tensor_group()
+
+
+def apart_metadata(metadata: dict | None) -> dict:
+    """`metadata` for `sharded_state_dict` of what stands apart."""
+    group = parallel_state.get_expert_data_parallel_group()
+    return {**(metadata or {}), "dp_cp_group": group}
 
 
 def pipeline_rank() -> int:
@@ -82,6 +119,8 @@ def pad_to_multiple(amount: int, parts: int) -> int:
 def stack_config(**fields) -> TransformerConfig:
     """Megatron's config for one transformer stack in the current layout."""
     layout = current_layout()
+    if _builds_text_apart:
+        layout = layout.of_text
     settings = {
         # Weights come from `models.common.canonical`, by name: the same in every layout.
         "perform_initialization": False,

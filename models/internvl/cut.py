@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Sequence
 from functools import lru_cache
@@ -69,12 +70,23 @@ def cut(kind: str, config: InternVLConfig, stages: int) -> list[Share]:
     return shares
 
 
-def check_layout(kind: str, config: InternVLConfig, layout: Layout) -> None:
+def meet_in_loss(kind: str) -> bool:
+    """Whether a configuration has two towers that meet in the loss alone, so that each may have a
+    layout of its own."""
+    return kind not in _SERIES and {"vision", "text"} <= set(PARTS[kind])
+
+
+def check_layout(kind: str, config: InternVLConfig, layout: Layout) -> Layout:
     """Refuse, before any process starts, a layout that a configuration's sizes do not allow.
+
+    Returns:
+        The layout without what does not concern this configuration.
 
     Raises:
         LayoutError: with the arithmetic.
     """
+    if not meet_in_loss(kind):
+        layout = dataclasses.replace(layout, text_tensor=None)
     vision = ModelFacts(
         name="vision",
         heads=config.vision.heads,
@@ -93,8 +105,12 @@ def check_layout(kind: str, config: InternVLConfig, layout: Layout) -> None:
         for name, decoder in (("text", config.text), ("language", config.chat))
     }
     facts = {"vision": vision, **decoders}
+    apart = [facts.pop("text")] if layout.text_stands_apart else []
     layout.check(*(facts[tower] for tower in facts if tower in PARTS[kind]))
+    for tower in apart:
+        layout.of_text.check(tower)
     cut(kind, config, layout.stages)
+    return layout
 
 
 def _layer_cost(config: InternVLConfig, tower: str) -> float:

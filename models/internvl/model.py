@@ -6,6 +6,7 @@ V vocabulary.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,19 +15,27 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from infra.backend.parallel import current_layout
-from infra.errors import ConfigError, ModelError
+from infra.errors import ConfigError, LayoutError, ModelError
 from models.common.canonical import initialise, set_init, set_rule
 from models.common.decoder import Decoder, at_end, mask_of_holes
 from models.common.generate import greedy
 from models.common.layers import LayerSpecKind
 from models.common.megatron import MegatronModule
-from models.common.parallel import Part, beside, pipeline_rank, schedule_config
+from models.common.parallel import (
+    Part,
+    apart_metadata,
+    beside,
+    pipeline_rank,
+    schedule_config,
+    stand_apart,
+    text_apart,
+)
 from models.common.pooling import AttentionPool
 from models.connector.config import ConnectorConfig
 from models.connector.model import Connector
 from models.internvit.model import InternViT
 from models.internvl.config import PARTS, InternVLConfig
-from models.internvl.cut import Share, cut
+from models.internvl.cut import Share, cut, meet_in_loss
 from models.llama.model import Llama
 from models.qllama.masks import contrastive_blocked, generative_blocked, matching_blocked
 from models.qllama.model import QLlama
@@ -45,11 +54,17 @@ def build(
 
     Raises:
         ConfigError: no configuration is called `kind`.
-        LayoutError: it has too few layers for the pipeline.
+        LayoutError: it has too few layers for the pipeline, or its text tower cannot have a layout
+            of its own.
     """
     if kind not in PARTS:
         raise ConfigError(f"model kind {kind!r} does not exist; known: {sorted(PARTS)}")
     layout = current_layout()
+    if layout.text_stands_apart and not meet_in_loss(kind):
+        raise LayoutError(
+            f"layout.text_tensor {layout.text_tensor} is for a text tower that meets the vision "
+            f"tower in the loss alone, which {kind} has not; leave it out"
+        )
     # Interleaved: rank r of R holds the stages r, r + R, r + 2R ...
     shares = cut(kind, config, layout.stages)[pipeline_rank() :: layout.pipeline]
     chunks = [InternVL(kind, config, spec, share) for share in shares]
@@ -75,11 +90,14 @@ class InternVL(Part):
         share = cut(kind, config, 1)[0] if share is None else share
         parts = PARTS[kind]
         vision = InternViT(config.vision, spec, share["vision"]) if "vision" in share else None
-        text = _text_tower(config, parts, spec, share["text"]) if "text" in share else None
+        layout = current_layout()
+        apart = text_apart() if layout.text_stands_apart else contextlib.nullcontext()
+        with apart:
+            text = _text_tower(config, parts, spec, share["text"]) if "text" in share else None
         language = None
         if "language" in share:
             language = Llama(config.chat, spec=spec, layers=share["language"])
-        super().__init__(schedule_config((text or language or vision).config))
+        super().__init__(schedule_config((vision or language or text).config))
         self.kind = kind
         self.model_config = config
         self.vision, self.text, self.language = vision, text, language
@@ -88,10 +106,21 @@ class InternVL(Part):
             self._add_contrast(config, with_queries="queries" in parts)
         if "connector" in parts:
             self._add_connectors(config, with_queries="queries" in parts)
+        if layout.text_stands_apart:
+            stand_apart(*(p for n, p in self.named_parameters() if n.startswith("text")))
 
     def set_input_tensor(self, tensors: Sequence[Tensor | None]) -> None:
         """Megatron's schedules hand over what came from the stage before."""
         self.input_tensor = tensors[0]
+
+    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
+        """As Megatron's; a text tower that stands apart has other ranks that hold the same."""
+        sharded = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        if self.text is not None and current_layout().text_stands_apart:
+            sharded |= self.text.sharded_state_dict(
+                f"{prefix}text.", sharded_offsets, apart_metadata(metadata)
+            )
+        return sharded
 
     # --- paths ------------------------------------------------------------------------------
 

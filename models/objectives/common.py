@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from models.common.megatron import gather_from_sequence_parallel_region
 from models.common.parallel import data_group
 
 Batch = Mapping[str, Any]
@@ -31,6 +32,12 @@ class _GatherRows(torch.autograd.Function):
         ours = grad.new_empty(grad.shape[0] // ctx.group.size(), *grad.shape[1:])
         dist.reduce_scatter_tensor(ours, grad.contiguous(), group=ctx.group)
         return ours, None
+
+
+def _gather_same(rows: Tensor, group: Any) -> Tensor:
+    return gather_from_sequence_parallel_region(
+        rows, tensor_parallel_output_grad=False, group=group
+    )
 
 
 def gather_rows(rows: Tensor) -> Tensor:
@@ -92,10 +99,15 @@ class MicroBatches:
     batches: list[Batch]
     order: Tensor | None = None
     """rows of the results, one behind another, that make the whole; None: all of them"""
+    group: Any = None
+    """ranks that have as many rows each, which all together make the results; None: ours do"""
 
     def assemble(self, outputs: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """The whole batch's results from those of the micro-batches."""
         whole = {name: torch.cat([part[name] for part in outputs]) for name in outputs[0]}
+        if self.group is not None:
+            # All of these ranks go on with the same rows, so each has the whole gradient of its.
+            whole = {name: _gather_same(rows, self.group) for name, rows in whole.items()}
         if self.order is None:
             return whole
         return {name: rows[self.order] for name, rows in whole.items()}

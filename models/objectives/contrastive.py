@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.linalg import vecdot
 
+from infra.backend.parallel import text_peers
 from models.common.parallel import data_group
 from models.objectives.common import (
     Batch,
@@ -59,7 +61,7 @@ class Contrastive(Objective):
 
     def micro_batches(self, path: str, batch: Batch, parts: int) -> MicroBatches:
         if path == "text":
-            return distinct_texts(batch["ids"], batch["mask"], parts)
+            return distinct_texts(batch["ids"], batch["mask"], parts, text_peers())
         return super().micro_batches(path, images_of(batch), parts)
 
     def loss(self, model, outputs: dict[str, Tensor], batch: Batch) -> tuple[Tensor, Metrics]:
@@ -73,9 +75,9 @@ class Contrastive(Objective):
         return loss, {"loss": loss.detach(), "accuracy": accuracy, "logit_scale": scale}
 
 
-def distinct_texts(ids: Tensor, mask: Tensor, parts: int = 1) -> MicroBatches:
+def distinct_texts(ids: Tensor, mask: Tensor, parts: int = 1, peers: Any = None) -> MicroBatches:
     """Right-padded texts [N, T] in a multiple of `parts` batches; a text that occurs twice is in
-    them once.
+    them once. `peers` are ranks with the same texts, of which each encodes its share.
 
     Captions of similar length go through the tower together, cut to the longest of them: most are
     a few tokens long, and padding to the longest of all would cost more than the pictures.
@@ -83,19 +85,21 @@ def distinct_texts(ids: Tensor, mask: Tensor, parts: int = 1) -> MicroBatches:
     distinct, inverse = torch.unique(ids, dim=0, return_inverse=True)
     lengths = (distinct != PAD_ID).sum(1)
     order = lengths.argsort(stable=True)
+    ranks, rank = (peers.size(), peers.rank()) if peers else (1, 0)
     groups = parts * math.ceil(LENGTH_GROUPS / parts)
+    each = math.ceil(len(order) / ranks)
     if parts == 1:
-        groups = min(groups, len(order))
-    elif len(order) < groups:  # a pipeline needs as many as it was promised
-        order = torch.cat([order, order[-1:].expand(groups - len(order))])
+        groups = min(groups, each)
+    each = max(each, groups)  # a pipeline needs as many batches as it was promised
+    ours = torch.cat([order, order[-1:].expand(each * ranks - len(order))])[rank::ranks]
     batches = []
-    for rows in order.tensor_split(groups):
+    for rows in ours.tensor_split(groups):
         longest = int(lengths[rows].max())
         real = torch.arange(longest, device=ids.device) < lengths[rows, None]
         batches.append({"ids": distinct[rows, :longest], "mask": real.to(mask.dtype)})
-    place = torch.empty_like(lengths)
-    place[order] = torch.arange(len(order), device=ids.device)
-    return MicroBatches(batches=batches, order=place[inverse])
+    number, place = torch.arange(len(order), device=ids.device), torch.empty_like(order)
+    place[order] = number % ranks * each + number // ranks
+    return MicroBatches(batches=batches, order=place[inverse], group=peers if ranks > 1 else None)
 
 
 def info_nce(

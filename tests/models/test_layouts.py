@@ -1,6 +1,7 @@
 """The parity matrix: gradients and losses in every layout equal those of one rank."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from infra.train.weights import Piece, gather_weights, pieces
 from models.common.packing import pack_rows
 from models.common.parallel import data_group
 from models.internvl.config import InternVLConfig
-from models.internvl.cut import cut
+from models.internvl.cut import check_layout, cut
 from models.internvl.freeze import freeze
 from models.internvl.model import build
 from models.objectives.contrastive import Contrastive
@@ -42,6 +43,15 @@ LAYOUTS = {
     "TP2xPP2": Layout(tensor=2, pipeline=2, micro_batch_samples=2),
     "TP2xPP2+SP": Layout(tensor=2, pipeline=2, sequence_parallel=True, micro_batch_samples=2),
 }
+APART = {
+    "TP2, text 1": Layout(tensor=2, text_tensor=1),
+    "TP4, text 2": Layout(tensor=4, text_tensor=2),
+    "TP2xDP2+SP, text 1": Layout(tensor=2, data=2, sequence_parallel=True, text_tensor=1),
+    "TP2xPP2+SP, text 1": Layout(
+        tensor=2, pipeline=2, sequence_parallel=True, text_tensor=1, micro_batch_samples=2
+    ),
+}
+"""the text tower in a layout of its own: where the towers meet in the loss alone"""
 
 
 def model_config() -> InternVLConfig:
@@ -132,8 +142,16 @@ def alone(stage: str, layout: Layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("stage", STAGES)
 def test_gradients_are_those_of_one_rank(stage, layout):
+    gradients_are_those_of_one_rank(stage, LAYOUTS[layout])
+
+
+@pytest.mark.parametrize("layout", APART)
+def test_each_tower_may_have_its_own_layout(layout):
+    gradients_are_those_of_one_rank("contrastive", APART[layout])
+
+
+def gradients_are_those_of_one_rank(stage: str, chosen: Layout) -> None:
     """Pipelines and recomputing change no bit; sums over ranks are rounded in another order."""
-    chosen = LAYOUTS[layout]
     terms, expected, _ = alone(stage, chosen)
     ranks = run_ranks(gradients, stage, chosen, ranks=chosen.ranks)
     got_terms, got, _ = ranks[0]
@@ -189,10 +207,13 @@ def worst_difference(got: dict, expected: dict) -> float:
     )
 
 
-def curve(stage: str, layout: Layout, work: Path, steps: int):
+def curve(stage: str, layout: Layout, work: Path, steps: int, optimizer: str = "adamw"):
     """Losses of a whole run, and its final weights on rank 0."""
     kind, objective = STAGES[stage]
-    config = TrainConfig(steps=steps, batch_samples=SAMPLES, lr=1e-3, warmup_steps=2)
+    config = TrainConfig(
+        steps=steps, batch_samples=SAMPLES, lr=1e-3, warmup_steps=2, save_every_steps=2,
+        keep_checkpoints=steps, optimizer=optimizer,
+    )  # fmt: skip
     with parallel(layout):
         model_of = model_config()
         model = build(kind, model_of, seed=3)
@@ -212,10 +233,53 @@ def test_loss_curves_agree(stage, layout, tmp_path):
     loss_curves_agree(stage, LAYOUTS[layout], tmp_path, steps=5)
 
 
-def loss_curves_agree(stage: str, chosen: Layout, tmp_path: Path, steps: int) -> None:
+@pytest.mark.parametrize("optimizer", ["adamw", "stable_adamw"])
+def test_loss_curves_agree_where_each_tower_has_its_own_layout(tmp_path, optimizer):
+    chosen = APART["TP2xDP2+SP, text 1"]
+    loss_curves_agree("contrastive", chosen, tmp_path, steps=5, optimizer=optimizer)
+
+
+@pytest.mark.parametrize(
+    "layouts", [("TP2, text 1", "TP1"), ("TP1", "TP4, text 2")], ids=" to ".join
+)
+def test_goes_on_where_each_tower_has_its_own_layout(tmp_path, layouts):
+    """The optimizer's state of the text tower is another rank's part in each."""
+    first, second = ({**LAYOUTS, **APART}[name] for name in layouts)
+    whole, expected = run_ranks(curve, "contrastive", first, tmp_path, 5, ranks=first.ranks)[0]
+    for step in (4, 5):
+        shutil.rmtree(tmp_path / f"checkpoints/step-{step:08d}")
+    losses, got = run_ranks(curve, "contrastive", second, tmp_path, 5, ranks=second.ranks)[0]
+    assert losses[:2] == whole[:2]
+    assert losses == pytest.approx(whole, rel=1e-5)
+    assert worst_difference(got, expected) <= 1e-4
+
+
+@pytest.mark.parametrize("kind", ["internvl_g", "chat_simple"])
+def test_towers_in_series_have_one_layout(kind):
+    layout = Layout(tensor=2, text_tensor=1)
+    assert check_layout(kind, model_config(), layout) == Layout(tensor=2)
+    with pytest.raises(LayoutError, match="meets the vision tower in the loss alone"):
+        run_ranks(built, kind, layout, ranks=2)
+
+
+def built(kind: str, layout: Layout) -> None:
+    with parallel(layout):
+        build(kind, model_config())
+
+
+def test_towers_share_ranks_evenly():
+    with pytest.raises(LayoutError, match=r"4 does not divide by layout\.text_tensor 3"):
+        check_layout("internvl_c", model_config(), Layout(tensor=4, text_tensor=3))
+
+
+def loss_curves_agree(
+    stage: str, chosen: Layout, tmp_path: Path, steps: int, optimizer: str = "adamw"
+) -> None:
     """Whole runs, optimizer and checkpoints included, on one rank and in a layout."""
-    one, expected = run_ranks(curve, stage, Layout(), tmp_path / "one", steps, ranks=1)[0]
-    got, weights = run_ranks(curve, stage, chosen, tmp_path / "cut", steps, ranks=chosen.ranks)[0]
+    (one, expected), (got, weights) = (
+        run_ranks(curve, stage, layout, tmp_path / name, steps, optimizer, ranks=layout.ranks)[0]
+        for name, layout in (("one", Layout()), ("cut", chosen))
+    )
     assert len(one) == steps
     assert got == pytest.approx(one, rel=1e-4)
     assert weights.keys() == expected.keys()
