@@ -23,6 +23,7 @@ from models.objectives.common import (
     gather_rows,
     images_of,
     scatter_rows,
+    wide,
 )
 from models.objectives.tiled import TwoWay, softplus_sum, two_way_logsumexp
 from models.tokenizer import PAD_ID
@@ -71,7 +72,7 @@ class Contrastive(Objective):
             for text in outputs["text"].split(len(images))
         ]
         loss, accuracy = (torch.stack(terms).mean() for terms in zip(*pairings, strict=True))
-        scale = model.logit_scale.detach().exp()
+        scale = wide(model.logit_scale.detach()).exp()
         return loss, {"loss": loss.detach(), "accuracy": accuracy, "logit_scale": scale}
 
 
@@ -128,10 +129,10 @@ def info_nce(
     Returns:
         The loss, and the share of our rows whose best column is right, both ways averaged.
     """
-    scale = logit_scale.exp()
+    scale = wide(logit_scale).exp()
     if config.max_logit_scale is not None:
         scale = scale.clamp(max=config.max_logit_scale)
-    rows, texts = scale * _wide(images), _wide(texts)
+    rows, texts = scale * wide(images), wide(texts)
     # Before the kernel, so that its buffers are gone when the gradients of these are made.
     row_target, text_target = _target_logits(rows, texts, group, config.label_smoothing)
     both = two_way_logsumexp(rows, gather_rows(texts))
@@ -162,7 +163,7 @@ def sigmoid_loss(
         logit_bias: of every logit; SigLIP starts at -10.
         group: [B] ids; all pairs within a group match. None: each row with its own.
     """
-    rows, texts = logit_scale.exp() * _wide(images), _wide(texts)
+    rows, texts = wide(logit_scale).exp() * wide(images), wide(texts)
     bias = logit_bias.to(rows.dtype)
     mean, count = means_of_groups(texts, group)
     matches = (count * (vecdot(rows, mean) + bias)).sum()
@@ -216,8 +217,3 @@ def _is_right(best: Tensor, group: Tensor | None) -> Tensor:
     if group is None:
         return (best == own_places(len(best), best.device)).float()
     return (gather_rows(group)[best] == group).float()
-
-
-def _wide(embeddings: Tensor) -> Tensor:
-    """At least fp32: a logit of 100 in bf16 is known to 0.5."""
-    return embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))

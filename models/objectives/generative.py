@@ -23,6 +23,7 @@ from models.objectives.common import (
     images_of,
     max_over_ranks,
     sum_over_ranks,
+    wide,
 )
 from models.objectives.contrastive import ContrastiveConfig, info_nce
 from models.objectives.next_token import IGNORE, NextTokenConfig, mean_of, sums, totals
@@ -94,7 +95,7 @@ class Generative(Objective):
 
     def loss(self, model, outputs: dict[str, Tensor], batch: Batch) -> tuple[Tensor, Metrics]:
         is_match, counts = batch["is_match"], batch["counts"]
-        losses = cross_entropy(outputs["match"], is_match, reduction="none")
+        losses = cross_entropy(wide(outputs["match"]), is_match, reduction="none")
         match = (losses * counts).sum() / batch["total_matched"]
         contrast, contrast_accuracy = info_nce(
             outputs["image"],

@@ -24,6 +24,7 @@ from models.objectives.common import (
     Runner,
     split_rows,
     sum_over_ranks,
+    wide,
 )
 from models.tokenizer import IMG_CONTEXT_ID
 
@@ -175,7 +176,7 @@ def sums(
     """Per row [B]: `weighted` cross-entropies added up, and `hits`, tokens that were right."""
     learnt, weight = _learnt(labels, config, weights)
     wanted = labels[:, 1:][learnt]
-    logits = head(hidden[:, :-1][learnt])
+    logits = wide(head(hidden[:, :-1][learnt]))
     losses = cross_entropy(logits, wanted, reduction="none") * weight[learnt].to(logits.dtype)
     right = (logits.detach().argmax(-1) == wanted).to(losses.dtype)
     row = learnt.nonzero()[:, 0]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from models.objectives.common import Batch, Metrics, Objective
+from models.objectives.common import Batch, Metrics, Objective, wide
 from models.objectives.contrastive import ContrastiveConfig, info_nce
 
 
@@ -47,7 +47,7 @@ class Retrieval(Objective):
     def loss(self, model, outputs: dict[str, Tensor], batch: Batch) -> tuple[Tensor, Metrics]:
         logits = torch.cat([outputs["wrong"], outputs["right"]])
         is_match = torch.arange(len(logits), device=logits.device) >= len(outputs["wrong"])
-        match = cross_entropy(logits, is_match.long())
+        match = cross_entropy(wide(logits), is_match.long())
         heads = [
             info_nce(
                 images, outputs["text"], model.logit_scale, self.config.contrastive,

@@ -1,0 +1,53 @@
+"""Mixed bf16, as on a GPU: weights and activations in bf16, losses, sums and main weights fp32."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+import infra.backend
+from infra.backend import Layout
+from infra.backend.ranks import run_ranks
+from tests.models.test_layouts import LAYOUTS, alone, curve, gradients
+
+
+def in_bf16(fn, *args):
+    """A rank that was given a device whose precision is bf16."""
+    infra.backend._installed = dataclasses.replace(infra.backend.install(), precision="bf16")
+    return fn(*args)
+
+
+@pytest.mark.parametrize("layout", ["TP1", "TP2+SP", "DP2", "PP2", "recompute"])
+@pytest.mark.parametrize("stage", ["contrastive", "generative", "full"])
+def test_gradients_point_where_those_of_fp32_do(stage, layout):
+    """Tensor parallelism adds halves up that were rounded to bf16; the rest rounds as one rank."""
+    chosen = LAYOUTS[layout]
+    terms, expected, _ = alone(stage, chosen)
+    got_terms, got, _ = run_ranks(in_bf16, gradients, stage, chosen, ranks=chosen.ranks)[0]
+    assert got_terms["loss"] == pytest.approx(terms["loss"], rel=0.01)
+    assert got.keys() == expected.keys()
+    assert _cosine(_flat(got), _flat(expected)) > (0.985 if chosen.tensor > 1 else 0.998)
+
+
+@pytest.mark.parametrize("stage", ["generative", "simple"])
+def test_losses_are_fp32(stage):
+    """A mean of numbers that were rounded to bf16 would be a bf16 number more often than not."""
+    terms, _, _ = run_ranks(in_bf16, gradients, stage, Layout(), ranks=1)[0]
+    for name in {"loss", "itm", "itc", "itg"} & set(terms):
+        assert terms[name] != float(torch.tensor(terms[name]).bfloat16()), name
+
+
+def test_weights_learn_by_less_than_bf16_knows(tmp_path):
+    """A gain of 1 that moves by 1e-3 a step stays where it is in bf16: its neighbours are 4e-3 and
+    8e-3 away. The fp32 main weights add the steps up."""
+    _, weights = run_ranks(in_bf16, curve, "simple", Layout(), tmp_path, 20, ranks=1)[0]
+    assert (weights["language.decoder.final_layernorm.weight"] != 1).any()
+
+
+def _flat(tensors):
+    return np.concatenate([tensors[name].ravel() for name in sorted(tensors)])
+
+
+def _cosine(a, b):
+    return float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
