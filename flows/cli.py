@@ -210,6 +210,29 @@ def plan(
 
 
 @app.command()
+def chat_check(
+    files: Annotated[list[Path], typer.Argument(help="chat files (.jsonl)")],
+    most: Annotated[int, typer.Option(help="problems shown of each file")] = 20,
+) -> None:
+    """Check chat files against the format: names file, line and field of whatever is wrong.
+
+    Ends with code 1 if anything is.
+    """
+    from models.chat.jsonl import ChatFile, problems
+
+    wrong = False
+    for file in files:
+        found = problems(file)
+        for problem in found[:most]:
+            typer.echo(problem)
+        if len(found) > most:
+            typer.echo(f"{file}: and {len(found) - most} more (--most)")
+        typer.echo(f"{file}: {len(ChatFile(file))} samples, {len(found)} wrong")
+        wrong |= bool(found)
+    raise typer.Exit(1 if wrong else 0)
+
+
+@app.command()
 def recipes(
     name: Annotated[str | None, typer.Argument(help="show this one")] = None,
 ) -> None:

@@ -27,6 +27,9 @@ from models.internvl.cut import check_layout
 from models.objectives.next_token import NextTokenConfig
 
 SHARDS = "artifacts/shard/stage2"
+CHAT_DATA = "data/chat"
+SCENES = "scenes"
+"""the source of questions that needs no file"""
 PARTS = {
     "simple": {
         "artifacts/contrastive/model": {"vision": "vision"},
@@ -46,6 +49,16 @@ SCENE_STREAM = 1 << 33
 
 
 @dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """One source of conversations."""
+
+    weight: float | None = None
+    """how often it comes, relatively; None: the square root of how many conversations it has"""
+    root: str | None = None
+    """folder or URL that its pictures are relative to; None: where its file lies"""
+
+
+@dataclass(frozen=True, kw_only=True)
 class SftStageConfig:
     """Options of stage 3."""
 
@@ -62,10 +75,24 @@ class SftStageConfig:
     the start"""
     objects: tuple[float, ...] = (1.0,)
     """how often a scene has 1, 2, ... objects, relatively; box and position always ask about one"""
+    sources: dict[str, SourceConfig] = field(
+        default_factory=lambda: {SCENES: SourceConfig(weight=1.0)}
+    )
+    """what conversations are taken from: "scenes", and files of data/chat without their .jsonl"""
+    max_tokens: int = 4096
+    """longest conversation of a file"""
+    max_tiles: int = 6
+    """most tiles of a picture, or of all pictures of a conversation; a thumbnail comes on top"""
     objective: NextTokenConfig = field(default_factory=NextTokenConfig)
     """how answer tokens are weighted"""
 
     def __post_init__(self) -> None:
+        if not self.sources:
+            raise ConfigError("sft.sources is empty; expected e.g. {scenes: {weight: 1}}")
+        if SCENES in self.sources and self.sources[SCENES].weight is None:
+            raise ConfigError(
+                "sft.sources.scenes has no weight; expected a number: there is no end of scenes"
+            )
         unknown = sorted(set(self.mix) - set(KINDS))
         if unknown:
             raise ConfigError(f"sft.mix: no question kind {unknown}; known: {list(KINDS)}")
@@ -186,12 +213,15 @@ class SceneQuestions:
 def _job(config: Config, context: Context, place: Place) -> Job:
     import torch
 
+    from models.chat.examples import Conversations, Example, packed, padded
+    from models.chat.stream import ConversationStream, Source
     from models.internvl.freeze import freeze
     from models.internvl.load import load_parts, save_model
     from models.internvl.model import build
-    from models.internvl.prompts import chat_row, labelled_rows, packed_rows
+    from models.internvl.prompts import IGNORE, chat_row
     from models.objectives.next_token import ChatObjective
     from models.preprocess import normalise
+    from models.tiling import Tiling
     from models.tokenizer import Tokenizer
 
     assert context.variant
@@ -213,33 +243,52 @@ def _job(config: Config, context: Context, place: Place) -> Job:
     freeze(model, options.trainable)
     tokens, size_px = config.model.visual_tokens(kind), config.model.vision.image_px
 
-    def asked(numbers: range) -> tuple[list[np.ndarray], list[tuple[list[int], list[int]]]]:
-        """Pictures, and ids of prompts and answers."""
-        samples = [questions.sample(number, size_px) for number in numbers]
-        rows = [chat_row(tokenizer, *pair, visual_tokens=tokens) for _, *pair in samples]
-        return [scene.image for scene, _, _ in samples], rows
+    def scene(number: int) -> Example:
+        drawn, *pair = questions.sample(number, size_px)
+        prompt, answer = chat_row(tokenizer, *pair, visual_tokens=tokens)
+        return Example(
+            ids=prompt + answer,
+            labels=[IGNORE] * len(prompt) + answer,
+            tiles=1,
+            pictures=lambda: drawn.image[None],
+        )
+
+    sources: dict[str, Source] = {
+        name: scene
+        if name == SCENES
+        else Conversations(
+            context.path(CHAT_DATA) / f"{name}.jsonl",
+            source.root,
+            tokenizer,
+            tiling=Tiling(tile_px=size_px, max_tiles=options.max_tiles),
+            tile_tokens=tokens,
+            max_tokens=options.max_tokens,
+        )
+        for name, source in options.sources.items()
+    }
+    weights = {name: source.weight for name, source in options.sources.items()}
+    stream = ConversationStream(sources, weights, seed=config.seed)
+
+    def tensors(made: dict[str, np.ndarray]) -> dict[str, Any]:
+        return {name: torch.from_numpy(values) for name, values in made.items()}
 
     def padded_at(step: int) -> dict[str, Any]:
-        first, count = rank_slice(step, batch, place.rank, place.ranks)
-        pictures, rows = asked(range(first, first + count))
-        ids, _, labels = map(torch.from_numpy, labelled_rows(rows))
-        return {"pictures": torch.from_numpy(np.stack(pictures)), "ids": ids, "labels": labels}
+        return tensors(padded(stream.take(*rank_slice(step, batch, place.rank, place.ranks))))
 
     def packed_at(step: int) -> dict[str, Any]:
-        """Every rank looks at the whole step, so that all agree on its packs."""
+        """Every rank looks at the whole step, so that all agree on its packs, and decodes the
+        pictures of its own."""
         assert place.packing is not None
-        pictures, rows = asked(range(step * batch, (step + 1) * batch))
-        lengths = [len(prompt) + len(answer) for prompt, answer in rows]
-        packs = pack(lengths, [1] * batch, place.packing, multiple=place.ranks * place.rounds)
-        packs = packs[place.rank :: place.ranks]
-        mine = [i for members in packs for i in members]
-        ids, labels, cu_seqlens = map(torch.from_numpy, packed_rows([rows[i] for i in mine]))
+        examples = stream.take(step * batch, batch)
+        packs = pack(
+            [len(example.ids) for example in examples],
+            [example.tiles for example in examples],
+            place.packing,
+            multiple=place.ranks * place.rounds,
+        )[place.rank :: place.ranks]
+        mine = [examples[i] for members in packs for i in members]
         return {
-            "pictures": torch.from_numpy(np.stack([pictures[i] for i in mine])),
-            "ids": ids,
-            "labels": labels,
-            "cu_seqlens": cu_seqlens,
-            "tiles": torch.ones(len(mine), dtype=torch.long),
+            **tensors(packed(mine)),
             "packs": torch.tensor([len(members) for members in packs]),
         }
 
@@ -259,7 +308,7 @@ def _job(config: Config, context: Context, place: Place) -> Job:
 STAGE = Stage(
     name="sft",
     config=Config,
-    inputs=(SHARDS,),
+    inputs=(SHARDS, CHAT_DATA),
     outputs=("artifacts/sft/{variant}/model", "artifacts/sft/{variant}/history.json"),
     run=run,
     variants=tuple(KIND),

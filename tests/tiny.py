@@ -65,6 +65,7 @@ def make_project(root: Path, params: dict[str, Any] = PARAMS, concepts: int = 4)
     for name in SOURCES:
         # Not a link: a source that somebody edits between two runs would change the run key.
         shutil.copytree(ROOT / name, root / name)
+    (root / "data/chat").mkdir(parents=True)
     write_params(root, params)
     samples = drawings_with_captions(concepts)
     names = [sample for sample in samples if sample.meta["kind"] == "name"]

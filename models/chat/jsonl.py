@@ -15,6 +15,9 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
 
 from infra.errors import DataError
 from models.chat.templates import IMAGE, Message, Role
@@ -84,20 +87,58 @@ def read(path: str | Path) -> Iterator[Sample]:
         yield found
 
 
+class ChatFile:
+    """Random access to the samples of a chat file: memory is eight bytes a line.
+
+    Raises:
+        DataError: the file does not exist or is empty; later, a line that is asked for is not in
+            the format (names file, line and field).
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        starts = [0]
+        with _opened(self.path) as file:
+            starts += [file.tell() for _ in iter(file.readline, b"")]
+        if len(starts) == 1:
+            raise DataError(f"{self.path} is empty; expected a chat file, one JSON object a line")
+        self._starts = np.array(starts, np.int64)
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    def __getitem__(self, index: int) -> Sample:
+        start, end = self._starts[index : index + 2]
+        with _opened(self.path) as file:
+            file.seek(start)
+            found = _read(self.path, index + 1, file.read(end - start))
+        if isinstance(found, Problem):
+            raise DataError(str(found))
+        return found
+
+
 def problems(path: str | Path) -> list[Problem]:
     """What is wrong with a chat file: the first problem of each line that has one."""
     return [found for found in _lines(Path(path)) if isinstance(found, Problem)]
 
 
 def _lines(path: Path) -> Iterator[Sample | Problem]:
+    with _opened(path) as file:
+        for number, line in enumerate(file, start=1):
+            yield _read(path, number, line)
+
+
+def _opened(path: Path) -> BinaryIO:
     if not path.is_file():
         raise DataError(f"{path} does not exist; expected a chat file, one JSON object a line")
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                yield _sample(_parsed(line))
-            except _Wrong as error:
-                yield Problem(file=path, line=number, field=error.field, message=str(error))
+    return path.open("rb")
+
+
+def _read(path: Path, number: int, line: bytes) -> Sample | Problem:
+    try:
+        return _sample(_parsed(line))
+    except _Wrong as error:
+        return Problem(file=path, line=number, field=error.field, message=str(error))
 
 
 def _parsed(line: bytes) -> dict[str, object]:

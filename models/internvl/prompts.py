@@ -82,18 +82,3 @@ def labelled_rows(
     for i, (prompt, answer) in enumerate(rows):
         labels[i, len(prompt) : len(prompt) + len(answer)] = answer
     return ids, mask, labels
-
-
-def packed_rows(
-    rows: Sequence[tuple[list[int], list[int]]],
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(given, learnt) ids of each row, one behind another in one sequence.
-
-    Returns:
-        ids and labels, int64 [1, T]; labels are -100 but on what is learnt; and cu_seqlens, int32
-        [rows + 1]: where each row begins, and where the last ends.
-    """
-    ids = [token for prompt, answer in rows for token in (*prompt, *answer)]
-    labels = [token for prompt, answer in rows for token in (*[IGNORE] * len(prompt), *answer)]
-    ends = np.cumsum([0] + [len(prompt) + len(answer) for prompt, answer in rows])
-    return np.array([ids], np.int64), np.array([labels], np.int64), ends.astype(np.int32)

@@ -9,7 +9,7 @@ import pytest
 
 COMMANDS = (
     "run", "evaluate", "parity", "import", "export", "merge", "plan", "recipes", "report",
-    "models", "register", "lineage", "status",
+    "models", "register", "lineage", "status", "chat-check",
 )  # fmt: skip
 
 
@@ -43,6 +43,23 @@ def test_outside_of_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert refused.returncode == 2
     assert refused.stderr.startswith("vlfoundry: ")
     assert "is not inside a VLFoundry checkout" in refused.stderr
+
+
+def test_chat_files_are_checked_before_they_are_learnt_from(tmp_path: Path) -> None:
+    talk = '"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]'
+    good, bad = tmp_path / "good.jsonl", tmp_path / "bad.jsonl"
+    good.write_text(f"{{{talk}}}\n" * 3)
+    bad.write_text(f"{{{talk}}}\n{{}}\n" * 3)
+    fine = vlfoundry("chat-check", str(good))
+    assert (fine.returncode, fine.stdout) == (0, f"{good}: 3 samples, 0 wrong\n")
+    refused = vlfoundry("chat-check", str(good), str(bad), "--most", "2")
+    assert refused.returncode == 1
+    assert refused.stdout.splitlines()[1:] == [
+        f"{bad}:2: conversations: got null, expected a list of turns {{from, value}}",
+        f"{bad}:4: conversations: got null, expected a list of turns {{from, value}}",
+        f"{bad}: and 1 more (--most)",
+        f"{bad}: 6 samples, 3 wrong",
+    ]
 
 
 def test_weights_in_and_out(tmp_path: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from infra.errors import ModelError
+from models.chat.examples import Example, packed
 from models.common.attention import SDPAttention
 from models.common.config import DecoderConfig
 from models.common.packing import (
@@ -17,7 +19,7 @@ from models.common.packing import (
 )
 from models.internvl.config import InternVLConfig
 from models.internvl.model import InternVL, build
-from models.internvl.prompts import labelled_rows, packed_rows
+from models.internvl.prompts import IGNORE, labelled_rows
 from models.objectives.common import Batch
 from models.objectives.next_token import (
     ChatObjective,
@@ -54,8 +56,17 @@ def batches(rows: list[tuple[list[int], list[int]]], **more: Tensor) -> tuple[Ba
     """The same rows padded and packed."""
     ids, mask, labels = map(torch.from_numpy, labelled_rows(rows))
     padded = {"ids": ids, "mask": mask, "labels": labels, **more}
-    ids, labels, cu_seqlens = map(torch.from_numpy, packed_rows(rows))
-    return padded, {"ids": ids, "labels": labels, "cu_seqlens": cu_seqlens, **more}
+    examples = [
+        Example(
+            ids=given + learnt,
+            labels=[IGNORE] * len(given) + learnt,
+            tiles=0,
+            pictures=lambda: np.empty((0, 8, 8, 3), np.uint8),
+        )
+        for given, learnt in rows
+    ]
+    made = {name: torch.from_numpy(values) for name, values in packed(examples).items()}
+    return padded, {name: made[name] for name in ("ids", "labels", "cu_seqlens")} | more
 
 
 def assert_same(got: Tensor, expected: Tensor, name: str = "") -> None:

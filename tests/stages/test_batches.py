@@ -2,23 +2,29 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from tests.tiny import artifacts, run_stage
+from tests.tiny import PARAMS, artifacts, run_stage, write_params
 
 MADE = "artifacts/sft/simple"
+TALK = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A square."}]
+PLAIN = [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Good day."}]
 
 
 @pytest.fixture
 def again(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Train `sft simple` again under a launcher profile; returns the project's folder."""
 
-    def run(profile: str) -> Path:
+    def run(profile: str, prepare: Callable[[Path], None] = lambda root: None) -> Path:
         root = tmp_path / "again"
         shutil.copytree(trained, root, ignore=shutil.ignore_patterns("work"), symlinks=True)
         shutil.rmtree(root / MADE)
+        prepare(root)
         (tmp_path / "place.yaml").write_text(profile)
         monkeypatch.setenv("VLFOUNDRY_LAUNCHER", str(tmp_path / "place.yaml"))
         run_stage(root, "sft", "variant=simple")
@@ -46,3 +52,40 @@ def test_packed_samples_are_learnt_as_padded_ones_are(trained: Path, again, rank
 def test_a_sample_that_fits_no_pack_is_refused(trained: Path, again) -> None:
     with pytest.raises(AssertionError, match=r"sample \d+ of the step has \d+ tokens and 1 tiles"):
         again("packing: {max_tokens: 8}\n")
+
+
+@pytest.fixture
+def with_chat_file(again, tmp_path: Path):
+    """As `again`, with a chat file of wide and small pictures, and of text alone, in the mix."""
+
+    def run(profile: str) -> list[dict[str, float]]:
+        shutil.rmtree(tmp_path / "again", ignore_errors=True)
+        return steps(again(profile, prepare))
+
+    def prepare(root: Path) -> None:
+        chat = root / "data/chat"
+        chat.mkdir(parents=True, exist_ok=True)
+        for name, width in (("wide.png", 96), ("small.png", 20)):
+            Image.fromarray(np.full((32, width, 3), width, np.uint8)).save(chat / name)
+        lines = [
+            {"image": "wide.png", "conversations": TALK + PLAIN},
+            {"image": "small.png", "conversations": TALK[:1] + PLAIN[1:]},
+            {"conversations": PLAIN},
+        ]
+        (chat / "mine.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        sources = {"scenes": {"weight": 1.0}, "mine": {"weight": 1.0}}
+        write_params(root, PARAMS | {"sft": PARAMS["sft"] | {"sources": sources}})
+
+    return run
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_packed_conversations_of_several_tiles_are_learnt_as_padded_ones_are(
+    trained: Path, with_chat_file, ranks: int
+) -> None:
+    rows = with_chat_file("ranks: 1\n")
+    assert [row["loss"] for row in rows] != [row["loss"] for row in steps(trained)]
+    profile = f"ranks: {ranks}\nworkers: 1\npacking: {{max_tokens: 200, max_tiles: 12}}\n"
+    for packed, padded in zip(with_chat_file(profile), rows, strict=True):
+        assert packed["loss"] == pytest.approx(padded["loss"], rel=1e-5)
+        assert packed["grad_norm"] == pytest.approx(padded["grad_norm"], rel=1e-4)
