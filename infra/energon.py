@@ -24,7 +24,7 @@ from typing import Any
 
 from infra.config import load_params
 from infra.errors import DataError
-from infra.shards import INDEX_FORMAT
+from infra.shards import INDEX_FORMAT, picture_id
 
 META_FOLDER = ".nv-meta"
 PICTURES = ("jpg", "jpeg", "png", "webp")
@@ -119,7 +119,13 @@ def _shard(folder: Path, name: str, rows: sqlite3.Cursor, excluded: set[str]) ->
             )
         keys.append(key)
         offsets += [*picture[2:], *meta[2:]]
-    with (folder / name).open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    size = (folder / name).stat().st_size
-    return {"name": name, "sha256": digest, "bytes": size, "keys": keys, "offsets": offsets}
+    data = memoryview((folder / name).read_bytes())
+    images = zip(offsets[::4], offsets[1::4], strict=True)
+    return {
+        "name": name,
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "bytes": len(data),
+        "keys": keys,
+        "offsets": offsets,
+        "pictures": [picture_id(data[start : start + size]) for start, size in images],
+    }

@@ -68,33 +68,6 @@ def composite(images: np.ndarray, background: Sequence[int] = WHITE) -> np.ndarr
     return ((images[..., :3] * alpha + ground + 127) // 255).astype(np.uint8)
 
 
-@dataclass(frozen=True, kw_only=True)
-class PictureTable:
-    """The distinct pictures of a sample set, decoded once and kept in memory."""
-
-    pictures: np.ndarray
-    """uint8 [U, S, S, 4], one row for each distinct encoded picture."""
-    index: np.ndarray
-    """int64 [n]: the row of `pictures` that belongs to each sample."""
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def take(self, samples: Sequence[int] | np.ndarray) -> np.ndarray:
-        """The pictures of these samples, uint8 [N, S, S, 4]."""
-        return self.pictures[self.index[np.asarray(samples, np.int64)]]
-
-
-def decode_table(encoded: Sequence[bytes], size_px: int) -> PictureTable:
-    """Decode many encoded pictures, equal bytes only once. Memory: 4 * S * S bytes a picture."""
-    rows: dict[bytes, int] = {}
-    index = np.fromiter((rows.setdefault(data, len(rows)) for data in encoded), np.int64)
-    pictures = np.empty((len(rows), size_px, size_px, 4), np.uint8)
-    for data, row in rows.items():
-        pictures[row] = decode_rgba(data, size_px)
-    return PictureTable(pictures=pictures, index=index)
-
-
 def content_box(rgb: np.ndarray) -> tuple[int, int, int, int]:
     """Bounding box (x1, y1, x2, y2) of what differs from the corner colour in [H, W, 3]."""
     height, width = rgb.shape[:2]

@@ -65,6 +65,7 @@ class ShardSet(Sequence[Sample]):
         self._spans = np.frombuffer(self._packed, np.int64).reshape(-1, 4)
         if len(self._spans) != len(self._keys) or index["samples"] != len(self._keys):
             raise DataError(f"{where}: counts disagree; run the shard stage again")
+        self._pictures = [name for shard in index["shards"] for name in shard["pictures"]]
         self._digests = [shard["sha256"] for shard in index["shards"]]
         self._storage = _open_storage(
             self.folder, self._names, [shard["bytes"] for shard in index["shards"]], options
@@ -99,6 +100,25 @@ class ShardSet(Sequence[Sample]):
             Sample(key=self._keys[i], image_bytes=image, meta=self._parse(i, meta))
             for i, image, meta in zip(indices, parts[::2], parts[1::2], strict=True)
         ]
+
+    def metas(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """Caption, language and so on of several samples, without touching the pictures."""
+        located = [self._locate(i) for i in indices]
+        parts = self._storage.read([(shard, at, size) for shard, (_, _, at, size) in located])
+        return [self._parse(i, part) for i, part in zip(indices, parts, strict=True)]
+
+    def images(self, indices: Sequence[int]) -> list[bytes]:
+        """The encoded pictures alone of several samples."""
+        located = [self._locate(i) for i in indices]
+        return self._storage.read([(shard, at, size) for shard, (at, size, _, _) in located])
+
+    @functools.cached_property
+    def pictures(self) -> np.ndarray:
+        """Which picture each sample has, int64 [n]: equal bytes, equal number; numbered as they
+        first come."""
+        numbers: dict[str, int] = {}
+        found = (numbers.setdefault(name, len(numbers)) for name in self._pictures)
+        return np.fromiter(found, np.int64, len(self._pictures))
 
     def members(self, i: int) -> tuple[bytes, bytes]:
         """A sample as it stands in its shard: the encoded picture, and JSON."""

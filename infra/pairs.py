@@ -5,11 +5,12 @@ from typing import Any
 
 import numpy as np
 
-from infra.images import PictureTable, decode_table, uniforms
+from infra.images import decode_rgba, uniforms
 from infra.loader import SampleStream, ShardSet
 
 CAPTION_STREAM = 1 << 34
 """added to the seed, so that the choice of captions does not follow the augmentation's numbers"""
+KEEP_BYTES = 1 << 30
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,29 +31,39 @@ class Pairs:
 
 
 class PairStream:
-    """The distinct pictures of a shard folder, decoded once, in an order that the seed decides.
+    """The distinct pictures of a shard folder, in an order that the seed decides.
 
     A picture that several shard samples share is one sample here, and brings `captions` of its
     captions, drawn anew in each epoch: encoding a picture costs many times what a caption does, so
     each is made to learn from several.
 
-    Memory: 4 * size_px**2 bytes for each distinct picture.
+    What a step needs is read then, and pictures are decoded when they are first seen. Decoded ones
+    are kept up to `keep_bytes`: with few enough of them only the first epoch decodes, and any
+    number will do.
     """
 
-    def __init__(self, shards: ShardSet, *, seed: int, size_px: int, captions: int = 1) -> None:
-        samples = list(shards)
-        encoded = [sample.image_bytes for sample in samples]
-        self._table: PictureTable = decode_table(encoded, size_px)
-        self._metas: list[list[dict[str, Any]]] = [[] for _ in self._table.pictures]
-        for sample, picture in zip(samples, self._table.index, strict=True):
-            self._metas[picture].append(sample.meta)
-        self._most = max(len(metas) for metas in self._metas)
+    def __init__(
+        self,
+        shards: ShardSet,
+        *,
+        seed: int,
+        size_px: int,
+        captions: int = 1,
+        keep_bytes: int = KEEP_BYTES,
+    ) -> None:
+        self._shards, self._size_px, self._keep_bytes = shards, size_px, keep_bytes
         self._seed, self._captions = seed, captions
-        self._order = SampleStream(len(self._metas), seed)
+        # The samples of picture p are order[starts[p] : starts[p + 1]].
+        self._samples = shards.pictures.argsort(kind="stable")
+        counts = np.bincount(shards.pictures)
+        self._starts = np.concatenate([[0], counts.cumsum()])
+        self._most = int(counts.max())
+        self._order = SampleStream(len(counts), seed)
+        self._kept: dict[int, np.ndarray] = {}
 
     def __len__(self) -> int:
         """Samples of an epoch: distinct pictures."""
-        return len(self._metas)
+        return len(self._starts) - 1
 
     def take(self, step: int, batch: int, rank: int, ranks: int) -> Pairs:
         """This rank's slice of global batch number `step`."""
@@ -61,14 +72,29 @@ class PairStream:
         chosen = [
             self._choose(picture, row) for (_, picture), row in zip(positions, draws, strict=True)
         ]
+        columns = list(zip(*chosen, strict=True))
+        metas = iter(self._shards.metas([sample for column in columns for sample in column]))
         return Pairs(
             positions=positions,
-            rgba=self._table.pictures[[picture for _, picture in positions]],
-            metas=[list(column) for column in zip(*chosen, strict=True)],
+            rgba=self._pictures([picture for _, picture in positions]),
+            metas=[[next(metas) for _ in column] for column in columns],
         )
 
-    def _choose(self, picture: int, draws: np.ndarray) -> list[dict[str, Any]]:
-        """`captions` of a picture's captions in random order, again from the first if too few."""
-        metas = self._metas[picture]
-        order = draws[: len(metas)].argsort()
-        return [metas[order[k % len(order)]] for k in range(self._captions)]
+    def _choose(self, picture: int, draws: np.ndarray) -> list[int]:
+        """`captions` of a picture's samples in random order, again from the first if too few."""
+        samples = self._samples[self._starts[picture] : self._starts[picture + 1]]
+        order = draws[: len(samples)].argsort()
+        return [int(samples[order[k % len(order)]]) for k in range(self._captions)]
+
+    def _pictures(self, numbers: list[int]) -> np.ndarray:
+        """uint8 [N, S, S, 4]"""
+        new = sorted(set(numbers) - self._kept.keys())
+        samples = [int(self._samples[self._starts[number]]) for number in new]
+        decoded = {}
+        for number, i, data in zip(new, samples, self._shards.images(samples), strict=True):
+            with self._shards.named(i):
+                decoded[number] = decode_rgba(data, self._size_px)
+        found = [decoded[n] if n in decoded else self._kept[n] for n in numbers]
+        room = self._keep_bytes // (4 * self._size_px**2) - len(self._kept)
+        self._kept |= dict(list(decoded.items())[: max(0, room)])
+        return np.stack(found)

@@ -2,7 +2,8 @@
 
 A shard folder holds `00000.tar`, `00001.tar`, ... and `index.json`. Each sample is two tar
 members, `<key>.webp` and `<key>.json`; any WebDataset reader can stream them. The index adds
-what a tar lacks: where each member's bytes begin, so that a sample is one `pread` away.
+what a tar lacks: where each member's bytes begin, so that a sample is one `pread` away, and which
+samples have the same picture.
 """
 
 import hashlib
@@ -18,7 +19,7 @@ from infra.config import canonical_json
 from infra.errors import DataError
 
 INDEX_FILE = "index.json"
-INDEX_FORMAT = "vlfoundry.shards.v1"
+INDEX_FORMAT = "vlfoundry.shards.v2"
 IMAGE_SUFFIX = ".webp"
 META_SUFFIX = ".json"
 BLOCK = 512
@@ -89,7 +90,7 @@ def parse_index(text: str, where: str) -> dict[str, Any]:
 
 
 def _write_shard(path: Path, samples: list[Sample]) -> dict[str, Any]:
-    keys, offsets = [], []
+    keys, offsets, pictures = [], [], []
     buffer = io.BytesIO()
     for sample in samples:
         meta = canonical_json(sample.meta).encode()
@@ -97,6 +98,7 @@ def _write_shard(path: Path, samples: list[Sample]) -> dict[str, Any]:
         meta_at = _append(buffer, sample.key + META_SUFFIX, meta)
         keys.append(sample.key)
         offsets += [image_at, len(sample.image_bytes), meta_at, len(meta)]
+        pictures.append(picture_id(sample.image_bytes))
     buffer.write(b"\0" * (2 * BLOCK))
     data = buffer.getvalue()
     partial = path.with_name(path.name + ".partial")
@@ -109,7 +111,13 @@ def _write_shard(path: Path, samples: list[Sample]) -> dict[str, Any]:
         "bytes": len(data),
         "keys": keys,
         "offsets": offsets,
+        "pictures": pictures,
     }
+
+
+def picture_id(image_bytes: bytes | memoryview) -> str:
+    """What samples with the same encoded picture have in common: 64 bits of a hash."""
+    return hashlib.sha256(image_bytes).hexdigest()[:16]
 
 
 def _append(buffer: io.BytesIO, name: str, data: bytes) -> int:
@@ -141,13 +149,15 @@ def _scan_shard(path: Path) -> dict[str, Any]:
             )
         keys.append(key)
         offsets += [image.offset_data, image.size, meta.offset_data, meta.size]
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    data = memoryview(path.read_bytes())
+    images = zip(offsets[::4], offsets[1::4], strict=True)
     return {
         "name": path.name,
-        "sha256": digest,
-        "bytes": path.stat().st_size,
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "bytes": len(data),
         "keys": keys,
         "offsets": offsets,
+        "pictures": [picture_id(data[start : start + size]) for start, size in images],
     }
 
 

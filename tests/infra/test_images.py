@@ -13,7 +13,6 @@ from infra.images import (
     augment,
     composite,
     decode_rgba,
-    decode_table,
     encode_webp,
     hog_features,
     uniforms,
@@ -44,14 +43,6 @@ def test_compositing_is_exact():
     expected = [[200, 100, 0], [255, 255, 255], [244, 224, 204]]
     assert composite(pixels)[0, 0].tolist() == expected
     assert composite(pixels, (0, 0, 0))[0, 0].tolist() == [[200, 100, 0], [0, 0, 0], [40, 20, 0]]
-
-
-def test_equal_bytes_are_decoded_once():
-    a, b = (encode_webp(np.full((64, 64, 4), v, np.uint8)) for v in (10, 200))
-    table = decode_table([a, b, a, a], 64)
-    assert table.pictures.shape == (2, 64, 64, 4)
-    assert len(table) == 4
-    assert table.take([3, 1])[:, 0, 0, 0].tolist() == [10, 200]
 
 
 def test_features_are_unit_vectors_that_ignore_place_and_size(drawings):

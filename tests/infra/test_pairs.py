@@ -104,3 +104,31 @@ def test_captions_of_one_sample_differ_and_start_again_if_too_few(shards: ShardS
             count = min(4, CAPTIONS[picture])
             assert len(set(drawn)) == count
             assert drawn == (drawn[:count] * 4)[:4]
+
+
+@pytest.mark.parametrize("kept", [0, 3], ids=["none", "some"])
+def test_more_pictures_than_memory_are_the_same_batches(shards: ShardSet, kept: int) -> None:
+    few = PairStream(shards, seed=4, size_px=SIDE, captions=2, keep_bytes=kept * 4 * SIDE**2)
+    for step in range(5):
+        expected, got = stream(shards, 2).take(step, 6, 0, 1), few.take(step, 6, 0, 1)
+        assert np.array_equal(got.rgba, expected.rgba)
+        assert got.metas == expected.metas
+
+
+def test_only_what_a_step_needs_is_read(shards: ShardSet, monkeypatch) -> None:
+    asked: list[int] = []
+    real = ShardSet.images
+    monkeypatch.setattr(ShardSet, "images", lambda self, i: asked.extend(i) or real(self, i))
+    pairs = stream(shards)
+    for step in range(len(CAPTIONS)):
+        pairs.take(step, 1, 0, 1)
+        assert len(asked) == step + 1
+    pairs.take(0, len(CAPTIONS), 0, 1)
+    assert len(asked) == len(CAPTIONS)  # they are all known
+
+
+def test_a_picture_that_cannot_be_decoded_is_named(tmp_path) -> None:
+    samples = [Sample(key="bad", image_bytes=b"no picture", meta={"caption": "x"})]
+    write_shards(tmp_path, samples)
+    with pytest.raises(DataError, match=r"00000.tar at byte \d+ \(sample 'bad'\)"):
+        stream(ShardSet(tmp_path)).take(0, 1, 0, 1)

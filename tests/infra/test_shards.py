@@ -62,7 +62,7 @@ def test_a_key_twice_is_refused(tmp_path):
 
 
 def test_a_foreign_index_is_refused():
-    with pytest.raises(DataError, match=r"expected 'vlfoundry\.shards\.v1'"):
+    with pytest.raises(DataError, match=r"expected 'vlfoundry\.shards\.v2'"):
         parse_index('{"format": "other"}', "index.json")
     with pytest.raises(DataError, match="is no JSON"):
         parse_index("{", "index.json")
