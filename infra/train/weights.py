@@ -2,7 +2,7 @@
 
 Names, offsets and whole shapes come from the model's own `sharded_state_dict`. A tensor that is
 padded for tensor parallelism says its real shape in an attribute `true_shape` of the parameter.
-A stack of layers has one name a layer (`vision.decoder.layers.3.mlp.linear_fc1.weight`).
+Every layer has a name of its own (`vision.decoder.layers.3.mlp.linear_fc1.weight`).
 """
 
 from __future__ import annotations
@@ -78,11 +78,11 @@ def pieces(model: Any) -> Iterator[Piece]:
     for sharded in nested_values(state):
         if not isinstance(sharded, ShardedTensor):
             continue  # Transformer Engine's extra state: no weight
-        stacked = sharded.prepend_axis_num
-        shape = true_shapes.get(sharded.key, tuple(sharded.global_shape[stacked:]))
-        offset = tuple(sharded.global_offset[stacked:])
+        assert not sharded.prepend_axis_num, f"{sharded.key}: layers share a name"
+        shape = true_shapes.get(sharded.key, tuple(sharded.global_shape))
+        offset = tuple(sharded.global_offset)
         yield Piece(
-            name=_one_name_a_layer(sharded.key, sharded.global_offset[:stacked]),
+            name=sharded.key,
             shape=shape,
             offset=offset,
             size=tuple(
@@ -283,13 +283,3 @@ class _DictWeights:
 
 def _open(source: str | Path | Mapping[str, Tensor]) -> _FileWeights | _DictWeights:
     return _DictWeights(source) if isinstance(source, Mapping) else _FileWeights(Path(source))
-
-
-def _one_name_a_layer(key: str, position: tuple[int, ...]) -> str:
-    """Megatron may name all layers of a stack alike and tell them apart by a leading index."""
-    if not position:
-        return key
-    before, layers, after = key.partition("layers.")
-    assert layers, f"{key} is stacked along an unknown axis"
-    assert len(position) == 1, f"{key} is stacked along {len(position)} axes"
-    return f"{before}{layers}{position[0]}.{after}"
