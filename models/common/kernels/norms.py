@@ -65,12 +65,12 @@ class _RMSNorm(torch.autograd.Function):
         if group is not None:
             squares = torch.empty_like(reciprocal)
             squares_kernel[(rows, count)](
-                *_pair(tensors), squares, rows, first.shape[1], *first.stride()[:3], **options
+                *_pair(tensors), squares, rows, first.shape[1], *_steps(first), **options
             )
             dist.all_reduce(squares, group=group)
         forward_kernel[(rows, count)](
             *_pair(tensors), *_pair(weights), squares, *_pair(outs), reciprocal,
-            rows, first.shape[1], *first.stride()[:3], eps, true_width, **options,
+            rows, first.shape[1], *_steps(first), eps, true_width, **options,
         )  # fmt: skip
         ctx.save_for_backward(reciprocal, *tensors, *weights)
         ctx.true_width, ctx.group = true_width, group
@@ -85,7 +85,7 @@ class _RMSNorm(torch.autograd.Function):
         first = tensors[0]
         rows = first.shape[0] * first.shape[1]
         options = _options(first)
-        strides = *first.stride()[:3], *grads[0].stride()[:3]
+        strides = *_steps(first), *_steps(grads[0])
         dots = None
         if ctx.group is not None:
             dots = torch.empty_like(reciprocal)
@@ -115,6 +115,12 @@ def _alike(tensors) -> list[Tensor]:
 def _pair(tensors) -> tuple[Tensor, Tensor]:
     """Of one tensor the kernels get two, and never look at the second."""
     return tensors[0], tensors[-1]
+
+
+def _steps(tensor: Tensor) -> tuple[int, int, int]:
+    """How far it is to the next token, sample and head."""
+    token, sample, head, _ = tensor.stride()
+    return token, sample, head
 
 
 def _options(tensor: Tensor) -> dict:
