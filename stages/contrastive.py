@@ -101,6 +101,7 @@ def kept_patches(
 def _job(config: Config, context: Context, place: Place) -> Job:
     import torch
 
+    from models.common.draws import drop_samples
     from models.internvl.load import load_parts, save_model
     from models.internvl.model import build
     from models.internvl.prompts import SUMMARIZE
@@ -132,6 +133,8 @@ def _job(config: Config, context: Context, place: Place) -> Job:
             "ids": torch.from_numpy(ids),
             "mask": torch.from_numpy(mask),
         }
+        if vision.drop_path:
+            tensors["samples"] = drop_samples(config.seed, batch.positions)
         if masked:
             patches = (masked_px // vision.patch_px) ** 2
             kept = kept_patches(config.seed, batch.positions, patches, options.mask_ratio)

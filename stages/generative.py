@@ -64,6 +64,7 @@ def run(config: Config, context: Context) -> None:
 
 
 def _job(config: Config, context: Context, place: Place) -> Job:
+    from models.common.draws import drop_samples
     from models.internvl.freeze import freeze
     from models.internvl.load import load_parts, save_model
     from models.internvl.model import build
@@ -84,6 +85,8 @@ def _job(config: Config, context: Context, place: Place) -> Job:
         batch = pairs.take(step, options.train.batch_samples, place.rank, place.ranks)
         pictures = augment(batch.rgba, config.seed, batch.positions, options.augment)
         texts = text_rows(tokenizer, batch.metas[0], options.max_tokens)
+        if config.model.vision.drop_path:
+            texts["samples"] = drop_samples(config.seed, batch.positions)
         return {"pixels": standardise(pictures), **texts}
 
     return Job(

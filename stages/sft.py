@@ -7,6 +7,7 @@ pictures, so every answer is known exactly.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -186,6 +187,7 @@ class SceneQuestions:
 def _job(config: Config, context: Context, place: Place) -> Job:
     import torch
 
+    from models.common.draws import drop_samples
     from models.internvl.freeze import freeze
     from models.internvl.load import load_parts, save_model
     from models.internvl.model import build
@@ -213,6 +215,12 @@ def _job(config: Config, context: Context, place: Place) -> Job:
     freeze(model, options.trainable)
     tokens, size_px = config.model.visual_tokens(kind), config.model.vision.image_px
 
+    def drawn(numbers: Sequence[int]) -> dict[str, torch.Tensor]:
+        """What drop path draws by, if there is any."""
+        if not config.model.vision.drop_path:
+            return {}
+        return {"samples": drop_samples(config.seed, [(0, number) for number in numbers])}
+
     def asked(numbers: range) -> tuple[list[np.ndarray], list[tuple[list[int], list[int]]]]:
         """Pictures, and ids of prompts and answers."""
         samples = [questions.sample(number, size_px) for number in numbers]
@@ -221,9 +229,11 @@ def _job(config: Config, context: Context, place: Place) -> Job:
 
     def padded_at(step: int) -> dict[str, Any]:
         first, count = rank_slice(step, batch, place.rank, place.ranks)
-        pictures, rows = asked(range(first, first + count))
+        numbers = range(first, first + count)
+        pictures, rows = asked(numbers)
         ids, _, labels = map(torch.from_numpy, labelled_rows(rows))
-        return {"pictures": torch.from_numpy(np.stack(pictures)), "ids": ids, "labels": labels}
+        stacked = torch.from_numpy(np.stack(pictures))
+        return {"pictures": stacked, "ids": ids, "labels": labels, **drawn(numbers)}
 
     def packed_at(step: int) -> dict[str, Any]:
         """Every rank looks at the whole step, so that all agree on its packs."""
@@ -241,6 +251,7 @@ def _job(config: Config, context: Context, place: Place) -> Job:
             "cu_seqlens": cu_seqlens,
             "tiles": torch.ones(len(mine), dtype=torch.long),
             "packs": torch.tensor([len(members) for members in packs]),
+            **drawn([step * batch + i for i in mine]),
         }
 
     def finish(made: dict[str, Any]) -> dict[str, Any]:
