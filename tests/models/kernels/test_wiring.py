@@ -1,6 +1,7 @@
 """Models over the kernels are the models without them."""
 
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -69,10 +70,16 @@ LAYOUTS = {
 }
 
 
+@functools.cache
+def plain(run_ranks) -> dict:
+    """Without kernels, on one rank."""
+    return run_ranks(gradients, False, Layout(), ranks=1)[0]
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_model_is_the_same_over_kernels(run_ranks, layout):
     chosen = LAYOUTS[layout]
-    expected = run_ranks(gradients, False, Layout(), ranks=1)[0]
+    expected = dict(plain(run_ranks))
     got = run_ranks(gradients, True, chosen, ranks=chosen.ranks)[0]
     passes = 2 if chosen.recompute else 1
     depth = tiny_config().vision.depth
