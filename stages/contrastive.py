@@ -116,7 +116,9 @@ def _job(config: Config, context: Context, place: Place) -> Job:
         for size_px in {vision.image_px, masked_px}
     }
     tokenizer = Tokenizer.load(context.path(TEXT_MODEL) / "tokenizer.json")
-    model = build("internvl_c", config.model, seed=config.seed)
+    with_bias = options.objective.loss == "sigmoid"
+    architecture = config.model.for_sigmoid() if with_bias else config.model
+    model = build("internvl_c", architecture, seed=config.seed)
     load_parts(model, context.path(TEXT_MODEL), {"text": "text"})
     unmasked_from = round(options.train.steps * (1 - options.unmasked_share))
 
@@ -145,7 +147,7 @@ def _job(config: Config, context: Context, place: Place) -> Job:
         model=model,
         objective=Contrastive(options.objective),
         batch_at=batch_at,
-        save=lambda folder: save_model(folder, "internvl_c", config.model, model, tokenizer),
+        save=lambda folder: save_model(folder, "internvl_c", architecture, model, tokenizer),
     )
 
 

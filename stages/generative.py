@@ -77,6 +77,7 @@ def _job(config: Config, context: Context, place: Place) -> Job:
     tokenizer = Tokenizer.load(context.path(STAGE1) / "tokenizer.json")
     model = build("internvl_g", config.model, seed=config.seed)
     load_parts(model, context.path(TEXT_MODEL), {"text.head": "text.head"})
+    # A bias that stage 1 learnt by the sigmoid loss stays behind: in a softmax it would cancel.
     shared = ("vision", "text", "clip_projector", "text_projection", "logit_scale")
     load_parts(model, context.path(STAGE1), {part: part for part in shared})
     freeze(model, options.trainable)

@@ -28,6 +28,29 @@ def history(root: Path, folder: str) -> list[dict[str, float]]:
     return json.loads((root / "artifacts" / folder / "history.json").read_text("utf-8"))["steps"]
 
 
+def test_stage_1_by_the_sigmoid_loss_and_stage_2_after_it(again) -> None:
+    from models.internvl.load import load_model, read_weights
+
+    params = copy.deepcopy(PARAMS)
+    params["contrastive"]["objective"] = {"loss": "sigmoid"}
+    params["contrastive"]["train"]["lr"] = 5.0e-3
+    params["generative"]["train"]["steps"] = 2
+    root = again("sigmoid", params)
+    run_stage(root, "contrastive")
+    steps = history(root, "contrastive")
+    assert steps[0]["logit_bias"] == -10
+    assert steps[0]["logit_scale"] == pytest.approx(10)
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    assert 0 <= steps[-1]["accuracy"] <= 1
+    learnt = load_model(root / "artifacts/contrastive/model").module.logit_bias.item()
+    assert learnt == pytest.approx(steps[-1]["logit_bias"], abs=0.01)
+    assert learnt != -10
+
+    run_stage(root, "generative")
+    assert "logit_bias" not in read_weights(root / "artifacts/generative/model")
+    assert len(history(root, "generative")) == 2
+
+
 @pytest.mark.parametrize(
     ("stage", "variant", "profile"),
     [
