@@ -21,6 +21,7 @@ KERNELS = {  # name: kernel, what is fixed when it is compiled, warps
     "squares": (norms.squares_kernel, HEADS, 8),
     "norm": (norms.forward_kernel, HEADS | {"squares": None}, 8),
     "norm_over_ranks": (norms.forward_kernel, HEADS, 8),
+    "norm_of_rows": (norms.forward_kernel, HEADS | {"squares": None, "HEAD": 3200, "batch": 1}, 8),
     "dots": (norms.dots_kernel, HEADS, 8),
     "norm_backward": (norms.backward_kernel, HEADS | {"dots": None}, 8),
     "norm_over_ranks_backward": (norms.backward_kernel, HEADS, 8),
