@@ -66,7 +66,7 @@ def test_drop_path_is_the_same_on_one_rank_and_on_two(
     params = copy.deepcopy(PARAMS)
     params["model"]["vision"]["drop_path"] = 0.4
     train = params[stage]["train"]
-    (train[variant] if variant else train)["steps"] = 4
+    (train[variant] if variant else train)["steps"] = 2
     folder = f"{stage}/{variant}" if variant else stage
     steps = {}
     for ranks in (1, 2):
