@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from infra.errors import DataError
-from infra.splitmix import mix64
+from infra.splitmix import mix64, numbers_of
 
 if TYPE_CHECKING:
     import torch
@@ -193,13 +193,10 @@ def augment(
 def uniforms(seed: int, positions: Sequence[tuple[int, int]], count: int) -> np.ndarray:
     """Random numbers in [0, 1) that depend on (seed, epoch, index, k) alone. float64 [N, count].
 
-    A counter hashed by SplitMix64's finaliser (Steele et al. 2014), one round for each key part.
+    A counter hashed by SplitMix64's finaliser (Steele et al. 2014).
     """
-    keys = np.asarray(positions, np.uint64).reshape(-1, 2)
+    state = numbers_of(seed, positions)
     with np.errstate(over="ignore"):
-        state = mix64(np.full(len(keys), seed & 0xFFFFFFFFFFFFFFFF, np.uint64))
-        state = mix64(state ^ mix64(keys[:, 0] + np.uint64(0x51ED270B)))
-        state = mix64(state ^ mix64(keys[:, 1] + np.uint64(0xA3C59AC3)))
         steps = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
         bits = mix64(state[:, None] + steps)
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53

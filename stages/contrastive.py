@@ -101,6 +101,7 @@ def kept_patches(
 def _job(config: Config, context: Context, place: Place) -> Job:
     import torch
 
+    from models.common.draws import drop_samples
     from models.internvl.load import load_parts, save_model
     from models.internvl.model import build
     from models.internvl.prompts import SUMMARIZE
@@ -115,7 +116,9 @@ def _job(config: Config, context: Context, place: Place) -> Job:
         for size_px in {vision.image_px, masked_px}
     }
     tokenizer = Tokenizer.load(context.path(TEXT_MODEL) / "tokenizer.json")
-    model = build("internvl_c", config.model, seed=config.seed)
+    with_bias = options.objective.loss == "sigmoid"
+    architecture = config.model.for_sigmoid() if with_bias else config.model
+    model = build("internvl_c", architecture, seed=config.seed)
     load_parts(model, context.path(TEXT_MODEL), {"text": "text"})
     unmasked_from = round(options.train.steps * (1 - options.unmasked_share))
 
@@ -132,6 +135,8 @@ def _job(config: Config, context: Context, place: Place) -> Job:
             "ids": torch.from_numpy(ids),
             "mask": torch.from_numpy(mask),
         }
+        if vision.drop_path:
+            tensors["samples"] = drop_samples(config.seed, batch.positions)
         if masked:
             patches = (masked_px // vision.patch_px) ** 2
             kept = kept_patches(config.seed, batch.positions, patches, options.mask_ratio)
@@ -142,7 +147,7 @@ def _job(config: Config, context: Context, place: Place) -> Job:
         model=model,
         objective=Contrastive(options.objective),
         batch_at=batch_at,
-        save=lambda folder: save_model(folder, "internvl_c", config.model, model, tokenizer),
+        save=lambda folder: save_model(folder, "internvl_c", architecture, model, tokenizer),
     )
 
 

@@ -64,6 +64,7 @@ def run(config: Config, context: Context) -> None:
 
 
 def _job(config: Config, context: Context, place: Place) -> Job:
+    from models.common.draws import drop_samples
     from models.internvl.freeze import freeze
     from models.internvl.load import load_parts, save_model
     from models.internvl.model import build
@@ -76,6 +77,7 @@ def _job(config: Config, context: Context, place: Place) -> Job:
     tokenizer = Tokenizer.load(context.path(STAGE1) / "tokenizer.json")
     model = build("internvl_g", config.model, seed=config.seed)
     load_parts(model, context.path(TEXT_MODEL), {"text.head": "text.head"})
+    # A bias that stage 1 learnt by the sigmoid loss stays behind: in a softmax it would cancel.
     shared = ("vision", "text", "clip_projector", "text_projection", "logit_scale")
     load_parts(model, context.path(STAGE1), {part: part for part in shared})
     freeze(model, options.trainable)
@@ -84,6 +86,8 @@ def _job(config: Config, context: Context, place: Place) -> Job:
         batch = pairs.take(step, options.train.batch_samples, place.rank, place.ranks)
         pictures = augment(batch.rgba, config.seed, batch.positions, options.augment)
         texts = text_rows(tokenizer, batch.metas[0], options.max_tokens)
+        if config.model.vision.drop_path:
+            texts["samples"] = drop_samples(config.seed, batch.positions)
         return {"pixels": standardise(pictures), **texts}
 
     return Job(

@@ -2,14 +2,15 @@
 
 `simple` gives the language model InternViT's tokens; `full` goes on from there and gives it
 QLLaMA's query outputs as well. Questions are asked about scenes composed from the funnel's
-pictures, so every answer is known exactly.
+pictures, so every answer is known exactly; chat files of `data/chat` may join them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,6 +26,13 @@ from models.common.config import LoraConfig
 from models.internvl.config import InternVLConfig
 from models.internvl.cut import check_layout
 from models.objectives.next_token import NextTokenConfig
+
+if TYPE_CHECKING:
+    import torch
+
+    from models.chat.examples import Example
+    from models.chat.stream import ConversationStream
+    from models.tokenizer import Tokenizer
 
 SHARDS = "artifacts/shard/stage2"
 CHAT_DATA = "data/chat"
@@ -210,23 +218,16 @@ class SceneQuestions:
         return scene, *conversation(scene, kind, lang, names, box_grid=self._box_grid)
 
 
-def _job(config: Config, context: Context, place: Place) -> Job:
-    import torch
-
-    from models.chat.examples import Conversations, Example, packed, padded
-    from models.chat.stream import ConversationStream, Source
-    from models.internvl.freeze import freeze
-    from models.internvl.load import load_parts, save_model
-    from models.internvl.model import build
+def _stream(config: Config, context: Context, tokenizer: Tokenizer) -> ConversationStream:
+    """Scenes and chat files, as the config mixes them."""
+    from models.chat.examples import Conversations, Example
+    from models.chat.stream import ConversationStream
     from models.internvl.prompts import IGNORE, chat_row
-    from models.objectives.next_token import ChatObjective
-    from models.preprocess import normalise
     from models.tiling import Tiling
-    from models.tokenizer import Tokenizer
 
     assert context.variant
-    options, kind, starts = config.sft, KIND[context.variant], PARTS[context.variant]
-    batch = options.train[context.variant].batch_samples
+    options, kind = config.sft, KIND[context.variant]
+    tokens, size_px = config.model.visual_tokens(kind), config.model.vision.image_px
     questions = SceneQuestions(
         ShardSet(context.path(SHARDS)),
         options,
@@ -235,13 +236,6 @@ def _job(config: Config, context: Context, place: Place) -> Job:
         box_grid=config.box_grid,
         seed=config.seed,
     )
-    tokenizer = Tokenizer.load(context.path(next(iter(starts))) / "tokenizer.json")
-    architecture = config.model.with_lora(**options.lora) if options.lora else config.model
-    model = build(kind, architecture, seed=config.seed)
-    for folder, parts in starts.items():
-        load_parts(model, context.path(folder), parts)
-    freeze(model, options.trainable)
-    tokens, size_px = config.model.visual_tokens(kind), config.model.vision.image_px
 
     def scene(number: int) -> Example:
         drawn, *pair = questions.sample(number, size_px)
@@ -253,7 +247,7 @@ def _job(config: Config, context: Context, place: Place) -> Job:
             pictures=lambda: drawn.image[None],
         )
 
-    sources: dict[str, Source] = {
+    sources = {
         name: scene
         if name == SCENES
         else Conversations(
@@ -267,13 +261,51 @@ def _job(config: Config, context: Context, place: Place) -> Job:
         for name, source in options.sources.items()
     }
     weights = {name: source.weight for name, source in options.sources.items()}
-    stream = ConversationStream(sources, weights, seed=config.seed)
+    return ConversationStream(sources, weights, seed=config.seed)
+
+
+def _job(config: Config, context: Context, place: Place) -> Job:
+    import torch
+
+    from models.chat.examples import packed, padded
+    from models.common.draws import drop_samples
+    from models.internvl.freeze import freeze
+    from models.internvl.load import load_parts, save_model
+    from models.internvl.model import build
+    from models.objectives.next_token import ChatObjective
+    from models.preprocess import normalise
+    from models.tokenizer import Tokenizer
+
+    assert context.variant
+    options, kind, starts = config.sft, KIND[context.variant], PARTS[context.variant]
+    batch = options.train[context.variant].batch_samples
+    tokenizer = Tokenizer.load(context.path(next(iter(starts))) / "tokenizer.json")
+    architecture = config.model.with_lora(**options.lora) if options.lora else config.model
+    model = build(kind, architecture, seed=config.seed)
+    for folder, parts in starts.items():
+        load_parts(model, context.path(folder), parts)
+    freeze(model, options.trainable)
+    stream = _stream(config, context, tokenizer)
 
     def tensors(made: dict[str, np.ndarray]) -> dict[str, Any]:
         return {name: torch.from_numpy(values) for name, values in made.items()}
 
+    def dropped(numbers: Iterable[int], examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+        """What drop path draws by, if there is any: a number for each tile."""
+        if not config.model.vision.drop_path:
+            return {}
+        places = [
+            (tile, number)
+            for number, example in zip(numbers, examples, strict=True)
+            for tile in range(example.tiles)
+        ]
+        return {"samples": drop_samples(config.seed, places)}
+
     def padded_at(step: int) -> dict[str, Any]:
-        return tensors(padded(stream.take(*rank_slice(step, batch, place.rank, place.ranks))))
+        first, count = rank_slice(step, batch, place.rank, place.ranks)
+        examples = stream.take(first, count)
+        numbers = range(first, first + count)
+        return {**tensors(padded(examples)), **dropped(numbers, examples)}
 
     def packed_at(step: int) -> dict[str, Any]:
         """Every rank looks at the whole step, so that all agree on its packs, and decodes the
@@ -286,10 +318,12 @@ def _job(config: Config, context: Context, place: Place) -> Job:
             place.packing,
             multiple=place.ranks * place.rounds,
         )[place.rank :: place.ranks]
-        mine = [examples[i] for members in packs for i in members]
+        chosen = [i for members in packs for i in members]
+        mine = [examples[i] for i in chosen]
         return {
             **tensors(packed(mine)),
             "packs": torch.tensor([len(members) for members in packs]),
+            **dropped([step * batch + i for i in chosen], mine),
         }
 
     def finish(made: dict[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from infra.errors import LayoutError
+from models.common import kernels
 from models.common.attention import SDPAttention
 from models.common.linear import ColumnLinear, RowLinear, UnbiasedColumnLinear
 from models.common.megatron import (
@@ -27,7 +28,7 @@ from models.common.megatron import (
     TransformerLayer,
     TransformerLayerSubmodules,
 )
-from models.common.norms import FullWidthQKRMSNorm, norm_class
+from models.common.norms import FullWidthQKRMSNorm, RMSNorm, norm_class, query_key_norm
 
 LayerSpecKind = Literal["local", "te"]
 
@@ -69,6 +70,7 @@ class ScaledLayer(PlainLayer):
             scale.sequence_parallel = config.sequence_parallel
             setattr(self, name, scale)
         self._draws: Tensor | None = None
+        self._normed: Tensor | None = None
         self.self_attn_bda = partial(self._scaled_residual, 0)
         self.mlp_bda = partial(self._scaled_residual, 1)
 
@@ -78,18 +80,45 @@ class ScaledLayer(PlainLayer):
         return hidden, context
 
     def _scaled_residual(self, branch: int, training: bool, _fused: bool) -> Callable:
-        scale, draws = (self.ls1, self.ls2)[branch], self._draws
+        scale, factor = (self.ls1, self.ls2)[branch], None
+        if self._draws is not None and training and self.drop_path:
+            keep = 1.0 - self.drop_path
+            factor = (self._draws[:, branch] < keep) / keep  # [B]
 
         def add(x_with_bias, residual, _dropout):
             x, bias = x_with_bias
+            if kernels.use_kernels(x):
+                return self._fused_residual(branch, x, bias, scale, factor, residual)
             x = x if bias is None else x + bias
-            if draws is None or not (training and self.drop_path):
-                return torch.addcmul(residual, x, scale)
-            keep = 1.0 - self.drop_path
-            kept = draws[:, branch] < keep  # [B]
-            return torch.addcmul(residual, x * (kept / keep).to(x.dtype)[None, :, None], scale)
+            if factor is not None:
+                x = x * factor.to(x.dtype)[None, :, None]
+            return torch.addcmul(residual, x, scale)
 
         return add
+
+    def _fused_residual(
+        self,
+        branch: int,
+        x: Tensor,
+        bias: Tensor | None,
+        scale: Tensor,
+        factor: Tensor | None,
+        residual: Tensor,
+    ) -> Tensor:
+        """With the norm before the MLP, where it is one that the kernel knows."""
+        from models.common.kernels.residual import scaled_residual
+
+        norm = self.pre_mlp_layernorm
+        if branch != 0 or type(norm) is not RMSNorm:  # a subclass may leave the norm to others
+            return scaled_residual(x, bias, scale, factor, residual)[0]
+        hidden, self._normed = scaled_residual(
+            x, bias, scale, factor, residual, norm.weight, norm.eps
+        )
+        return hidden
+
+    def _forward_pre_mlp_layernorm(self, hidden_states: Tensor) -> Tensor:
+        normed, self._normed = self._normed, None
+        return super()._forward_pre_mlp_layernorm(hidden_states) if normed is None else normed
 
 
 class FullNormSelfAttention(SelfAttention):
@@ -104,6 +133,14 @@ class FullNormSelfAttention(SelfAttention):
         super().__init__(config, submodules, *args, **kwargs)
         self.q_layernorm = FullWidthQKRMSNorm(config, true_width)
         self.k_layernorm = FullWidthQKRMSNorm(config, true_width)
+
+    def get_query_key_value_tensors(self, hidden_states: Tensor, *args, **kwargs):
+        if not kernels.use_kernels(hidden_states):
+            return super().get_query_key_value_tensors(hidden_states, *args, **kwargs)
+        unsplit = super().get_query_key_value_tensors(hidden_states, split_qkv=False)
+        mixed, sizes = unsplit  # pyrefly: ignore[bad-unpacking]
+        query, key, value = mixed.split(sizes, 3)
+        return *query_key_norm(query, key, self.q_layernorm, self.k_layernorm), value
 
 
 def self_attention_spec(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from models.common import kernels
 from models.common.canonical import relax_padding
 from models.common.megatron import (
     TransformerConfig,
@@ -49,6 +50,10 @@ def _reciprocal_rms(x: Tensor, eps: float) -> Tensor:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm over the last axis: computed in fp32, cast back, then times the weight."""
+    if kernels.use_kernels(x):
+        from models.common.kernels.norms import rms_norm as fused
+
+        return fused(x, weight, eps)
     if x.dtype == torch.float32 and weight.dtype == torch.float32:
         if torch.is_grad_enabled():
             return _RMSNormFunction.apply(x, weight, eps)
@@ -129,6 +134,19 @@ class FullWidthQKRMSNorm(Part):
             dp_cp_group=checkpoint_metadata(metadata)["dp_cp_group"],
         )
         return relax_padding(sharded, {f"{prefix}weight": self.weight})
+
+
+def query_key_norm(
+    query: Tensor, key: Tensor, query_norm: FullWidthQKRMSNorm, key_norm: FullWidthQKRMSNorm
+) -> tuple[Tensor, Tensor]:
+    """Both norms of [S, B, N, H] by one kernel, and their sums over tensor ranks in one call."""
+    from models.common.kernels.norms import query_key_norm as fused
+
+    group = query_norm.tp_group
+    return fused(
+        query, key, query_norm.weight, key_norm.weight, query_norm.eps,
+        true_width=query_norm.true_width, group=group if group.size() > 1 else None,
+    )  # fmt: skip
 
 
 def norm_class(kind: str) -> type[RMSNorm] | type[LayerNorm]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu
 
 from infra.errors import ModelError
+from models.common import kernels
 from models.common.canonical import set_init, set_rule
 from models.common.megatron import TransformerConfig
 from models.common.norms import LayerNorm
@@ -39,23 +40,30 @@ class Connector(Part):
 
     def forward(self, tokens: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """[B, T, V] -> [B, T / merge**2, D]. `grid` is (rows, columns); None: square."""
-        if self.connector_config.merge > 1:
-            tokens = self._shuffle(tokens, grid)
         if self.norm is not None:
-            tokens = self.norm(tokens)
+            merges = self.connector_config.merge > 1
+            tokens = self._shuffled_norm(tokens, grid, self.norm) if merges else self.norm(tokens)
         return self.linear2(gelu(self.linear1(tokens)))
 
-    def _shuffle(self, tokens: Tensor, grid: tuple[int, int] | None) -> Tensor:
+    def _shuffled_norm(
+        self, tokens: Tensor, grid: tuple[int, int] | None, norm: LayerNorm
+    ) -> Tensor:
         rows, columns = grid or (math.isqrt(tokens.shape[1]),) * 2
         if rows * columns != tokens.shape[1]:
             raise ModelError(
                 f"{tokens.shape[1]} patch tokens are no {rows}x{columns} grid; pass their grid"
             )
+        merge, version = self.connector_config.merge, self.connector_config.ps_version
+        _check_grid(rows, columns, merge)
+        if kernels.use_kernels(tokens):
+            from models.common.kernels.unshuffle import shuffled_norm
+
+            return shuffled_norm(
+                tokens, (rows, columns), merge, norm.weight, norm.bias, norm.eps,
+                swapped=version == "v1",
+            )  # fmt: skip
         square = tokens.reshape(len(tokens), rows, columns, -1)
-        merged = pixel_shuffle(
-            square, self.connector_config.merge, self.connector_config.ps_version
-        )
-        return merged.flatten(1, 2)
+        return norm(pixel_shuffle(square, merge, version).flatten(1, 2))
 
 
 def pixel_shuffle(tokens: Tensor, merge: int, version: str) -> Tensor:
@@ -64,10 +72,14 @@ def pixel_shuffle(tokens: Tensor, merge: int, version: str) -> Tensor:
     Version "v1" returns rows and columns swapped.
     """
     batch, rows, columns, width = tokens.shape
-    if rows % merge or columns % merge:
-        raise ModelError(f"a {rows}x{columns} grid does not divide by {merge} for pixel shuffle")
+    _check_grid(rows, columns, merge)
     blocks = tokens.view(batch, rows // merge, merge, columns // merge, merge, width)
     merged = blocks.permute(0, 1, 3, 2, 4, 5).reshape(
         batch, rows // merge, columns // merge, width * merge**2
     )
     return merged.transpose(1, 2) if version == "v1" else merged
+
+
+def _check_grid(rows: int, columns: int, merge: int) -> None:
+    if rows % merge or columns % merge:
+        raise ModelError(f"a {rows}x{columns} grid does not divide by {merge} for pixel shuffle")

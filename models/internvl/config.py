@@ -59,6 +59,8 @@ class InternVLConfig:
     tower's"""
     temperature: float = 0.07
     """initial temperature of the contrastive loss"""
+    logit_bias: float | None = None
+    """initial bias of the logits, which the sigmoid loss learns; None: they have none"""
 
     def __post_init__(self) -> None:
         for name, width in (("vision", self.vision.width), ("text", self.text.width)):
@@ -91,6 +93,10 @@ class InternVLConfig:
     def logit_scale(self) -> float:
         """Initial logarithm of the inverse temperature."""
         return math.log(1 / self.temperature)
+
+    def for_sigmoid(self) -> InternVLConfig:
+        """The same model as the sigmoid loss starts it (SigLIP, arXiv 2303.15343, section 3.2)."""
+        return dataclasses.replace(self, temperature=0.1, logit_bias=-10.0)
 
     def with_lora(
         self,

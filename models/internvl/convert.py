@@ -206,7 +206,9 @@ def import_model(
 def export_model(folder: str | Path, target: str | Path, format: str) -> Conversion:
     """Write a model folder in a format of `FORMATS`, in the types the weights have.
 
-    Adapters are folded into the weights that they are beside.
+    Adapters are folded into the weights that they are beside. The bias of a model that learnt by
+    the sigmoid loss is left out: no format has a place for it, and in what they hold, cosines and
+    softmaxes of logits, it cancels.
 
     What was imported and is exported in the format it came in gives the same tensors and the
     same small files.
@@ -228,6 +230,7 @@ def export_model(folder: str | Path, target: str | Path, format: str) -> Convers
     with TensorFiles(folder / "weights.safetensors") as files:
         merged = MergedFiles(files, found)
         there = {n: fact.shape for n, fact in merged.facts.items()}
+        left_out = tuple(name for name in ("logit_bias",) if there.pop(name, None) is not None)
         check_names(str(folder), there, {key.ours: key.shape for key in table})
         write = _export_pytorch if format in PYTORCH_FILES else _export_tensors
         done = write(merged, table, target)
@@ -236,7 +239,7 @@ def export_model(folder: str | Path, target: str | Path, format: str) -> Convers
     if facts is not None:
         _write_json(target / "config.json", facts)
     size = sum(fact.size for fact in done.values())
-    return Conversion(format=format, kind=kind, tensors=len(done), size=size, left_out=())
+    return Conversion(format=format, kind=kind, tensors=len(done), size=size, left_out=left_out)
 
 
 def merge_model(folder: str | Path, target: str | Path) -> int:

@@ -434,6 +434,9 @@ class InternVL(Part):
             self.logit_scale = nn.Parameter(torch.zeros((), **make))
             set_rule(self.text_projection, "trunc_normal", config.head_std)
             set_rule(self.logit_scale, "constant", config.logit_scale)
+            if config.logit_bias is not None:
+                self.logit_bias = nn.Parameter(torch.zeros((), **make))
+                set_rule(self.logit_bias, "constant", config.logit_bias)
         if self._has_read and with_queries:
             self.clip_projector2 = AttentionPool(beside(self.text), config.text.width, **pool)
             self.itm_head = nn.Linear(config.text.width, 2, **make)

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.linalg import vecdot
 
 from infra.backend.parallel import text_peers
+from infra.errors import ConfigError
 from models.common.parallel import data_group
 from models.objectives.common import (
     Batch,
@@ -36,10 +37,32 @@ LENGTH_GROUPS = 4
 class ContrastiveConfig:
     """Options of the contrastive loss."""
 
+    loss: Literal["softmax", "sigmoid"] = "softmax"
+    """softmax: each picture and each caption chooses among all of the other kind (CLIP); sigmoid:
+    each pair matches or not (SigLIP), with a bias that the model learns"""
     label_smoothing: float = 0.0
-    """share of the target spread over all columns"""
+    """share of the target spread over all columns; softmax alone"""
     max_logit_scale: float | None = 100.0
-    """ceiling of the inverse temperature; None: none, as in the official code"""
+    """ceiling of the inverse temperature; None: none, as in the official code; softmax alone"""
+
+    def __post_init__(self) -> None:
+        if self.loss == "sigmoid" and self.label_smoothing:
+            raise ConfigError(
+                f"label_smoothing is {self.label_smoothing}, but the sigmoid loss spreads no "
+                'target; leave it at 0, or use loss "softmax"'
+            )
+
+    def require_softmax(self, option: str) -> None:
+        """Refuse the sigmoid loss where it is not meant.
+
+        Raises:
+            ConfigError: `option` asks for it.
+        """
+        if self.loss != "softmax":
+            raise ConfigError(
+                f'{option}.loss is {self.loss!r}; expected "softmax": the sigmoid loss, and the '
+                "bias that it learns, are stage 1's alone"
+            )
 
 
 class Contrastive(Objective):
@@ -48,7 +71,7 @@ class Contrastive(Objective):
     The batch holds `pixels` [B, 3, H, W], `ids` and `mask` [M*B, T] (prefixed; M captions a
     picture: all first ones, then all second ones, ...), and may hold `kept` [B, K] (FLIP) and
     `group` [B] (samples of one group are each other's positives). The loss is the mean over the M
-    pairings, each of which is the usual one.
+    pairings, each of which is the usual one. For the sigmoid loss the model has a `logit_bias`.
     """
 
     paths = ("image", "text")
@@ -66,14 +89,25 @@ class Contrastive(Objective):
         return super().micro_batches(path, images_of(batch), parts)
 
     def loss(self, model, outputs: dict[str, Tensor], batch: Batch) -> tuple[Tensor, Metrics]:
-        images = outputs["image"]
+        images, group = outputs["image"], batch.get("group")
         pairings = [
-            info_nce(images, text, model.logit_scale, self.config, group=batch.get("group"))
-            for text in outputs["text"].split(len(images))
+            self._pairing(model, images, texts, group)
+            for texts in outputs["text"].split(len(images))
         ]
         loss, accuracy = (torch.stack(terms).mean() for terms in zip(*pairings, strict=True))
-        scale = wide(model.logit_scale.detach()).exp()
-        return loss, {"loss": loss.detach(), "accuracy": accuracy, "logit_scale": scale}
+        metrics = {"loss": loss.detach(), "accuracy": accuracy}
+        metrics["logit_scale"] = wide(model.logit_scale.detach()).exp()
+        if self.config.loss == "sigmoid":
+            metrics["logit_bias"] = model.logit_bias.detach().clone()
+        return loss, metrics
+
+    def _pairing(
+        self, model, images: Tensor, texts: Tensor, group: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        if self.config.loss == "softmax":
+            return info_nce(images, texts, model.logit_scale, self.config, group=group)
+        loss = sigmoid_loss(images, texts, model.logit_scale, model.logit_bias, group=group)
+        return loss, share_right(images, texts, group=group)
 
 
 def distinct_texts(ids: Tensor, mask: Tensor, parts: int = 1, peers: Any = None) -> MicroBatches:
@@ -138,7 +172,7 @@ def info_nce(
     both = two_way_logsumexp(rows, gather_rows(texts))
     row_loss = both.row_lse - row_target
     text_loss = scatter_rows(both.column_lse).logsumexp(0) - text_target
-    hits = _is_right(both.row_best, group) + _is_right(_best_over_ranks(both), group)
+    hits = _hits(both, group)
     weight = torch.ones_like(row_loss) if valid is None else valid.to(row_loss.dtype)
     count = weight.sum().clamp_min(1) if total is None else total
     loss = ((row_loss + text_loss) * weight).sum() / (2 * count)
@@ -168,6 +202,13 @@ def sigmoid_loss(
     mean, count = means_of_groups(texts, group)
     matches = (count * (vecdot(rows, mean) + bias)).sum()
     return (softplus_sum(rows, gather_rows(texts), bias) - matches) / len(rows)
+
+
+@torch.no_grad()
+def share_right(images: Tensor, texts: Tensor, *, group: Tensor | None = None) -> Tensor:
+    """As the second result of `info_nce`, for a loss that ranks nothing itself."""
+    both = two_way_logsumexp(wide(images), gather_rows(wide(texts)))
+    return _hits(both, group).mean() / 2
 
 
 def means_of_groups(others: Tensor, group: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -204,6 +245,11 @@ def _target_logits(
         everything = gather_rows(others.mean(0, keepdim=True)).mean(0)
         means.append(vecdot(ours, torch.lerp(target, everything, smoothing)))
     return means[0], means[1]
+
+
+def _hits(both: TwoWay, group: Tensor | None) -> Tensor:
+    """In how many of the two directions each of our rows finds what it should [B]."""
+    return _is_right(both.row_best, group) + _is_right(_best_over_ranks(both), group)
 
 
 def _best_over_ranks(both: TwoWay) -> Tensor:

@@ -46,6 +46,9 @@ class GenerativeConfig:
     next_token: NextTokenConfig = field(default_factory=NextTokenConfig)
     """of ITG"""
 
+    def __post_init__(self) -> None:
+        self.contrastive.require_softmax("generative.objective.contrastive")
+
 
 class Generative(Objective):
     """The batch holds `pixels` and, each [B, T] and right-padded, `positive_ids`/`_mask` (caption

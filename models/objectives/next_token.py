@@ -22,6 +22,7 @@ from models.objectives.common import (
     MicroBatches,
     Objective,
     Runner,
+    images_of,
     split_rows,
     sum_over_ranks,
     wide,
@@ -113,9 +114,10 @@ class ChatObjective(NextToken):
     def micro_batches(self, path: str, batch: Batch, parts: int) -> MicroBatches:
         if "cu_seqlens" in batch:
             return super().micro_batches(path, batch, parts)
-        pixels = batch.get("pixels")
-        rest = {name: value for name, value in batch.items() if name != "pixels"}
+        images = images_of(batch)
+        rest = {name: value for name, value in batch.items() if name not in images}
         batches = split_rows(rest, parts)
+        pixels = images.get("pixels")
         if pixels is None or not len(pixels):
             return MicroBatches(batches=batches)
         places = [
@@ -128,9 +130,12 @@ class ChatObjective(NextToken):
                 f"the prompts have {sum(places)} image places, which {len(pixels)} images do not "
                 "share evenly; a prompt was cut, or made for another model"
             )
-        cut = pixels.split(counts)
+        cut = {name: values.split(counts) for name, values in images.items()}
         return MicroBatches(
-            batches=[{**part, "pixels": own} for part, own in zip(batches, cut, strict=True)]
+            batches=[
+                part | {name: parts[i] for name, parts in cut.items()}
+                for i, part in enumerate(batches)
+            ]
         )
 
 

@@ -22,6 +22,9 @@ class RetrievalConfig:
     contrastive: ContrastiveConfig = field(default_factory=ContrastiveConfig)
     """of both heads"""
 
+    def __post_init__(self) -> None:
+        self.contrastive.require_softmax("contrastive")
+
 
 class Retrieval(Objective):
     """The batch holds `pixels` and, each [B, T] and of one T, `negative_ids`/`_mask`,

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from models.common import kernels
+
 TILE_COLUMNS = 512
 """wide enough for the matrix products to run at full rate"""
 
@@ -67,20 +69,9 @@ class _TwoWayLogSumExp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows: Tensor, columns: Tensor, tile: int):
         ctx.tile = tile
-        row_max, row_sum = rows.new_full((len(rows),), -torch.inf), rows.new_zeros(len(rows))
-        row_best = torch.zeros(len(rows), dtype=torch.long, device=rows.device)
-        column_max, column_sum = rows.new_empty(len(columns)), rows.new_empty(len(columns))
-        column_best = torch.empty(len(columns), dtype=torch.long, device=rows.device)
-        for part, logits, spare in _tiles(rows, columns, tile):
-            torch.mm(rows, columns[part].T, out=logits)
-            top, best = logits.max(1)
-            torch.where(top > row_max, best + part.start, row_best, out=row_best)
-            highest = torch.maximum(row_max, top)
-            row_sum.mul_((row_max - highest).exp_())
-            row_sum += torch.sub(logits, highest[:, None], out=spare).exp_().sum(1)
-            row_max = highest
-            torch.max(logits, 0, out=(column_max[part], column_best[part]))
-            column_sum[part] = logits.sub_(column_max[part]).exp_().sum(0)
+        row_max, row_sum, row_best, column_max, column_sum, column_best = _largest_and_sums(
+            rows, columns, tile
+        )
         ctx.save_for_backward(rows, columns, row_max, row_sum, column_max, column_sum)
         ctx.mark_non_differentiable(row_best, column_best, column_max)
         row_lse, column_lse = row_max + row_sum.log(), column_max + column_sum.log()
@@ -94,9 +85,10 @@ class _TwoWayLogSumExp(torch.autograd.Function):
         row_grad, column_grad = row_grad / row_sum, column_grad / column_sum
         grad_rows, grad_columns = torch.zeros_like(rows), torch.empty_like(columns)
         for part, logits, spare in _tiles(rows, columns, ctx.tile):
-            torch.mm(rows, columns[part].T, out=logits)
-            torch.sub(logits, row_max[:, None], out=spare).exp_().mul_(row_grad[:, None])
-            spare.addcmul_(logits.sub_(column_max[part]).exp_(), column_grad[part])
+            _softmax_gradients(
+                rows, columns[part], row_max, row_grad, column_max[part], column_grad[part],
+                logits, spare,
+            )  # fmt: skip
             grad_rows.addmm_(spare, columns[part])
             torch.mm(spare.T, rows, out=grad_columns[part])
         return grad_rows, grad_columns, None
@@ -107,12 +99,10 @@ class _SoftplusSum(torch.autograd.Function):
     def forward(ctx, rows: Tensor, columns: Tensor, bias: Tensor, tile: int) -> Tensor:
         total, grad_bias = torch.zeros_like(bias), torch.zeros_like(bias)
         grad_rows, grad_columns = torch.zeros_like(rows), torch.empty_like(columns)
-        zero = torch.zeros_like(bias)
         for part, logits, spare in _tiles(rows, columns, tile):
-            torch.addmm(bias, rows, columns[part].T, out=logits)
-            total += torch.logaddexp(logits, zero, out=spare).sum()
-            logits.sigmoid_()
-            grad_bias += logits.sum()
+            tile_total, sigmoids = _sigmoid_gradients(rows, columns[part], bias, logits, spare)
+            total += tile_total
+            grad_bias += sigmoids
             grad_rows.addmm_(logits, columns[part])
             torch.mm(logits.T, rows, out=grad_columns[part])
         ctx.save_for_backward(grad_rows, grad_columns, grad_bias)
@@ -122,6 +112,64 @@ class _SoftplusSum(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):
         return *(grad * saved for saved in ctx.saved_tensors), None
+
+
+def _largest_and_sums(rows: Tensor, columns: Tensor, tile: int) -> tuple[Tensor, ...]:
+    """The largest logit, the sum of exponentials relative to it and where it is: of each row [B],
+    then of each column [N]."""
+    if kernels.use_kernels(rows):
+        from models.common.kernels.pairs import largest_and_sums
+
+        return *largest_and_sums(rows, columns), *largest_and_sums(columns, rows)
+    row_max, row_sum = rows.new_full((len(rows),), -torch.inf), rows.new_zeros(len(rows))
+    row_best = torch.zeros(len(rows), dtype=torch.long, device=rows.device)
+    column_max, column_sum = rows.new_empty(len(columns)), rows.new_empty(len(columns))
+    column_best = torch.empty(len(columns), dtype=torch.long, device=rows.device)
+    for part, logits, spare in _tiles(rows, columns, tile):
+        torch.mm(rows, columns[part].T, out=logits)
+        top, best = logits.max(1)
+        torch.where(top > row_max, best + part.start, row_best, out=row_best)
+        highest = torch.maximum(row_max, top)
+        row_sum.mul_((row_max - highest).exp_())
+        row_sum += torch.sub(logits, highest[:, None], out=spare).exp_().sum(1)
+        row_max = highest
+        torch.max(logits, 0, out=(column_max[part], column_best[part]))
+        column_sum[part] = logits.sub_(column_max[part]).exp_().sum(0)
+    return row_max, row_sum, row_best, column_max, column_sum, column_best
+
+
+def _softmax_gradients(
+    rows: Tensor,
+    columns: Tensor,
+    row_max: Tensor,
+    row_grad: Tensor,
+    column_max: Tensor,
+    column_grad: Tensor,
+    spare: Tensor,
+    out: Tensor,
+) -> None:
+    """Gradients of one tile's logits, to `out` [B, C]; `spare` is such a buffer."""
+    if kernels.use_kernels(rows):
+        from models.common.kernels.pairs import softmax_gradients
+
+        softmax_gradients(rows, columns, row_max, row_grad, column_max, column_grad, out)
+        return
+    torch.mm(rows, columns.T, out=spare)
+    torch.sub(spare, row_max[:, None], out=out).exp_().mul_(row_grad[:, None])
+    out.addcmul_(spare.sub_(column_max).exp_(), column_grad)
+
+
+def _sigmoid_gradients(
+    rows: Tensor, columns: Tensor, bias: Tensor, out: Tensor, spare: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Sigmoids of one tile's logits, to `out` [B, C]; returns the sum of softplus, and theirs."""
+    if kernels.use_kernels(rows):
+        from models.common.kernels.pairs import sigmoid_gradients
+
+        return sigmoid_gradients(rows, columns, bias, out)
+    torch.addmm(bias, rows, columns.T, out=out)
+    total = torch.logaddexp(out, torch.zeros_like(bias), out=spare).sum()
+    return total, out.sigmoid_().sum()
 
 
 def _tiles(rows: Tensor, columns: Tensor, tile: int) -> Iterator[tuple[slice, Tensor, Tensor]]:

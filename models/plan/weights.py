@@ -150,6 +150,8 @@ def _contrast(config: InternVLConfig, *, with_queries: bool) -> Iterator[Weight]
     yield from _pool("clip_projector", config.vision.width, config, seen)
     yield Weight("text_projection", (text, config.embed_dim), *read)
     yield Weight("logit_scale", (), *read)
+    if config.logit_bias is not None:
+        yield Weight("logit_bias", (), *read)
     if with_queries:
         yield from _pool("clip_projector2", text, config, read)
         yield from _linear("itm_head", 2, text, read)

@@ -120,6 +120,17 @@ def test_transformers_own_format(tmp_path):
     assert_same_bits(read_weights(tmp_path / "fourth"), read_weights(tmp_path / "second"))
 
 
+def test_the_bias_of_the_sigmoid_loss_stays_behind(tmp_path):
+    """The formats' logits go into softmaxes, where it cancels."""
+    config = tiny_config().for_sigmoid()
+    model, folder = build("internvl_c", config, seed=4), tmp_path / "ours"
+    save_model(folder, "internvl_c", config, model, train(TEXTS * 3, 320))
+    assert read_weights(folder)["logit_bias"] == -10
+    done = export_model(folder, tmp_path / "out", "internvl_c_pth")
+    assert done.left_out == ("logit_bias",)
+    assert "logit_bias" not in torch.load(tmp_path / "out" / "model.pth")
+
+
 def test_a_part_of_a_model(tmp_path):
     source = official("internvl_14b", tmp_path / "source")
     done = import_model(source, tmp_path / "c", kind="internvl_c")

@@ -1,6 +1,7 @@
 """The parity matrix: gradients and losses in every layout equal those of one rank."""
 
 import dataclasses
+import itertools
 import shutil
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from models.internvl.config import InternVLConfig
 from models.internvl.cut import check_layout, cut
 from models.internvl.freeze import freeze
 from models.internvl.model import build
-from models.objectives.contrastive import Contrastive
+from models.objectives.contrastive import Contrastive, ContrastiveConfig
 from models.objectives.generative import Generative
 from models.objectives.next_token import ChatObjective, NextTokenConfig, TextObjective
 from tests.models_helpers import chat_batch, pixels, stage2_batch, texts, tiny_config
@@ -67,7 +68,7 @@ def model_config() -> InternVLConfig:
 def batch_of(stage: str, config: InternVLConfig, seed: int = 0) -> dict[str, torch.Tensor]:
     """The whole batch of a step."""
     numbers = {"samples": torch.arange(SAMPLES) + SAMPLES * seed}
-    if stage == "contrastive":
+    if stage in ("contrastive", "sigmoid"):
         ids, mask = texts(SAMPLES, seed=seed)
         ids[3], mask[3] = ids[0], mask[0]  # one caption of two images
         return {"pixels": pixels(SAMPLES, seed=seed), "ids": ids, "mask": mask, **numbers}
@@ -81,6 +82,7 @@ def batch_of(stage: str, config: InternVLConfig, seed: int = 0) -> dict[str, tor
     return batch | numbers
 
 
+SIGMOID = ContrastiveConfig(loss="sigmoid")
 STAGES = {
     "text": ("text", TextObjective),
     "contrastive": ("internvl_c", Contrastive),
@@ -88,6 +90,7 @@ STAGES = {
     "simple": ("chat_simple", lambda: ChatObjective(NextTokenConfig(averaging="square"))),
     "full": ("chat_full", ChatObjective),
 }
+ALL_STAGES = STAGES | {"sigmoid": ("internvl_c", lambda: Contrastive(SIGMOID))}
 
 
 def share(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -100,9 +103,9 @@ def share(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def gradients(stage: str, layout: Layout, form=dict):
     """Terms of one step, whole gradients (on rank 0), and the largest of a dummy head's."""
 
-    kind, objective = STAGES[stage]
+    kind, objective = ALL_STAGES[stage]
     with parallel(layout), device_literals():
-        config = model_config()
+        config = model_config().for_sigmoid() if stage == "sigmoid" else model_config()
         model = build(kind, config, seed=3)
         if stage == "generative":
             freeze(model, ["stage2", "text"])
@@ -139,8 +142,13 @@ def alone(stage: str, layout: Layout):
     return _alone[stage, same]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(
+    ("stage", "layout"),
+    [
+        *itertools.product(STAGES, LAYOUTS),
+        *itertools.product(["sigmoid"], ["PP2 interleaved", "DP2+micro-batches", "TP2xPP2+SP"]),
+    ],
+)
 def test_gradients_are_those_of_one_rank(stage, layout):
     gradients_are_those_of_one_rank(stage, LAYOUTS[layout])
 
@@ -190,7 +198,7 @@ def test_packed_gradients_are_those_of_padded_rows(stage, layout):
     assert worst_difference(got, expected) <= 1e-5
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", ALL_STAGES)
 def test_micro_batches_are_exact(stage):
     _, expected, _ = alone(stage, Layout())
     _, got, _ = alone(stage, Layout(micro_batch_samples=3))

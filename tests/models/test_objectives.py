@@ -17,10 +17,12 @@ from models.objectives.contrastive import (
     ContrastiveConfig,
     distinct_texts,
     info_nce,
+    share_right,
 )
 from models.objectives.generative import Generative, GenerativeConfig, hard_negatives
 from models.objectives.next_token import IGNORE, NextTokenConfig, next_token, token_weights
-from tests.models_helpers import stage2_batch, texts, tiny_config
+from models.objectives.retrieval import RetrievalConfig
+from tests.models_helpers import pixels, stage2_batch, texts, tiny_config
 
 
 def test_contrastive_starts_near_ln_batch_and_learns():
@@ -51,6 +53,46 @@ def test_contrastive_starts_near_ln_batch_and_learns():
     assert losses[0] == pytest.approx(math.log(32), rel=0.1)
     assert losses[-1] < 0.95 * math.log(32)
     assert metrics["logit_scale"] == pytest.approx(1 / 0.07, rel=0.1)
+
+
+def test_the_sigmoid_loss_learns_its_bias_and_to_tell_pairs_apart():
+    config = tiny_config(head_init_std=None).for_sigmoid()
+    model = build("internvl_c", config)
+    objective = Contrastive(ContrastiveConfig(loss="sigmoid"))
+    ids, mask = texts(8)
+    batch = {"pixels": pixels(8), "ids": ids, "mask": mask}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    history = []
+    for _ in range(40):
+        loss, metrics = objective(model, batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        history.append({name: float(value) for name, value in metrics.items()})
+    first, last = history[0], history[-1]
+    assert (first["logit_scale"], first["logit_bias"]) == (pytest.approx(10), -10)
+    # All pairs are far on the side of no match, where most of them belong.
+    assert first["loss"] == pytest.approx(10, abs=8)
+    assert last["loss"] < 0.5 * first["loss"]
+    assert last["accuracy"] > first["accuracy"]
+    assert last["logit_bias"] != -10
+
+
+def test_accuracy_of_the_sigmoid_loss_is_that_of_the_softmax_loss():
+    images, captions = unit(9), unit(9).flip(0)
+    group = torch.arange(9) // 2
+    _, wanted = info_nce(images, captions, torch.tensor(1.0), ContrastiveConfig(), group=group)
+    assert share_right(images, captions, group=group) == wanted
+    assert share_right(images, images) == 1
+
+
+def test_the_sigmoid_loss_is_refused_where_it_is_not_meant():
+    sigmoid = ContrastiveConfig(loss="sigmoid")
+    for make in (GenerativeConfig, RetrievalConfig):
+        with pytest.raises(ConfigError, match=r"expected \"softmax\""):
+            make(contrastive=sigmoid)
+    with pytest.raises(ConfigError, match="label_smoothing is 0"):
+        ContrastiveConfig(loss="sigmoid", label_smoothing=0.1)
 
 
 def test_each_distinct_caption_is_encoded_once():

@@ -1,0 +1,99 @@
+"""Models over the kernels are the models without them."""
+
+import dataclasses
+import functools
+
+import pytest
+import torch
+
+from infra.backend import Layout, device_literals
+from infra.backend.parallel import parallel
+from infra.train.weights import gather_weights
+from models.common import kernels
+from models.common.kernels import norms, residual, unshuffle
+from models.common.parallel import tensor_group
+from models.connector.config import ConnectorConfig
+from models.internvl.model import build
+from tests.models.kernels.helpers import DEVICE
+from tests.models_helpers import pixels, tiny_config
+
+SAMPLES = 2
+
+
+def gradients(use_kernels: bool, layout: Layout) -> dict:
+    """Visual tokens (on rank 0) and gradients of a chat model's vision side."""
+    kernels.use_kernels = lambda tensor: use_kernels  # in this fork alone
+    used = _count_calls()
+    with parallel(layout), device_literals():
+        config = tiny_config(connector=ConnectorConfig(init_std=0.3, ps_version="v1"))
+        vision = dataclasses.replace(config.vision, drop_path=0.4)
+        model = build("chat_simple", dataclasses.replace(config, vision=vision), seed=3)
+        model = model.to(DEVICE).train()
+        batch = {"pixels": pixels(SAMPLES).to(DEVICE), "samples": torch.arange(SAMPLES)}
+        state: dict = {}
+        model._look(state, batch)
+        state["visual"].sin().sum().backward()
+        for parameter in model.parameters():
+            grad = parameter.grad
+            if grad is not None and getattr(parameter, "sequence_parallel", False):
+                torch.distributed.all_reduce(grad, group=tensor_group())
+            parameter.data = torch.zeros_like(parameter) if grad is None else grad
+        whole = gather_weights(model) or {}
+    found = {name: grad.cpu().numpy() for name, grad in whole.items()}
+    return {"visual": state["visual"].detach().cpu().numpy(), "used": used, **found}
+
+
+def _count_calls() -> dict[str, int]:
+    """How often each kernel is called from now on, by its name."""
+    used: dict[str, int] = {}
+
+    def count(module, name: str) -> None:
+        function = getattr(module, name)
+
+        def counted(*args, **kwargs):
+            used[name] = used.get(name, 0) + 1
+            return function(*args, **kwargs)
+
+        setattr(module, name, counted)
+
+    count(norms, "query_key_norm")
+    count(norms, "rms_norm")
+    count(residual, "scaled_residual")
+    count(unshuffle, "shuffled_norm")
+    return used
+
+
+LAYOUTS = {
+    "TP1": Layout(),
+    "TP1 recompute": Layout(recompute=True),
+    "TP2+SP": Layout(tensor=2, sequence_parallel=True),
+}
+
+
+@functools.cache
+def plain(run_ranks) -> dict:
+    """Without kernels, on one rank."""
+    return run_ranks(gradients, False, Layout(), ranks=1)[0]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_model_is_the_same_over_kernels(run_ranks, layout):
+    chosen = LAYOUTS[layout]
+    expected = dict(plain(run_ranks))
+    got = run_ranks(gradients, True, chosen, ranks=chosen.ranks)[0]
+    passes = 2 if chosen.recompute else 1
+    depth = tiny_config().vision.depth
+    assert expected.pop("used") == {}
+    assert got.pop("used") == {
+        "query_key_norm": depth * passes,
+        "rms_norm": depth * passes,  # before attention; the one before the MLP is fused
+        "scaled_residual": 2 * depth * passes,
+        "shuffled_norm": 1,
+    }
+    assert got.keys() == expected.keys()
+    for name, wanted in expected.items():
+        assert abs(got[name] - wanted).max() <= 1e-5 * max(1e-3, abs(wanted).max()), name
+
+
+def test_nothing_of_a_cpu_goes_through_kernels():
+    assert not kernels.use_kernels(torch.zeros(1))
