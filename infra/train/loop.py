@@ -279,7 +279,9 @@ class _Run:
         self, model: Any, objective: Objective, config: TrainConfig, layout: Layout
     ) -> None:
         self.watch = Stopwatch(_synchronise())
-        self._wrapped = [_wrap(chunk) for chunk in getattr(model, "chunks", [model])]
+        self._wrapped = [
+            _wrap(chunk, config.gradients) for chunk in getattr(model, "chunks", [model])
+        ]
         self._engine = Engine(model, self._wrapped, objective, layout, self.watch)
         self.optimizer = build_optimizer(self._wrapped, config)
         model.train()
@@ -317,7 +319,7 @@ class _Run:
         return terms
 
 
-def _wrap(model: Any) -> Any:
+def _wrap(model: Any, gradients: str = "fp32") -> Any:
     """Megatron's data-parallel wrapper: gradients live in one buffer a dtype."""
     from megatron.core.distributed import (
         DistributedDataParallel,
@@ -329,7 +331,7 @@ def _wrap(model: Any) -> Any:
         model.model_type = ModelType.encoder_or_decoder
     settings = DistributedDataParallelConfig(
         use_distributed_optimizer=True,
-        grad_reduce_in_fp32=True,
+        grad_reduce_in_fp32=gradients == "fp32",
     )
     return DistributedDataParallel(model.config, settings, model)
 
