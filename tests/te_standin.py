@@ -73,8 +73,9 @@ class Linear(nn.Module):
     """Columns or rows of a matrix, with the communication around it."""
 
     def __init__(
-        self, in_features: int, out_features: int, *, sequence_parallel: bool, tp_group, tp_size: int,
-        init_method, bias: bool, return_bias: bool, parallel_mode: str, params_dtype, device, **_,
+        self, in_features: int, out_features: int, *, sequence_parallel: bool, tp_group,
+        tp_size: int, init_method, bias: bool, return_bias: bool, parallel_mode: str,
+        params_dtype, device, **_,
     ):  # fmt: skip
         super().__init__()
         self.tp_group, self.tp_size, self.parallel_mode = tp_group, tp_size, parallel_mode
@@ -145,7 +146,9 @@ class Linear(nn.Module):
 class LayerNormLinear(Linear):
     """A norm of its own, then the columns of a matrix."""
 
-    def __init__(self, in_features: int, out_features: int, *, eps: float, normalization: str, **kw):
+    def __init__(
+        self, in_features: int, out_features: int, *, eps: float, normalization: str, **kw
+    ):
         super().__init__(in_features, out_features, **kw)
         self.eps, self.normalization = eps, normalization
         make = {"dtype": kw["params_dtype"], "device": kw["device"]}
@@ -165,7 +168,8 @@ class LayerNormLinear(Linear):
 
 class _Norm(nn.Module):
     def __init__(
-        self, normalized_shape: int, *, eps: float, sequence_parallel: bool, dtype=None, device=None, **_
+        self, normalized_shape: int, *, eps: float, sequence_parallel: bool, dtype=None,
+        device=None, **_,
     ):  # fmt: skip
         super().__init__()
         self.eps = eps
@@ -198,8 +202,8 @@ class DotProductAttention(nn.Module):
     """sbhd without a mask or causal, and thd."""
 
     def __init__(
-        self, num_attention_heads: int, kv_channels: int, *, num_gqa_groups: int, attn_mask_type: str,
-        tp_size: int = 1, softmax_scale: float | None = None, **_,
+        self, num_attention_heads: int, kv_channels: int, *, num_gqa_groups: int,
+        attn_mask_type: str, tp_size: int = 1, softmax_scale: float | None = None, **_,
     ):  # fmt: skip
         super().__init__()
         self.heads, self.groups = num_attention_heads // tp_size, num_gqa_groups // tp_size
@@ -214,17 +218,18 @@ class DotProductAttention(nn.Module):
         pass
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, attention_mask=None, *, attn_mask_type: str,
-        qkv_format: str = "sbhd", cu_seqlens_q: Tensor | None = None, max_seqlen_q: int | None = None,
-        **_,
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask=None, *,
+        attn_mask_type: str, qkv_format: str = "sbhd", cu_seqlens_q: Tensor | None = None,
+        max_seqlen_q: int | None = None, **_,
     ) -> Tensor:  # fmt: skip
         assert attention_mask is None
-        assert query.shape[-2:-1] == (self.heads,) and key.shape[-2:-1] == (self.groups,)
+        assert (query.shape[-2], key.shape[-2]) == (self.heads, self.groups)
         self.seen.append(attn_mask_type)
         causal = "causal" in attn_mask_type
         if qkv_format == "sbhd":
             return self._attend(query, key, value, causal).flatten(-2)
-        assert attn_mask_type.startswith("padding") and cu_seqlens_q.dtype == torch.int32
+        assert attn_mask_type.startswith("padding")
+        assert cu_seqlens_q.dtype == torch.int32
         sizes = cu_seqlens_q.diff().tolist()
         assert max(sizes) == max_seqlen_q
         parts = zip(*(x[:, None].split(sizes) for x in (query, key, value)), strict=True)
@@ -242,7 +247,8 @@ class CudaRNGStatesTracker:
 
 
 def checkpoint(
-    function, *args, distribute_saved_activations=False, get_rng_state_tracker=None, tp_group=None, **kw
+    function, *args, distribute_saved_activations=False, get_rng_state_tracker=None,
+    tp_group=None, **kw,
 ):  # fmt: skip
     """Recomputes `function` in the backward pass, in the FP8 context of the forward one."""
     recipe = Fp8State.recipe
@@ -268,8 +274,9 @@ def install() -> None:
     )  # fmt: skip
     contents = {
         "Linear": Linear, "LayerNormLinear": LayerNormLinear, "RMSNorm": RMSNorm,
-        "LayerNorm": LayerNorm, "DotProductAttention": DotProductAttention, "fp8_autocast": autocast,
-        "GroupedLinear": nn.Module, "fp8_model_init": contextlib.nullcontext,
+        "LayerNorm": LayerNorm, "DotProductAttention": DotProductAttention,
+        "fp8_autocast": autocast, "GroupedLinear": nn.Module,
+        "fp8_model_init": contextlib.nullcontext,
     }  # fmt: skip
     pytorch = _module(
         "pytorch",

@@ -43,8 +43,8 @@ class TrainConfig:
     eps: float = 1e-6
     """Adam's addend in the denominator"""
     moments: Literal["fp32", "bf16"] = "fp32"
-    """what Adam keeps both moments in; bf16 saves 6 bytes a trained parameter: 4 of the moments, and
-    2 as masters are kept as what bf16 weights lack of fp32; GPUs only"""
+    """what Adam keeps both moments in; bf16 saves 6 bytes a trained parameter: 4 of the moments,
+    and 2 as of masters only that is kept which bf16 weights lack of fp32; GPUs only"""
     gradients: Literal["fp32", "bf16"] = "fp32"
     """what gradients are summed in, over micro-batches and ranks; bf16 saves 2 bytes, needs bf16
     moments, and wants few micro-batches; GPUs only"""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -64,7 +65,7 @@ class Lora(Part):
         rows: of each pair; they take turns over this rank's rows of the weight in this order.
     """
 
-    def __init__(self, target: nn.Module, config: LoraConfig, rows: Sequence[int]):
+    def __init__(self, target: Any, config: LoraConfig, rows: Sequence[int]):
         super().__init__(target.config)
         weight = target.weight
         outputs, inputs = weight.shape
@@ -138,7 +139,7 @@ class Lora(Part):
         return relax_padding(sharded, dict(self.named_parameters(prefix[:-1])))
 
 
-def _rows(name: str, target: nn.Module, separate: bool) -> tuple[int, ...]:
+def _rows(name: str, target: Any, separate: bool) -> tuple[int, ...]:
     """Rows of the pairs of a linear: in a decoder, those of a group of heads or of gate and up."""
     if separate and name == "qkv":
         config = target.config

@@ -1,11 +1,11 @@
 """Bytes that one rank holds, and how long a step takes.
 
 Weights and optimizer as Megatron-Core's distributed optimizer keeps them (a test holds them against
-its buffers): every parameter in the model's type; a trained one also as a gradient in fp32 (or, if the run
-says so, bf16) in a buffer, where each begins at a multiple of 64 elements and the end at one of 128
-and of the data ranks; its fp32 master copy (bf16 only; in fp32 the parameter itself) and Adam's two
-moments are cut over the data ranks. Under pipelining rank r of p keeps the activations of as many micro-batches as
-1F1B has in flight there (Narayanan et al. 2021, section 2.2).
+its buffers): every parameter in the model's type; a trained one also as a gradient in fp32 (or, if
+the run says so, bf16) in a buffer, where each begins at a multiple of 64 elements and the end at
+one of 128 and of the data ranks; its fp32 master copy (bf16 only; in fp32 the parameter itself) and
+Adam's two moments are cut over the data ranks. Under pipelining rank r of p keeps the activations
+of as many micro-batches as 1F1B has in flight there (Narayanan et al. 2021, section 2.2).
 """
 
 from __future__ import annotations

@@ -168,9 +168,9 @@ def test_which_layers_are_in_fp8(layout, recipe):
 def test_delayed_cannot_leave_layers_out():
     def refused():
         use("te")
-        with parallel(Layout(), fp8=Fp8Config(recipe="delayed")):
-            with pytest.raises(ConfigError, match="set both to 0"):
-                build("vision", tiny_config())
+        fp8 = Fp8Config(recipe="delayed")
+        with parallel(Layout(), fp8=fp8), pytest.raises(ConfigError, match="set both to 0"):
+            build("vision", tiny_config())
 
     run_ranks(refused, ranks=1)
 

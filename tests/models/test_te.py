@@ -43,10 +43,10 @@ def test_the_stand_in_has_the_parameters_of_the_installed_one(tmp_path):
         site = str(tmp_path)
         with tarfile.open(BUNDLE) as bundle:
             bundle.extractall(site, filter="fully_trusted")
-    paths = os.pathsep.join([str(ROOT), site])
+    paths = {"stand-in": str(ROOT), "te": os.pathsep.join([str(ROOT), site])}
     lines = [
-        run_python("-m", "tests.te_parameters", kind, PYTHONPATH=paths if kind == "te" else str(ROOT))
-        for kind in ("stand-in", "te")
-    ]  # fmt: skip
+        run_python("-m", "tests.te_parameters", kind, PYTHONPATH=path)
+        for kind, path in paths.items()
+    ]
     assert lines[0] == lines[1]
     assert "linear_qkv" in lines[0]
