@@ -257,7 +257,7 @@ def checkpoint(
         with autocast(recipe is not None, recipe):
             return function(*inputs, **options)
 
-    return torch.utils.checkpoint.checkpoint(again, *args, use_reentrant=False, **kw)
+    return torch.utils.checkpoint.checkpoint(again, *args, use_reentrant=True, **kw)
 
 
 @contextlib.contextmanager

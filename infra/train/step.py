@@ -21,7 +21,7 @@ from typing import Any
 from infra.backend import Layout, device_literals, install
 from infra.backend.parallel import SoloGroup
 from infra.errors import LayoutError
-from infra.train.mfu import flop_counter
+from infra.train.mfu import FlopCounter
 from infra.train.telemetry import Stopwatch
 
 Terms = dict[str, float]
@@ -95,7 +95,7 @@ class Engine:
 
         The first of two passes is not credited. What recomputing does again is.
         """
-        with flop_counter() as self._counter:
+        with FlopCounter() as self._counter:
             self.gradients(batch)
         found = self._counter.get_total_flops() - self._first_pass_flops
         self._counter, self._first_pass_flops = None, 0

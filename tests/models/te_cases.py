@@ -19,6 +19,7 @@ from infra.fp8 import Fp8Config
 from infra.train.checkpoint import newest
 from infra.train.config import TrainConfig
 from infra.train.loop import fit
+from infra.train.mfu import FlopCounter
 from infra.train.weights import gather_weights, pieces
 from models.common.config import LoraConfig
 from models.internvit.config import InternViTConfig
@@ -120,6 +121,29 @@ def test_layer_norms_biases_and_adapters(changes):
     np.testing.assert_allclose(got_out, out, rtol=1e-4, atol=1e-5)
     assert layouts.worst_difference(got, expected) <= 1e-5
     assert masks == ["no_mask"]
+
+
+def flops(layout: Layout):
+    """FLOPs of an encoder's step: seen by PyTorch, and told to the counter."""
+    use("te")
+    with parallel(layout):
+        model = build("vision", tiny_config(), seed=3).vision.train()
+        with FlopCounter() as counter:
+            model(pixels(3)).square().mean().backward()
+        return counter.get_total_flops() - counter.unseen, counter.unseen
+
+
+@pytest.mark.parametrize("layout", ["TP1", "TP2+SP", "recompute"])
+def test_flops_out_of_sight_are_told(layout):
+    """The stand-in computes with PyTorch's operators, so that here all of them are seen as well."""
+    chosen = layouts.LAYOUTS[layout]
+    vision = tiny_config().vision
+    patches = 3 * vision.patches * 3 * vision.patch_px**2 * vision.width
+    # 17 tokens become 18, which is a mask for PyTorch's attention: 3 heads of 4 channels a rank.
+    attention = 3 * 3 * vision.depth * 4 * 18 * 17 * 3 * 4 if chosen.sequence_parallel else 0
+    for seen, told in run_ranks(flops, chosen, ranks=chosen.ranks):
+        # Of patches forwards and the weight's gradient; the picture has none.
+        assert told == seen - 2 * 2 * patches - attention
 
 
 def in_fp8(layout: Layout, fp8: Fp8Config):
