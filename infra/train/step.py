@@ -468,11 +468,13 @@ def _pipeline_size() -> int:
 
 
 def random_state() -> Any:
-    """PyTorch's and Megatron's, to be put back with `set_random_state`."""
+    """PyTorch's (a GPU has one of its own) and Megatron's, to be put back with
+    `set_random_state`."""
     import torch
     from megatron.core import tensor_parallel
 
-    return torch.get_rng_state(), tensor_parallel.get_cuda_rng_tracker().get_states()
+    gpu = torch.cuda.get_rng_state() if install().kind == "cuda" else None
+    return torch.get_rng_state(), tensor_parallel.get_cuda_rng_tracker().get_states(), gpu
 
 
 def set_random_state(state: Any) -> None:
@@ -482,3 +484,5 @@ def set_random_state(state: Any) -> None:
 
     torch.set_rng_state(state[0])
     tensor_parallel.get_cuda_rng_tracker().set_states(state[1])
+    if state[2] is not None:
+        torch.cuda.set_rng_state(state[2])
