@@ -36,4 +36,6 @@ class Fp8Config:
             if getattr(self, name) < 0:
                 raise ConfigError(f"train.fp8.{name} is {getattr(self, name)}; expected 0 or more")
         if self.amax_history < 1:
-            raise ConfigError(f"train.fp8.amax_history is {self.amax_history}; expected at least 1")
+            raise ConfigError(
+                f"train.fp8.amax_history is {self.amax_history}; expected at least 1"
+            )

@@ -13,30 +13,39 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-MASTER = "master_param"
-"""what FusedAdam calls it"""
+MASTER = "param"
+"""what Megatron calls it on the way"""
 
 
-def whole_masters(adam: Any) -> None:
-    """Let a FusedAdam that stores remainders give and take fp32 masters."""
+def whole_masters(optimizer: Any) -> None:
+    """Let a DistributedOptimizer over such a FusedAdam give and take fp32 masters."""
     import torch
 
-    give, take = adam.get_unscaled_state, adam.set_scaled_state
+    give = optimizer._get_main_param_and_optimizer_states
+    take = optimizer._set_main_param_and_optimizer_states
 
-    def is_remainder(param: Any, name: str) -> bool:
-        return name == MASTER and param.dtype is torch.bfloat16
+    def held(model_param: Any) -> Any:
+        """The rank's part of a weight, if its master is kept as a remainder."""
+        group, place = optimizer.model_param_group_index_map[model_param]
+        shard = optimizer.optimizer.param_groups[group]["params"][place]
+        return shard if shard.dtype is torch.bfloat16 else None
 
-    def get_unscaled_state(param: Any, name: str, *args: Any, **options: Any) -> Tensor:
-        state = give(param, name, *args, **options)
-        return join(param.detach(), state) if is_remainder(param, name) else state
+    def get_states(model_param: Any) -> dict[str, Any]:
+        states, shard = give(model_param), held(model_param)
+        if shard is not None:
+            states[MASTER] = join(shard.detach(), states[MASTER])
+        return states
 
-    def set_scaled_state(param: Any, name: str, state: Tensor) -> None:
-        if is_remainder(param, name):
-            weight, state = split(state)
-            param.data.copy_(weight)
-        take(param, name, state)
+    def set_states(model_param: Any, states: dict[str, Any]) -> None:
+        shard = held(model_param)
+        if shard is not None:
+            weight, remainder = split(states[MASTER])
+            shard.data.copy_(weight)
+            states = {**states, MASTER: remainder}
+        take(model_param, states)
 
-    adam.get_unscaled_state, adam.set_scaled_state = get_unscaled_state, set_scaled_state
+    optimizer._get_main_param_and_optimizer_states = get_states
+    optimizer._set_main_param_and_optimizer_states = set_states
 
 
 def join(weight: Tensor, remainder: Tensor) -> Tensor:

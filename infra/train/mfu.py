@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,10 +113,10 @@ class FlopCounter:
 _counter: FlopCounter | None = None
 
 
-def note_flops(flops: int) -> None:
-    """Add products that PyTorch does not see, where somebody counts."""
+def note_flops(flops: Callable[[], int]) -> None:
+    """Add products that PyTorch does not see; asked for only where somebody counts."""
     if _counter is not None:
-        _counter.unseen += flops
+        _counter.unseen += flops()
 
 
 def peak_flops_per_s() -> tuple[float, str]:

@@ -130,7 +130,7 @@ def _make_state(part: Any, config: TrainConfig) -> None:
     for group in adam.param_groups:
         for param in group["params"]:
             adam.initialize_state(param, param.dtype is torch.bfloat16)
-    whole_masters(adam)
+    whole_masters(part)
 
 
 def parts(optimizer: Any) -> list[Any]:

@@ -54,7 +54,7 @@ class _Linear:
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
         """[..., K] -> [..., N], and that no bias is left to add."""
         tokens = x.numel() // x.shape[-1]
-        self._note_flops(x, tokens)
+        note_flops(lambda: self._flops(x, tokens))
         more = -tokens % self._multiple()
         if more:
             flat, _ = super().forward(pad(x.flatten(0, -2), (0, 0, 0, more)))
@@ -63,12 +63,12 @@ class _Linear:
             output, _ = super().forward(x)
         return (output if self.lora is None else output + self.lora(x)), None
 
-    def _note_flops(self, x: Tensor, tokens: int) -> None:
+    def _flops(self, x: Tensor, tokens: int) -> int:
         """Of the output, and of the gradients of the input and the weight if there will be any."""
         if self.sequence_parallel and self.parallel_mode == "column":
             tokens *= self.tp_size
         backward = x.requires_grad + self.weight.requires_grad if torch.is_grad_enabled() else 0
-        note_flops(2 * tokens * self.weight.numel() * (1 + backward))
+        return 2 * tokens * self.weight.numel() * (1 + backward)
 
     def _multiple(self) -> int:
         """What the tokens must be a multiple of, now."""
@@ -219,9 +219,9 @@ class TeAttention(SDPAttention):
         if self.cache is not None or not (mask is None or is_packed(mask)):
             return super().forward(query, key, value, mask)
         if mask is None:
-            _note_attention(query, len(query) * len(key) * query.shape[1])
+            note_flops(lambda: _flops(query, len(query) * len(key) * query.shape[1]))
             return self.fused(query, key, value, None, self.mask_type)
-        _note_attention(query, int(mask.diff().square().sum()))
+        note_flops(lambda: _flops(query, int(mask.diff().square().sum())))
         longest = int(mask.diff().max())
         places = mask.to(query.device)
         packed = PackedSeqParams(
@@ -236,10 +236,11 @@ class TeAttention(SDPAttention):
         return found.reshape(len(query), 1, -1)
 
 
-def _note_attention(query: Tensor, pairs: int) -> None:
-    """FLOPs of `pairs` pairs of tokens, backwards twice those forwards, as PyTorch counts them."""
+def _flops(query: Tensor, pairs: int) -> int:
+    """Of attention between `pairs` pairs of tokens; backwards twice those forwards, as PyTorch
+    counts."""
     forward = 4 * pairs * query.shape[-2] * query.shape[-1]
-    note_flops(forward * (3 if query.requires_grad and torch.is_grad_enabled() else 1))
+    return forward * (3 if query.requires_grad and torch.is_grad_enabled() else 1)
 
 
 TE = Parts(

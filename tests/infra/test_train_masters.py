@@ -24,21 +24,23 @@ def test_a_master_is_put_together_as_it_was_taken_apart():
 
 
 def test_an_optimizer_gives_and_takes_whole_masters():
-    """`state` as FusedAdam has it; only the masters of bf16 parameters are remainders."""
-    state = {}
-    adam = types.SimpleNamespace(
-        get_unscaled_state=lambda param, name: state[param, name].clone(),
-        set_scaled_state=lambda param, name, value: state.update({(param, name): value}),
-    )
-    whole_masters(adam)
-    master = torch.randn(16, generator=torch.Generator().manual_seed(1))
+    """`state` as Megatron gets it of FusedAdam: only masters of bf16 weights are remainders."""
     narrow, wide = torch.zeros(16, dtype=torch.bfloat16), torch.zeros(16)
-    for param in (narrow, wide):
-        adam.set_scaled_state(param, MASTER, master)
-        adam.set_scaled_state(param, "exp_avg", master)
-        assert torch.equal(adam.get_unscaled_state(param, MASTER), master)
-        assert torch.equal(adam.get_unscaled_state(param, "exp_avg"), master)
-    assert state[narrow, MASTER].dtype == torch.int16
+    state = {}
+    optimizer = types.SimpleNamespace(
+        optimizer=types.SimpleNamespace(param_groups=[{"params": [narrow, wide]}]),
+        model_param_group_index_map={"narrow": (0, 0), "wide": (0, 1)},
+        _get_main_param_and_optimizer_states=lambda name: dict(state[name]),
+        _set_main_param_and_optimizer_states=state.__setitem__,
+    )
+    whole_masters(optimizer)
+    master = torch.randn(16, generator=torch.Generator().manual_seed(1))
+    for name in ("narrow", "wide"):
+        optimizer._set_main_param_and_optimizer_states(name, {MASTER: master, "exp_avg": master})
+        found = optimizer._get_main_param_and_optimizer_states(name)
+        assert torch.equal(found[MASTER], master)
+        assert torch.equal(found["exp_avg"], master)
+    assert state["narrow"][MASTER].dtype == torch.int16
     assert torch.equal(narrow, split(master)[0])
     assert torch.equal(wide, torch.zeros(16))
 
