@@ -238,3 +238,16 @@ def test_scales_of_the_delayed_recipe_are_in_checkpoints(tmp_path):
     assert history[0] > 0
     _, (_, loaded) = run_ranks(curve, "te", tmp_path, 2, fp8, ranks=1)[0]
     assert torch.equal(loaded, history)
+
+
+def test_borrowed_vectors_stay_the_norms_own_when_a_model_is_moved():
+    def moved():
+        use("te")
+        with parallel(Layout()):
+            model = build("vision", tiny_config(), seed=3).to(torch.float64)
+            for layer in model.vision.decoder.layers:
+                linear = layer.self_attention.linear_qkv
+                assert linear.layer_norm_weight is layer.input_layernorm.weight
+                assert linear.layer_norm_weight.dtype == torch.float64
+
+    run_ranks(moved, ranks=1)
