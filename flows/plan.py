@@ -86,6 +86,8 @@ def _parts(params: Mapping[str, Any], address: str, recipe: Recipe | None) -> It
         "config": model,
         "batch_samples": train.batch_samples,
         "steps": train.steps,
+        "moments": train.moments,
+        "gradients": train.gradients,
     }
     if stage == "contrastive":
         yield from _contrastive(options, common)

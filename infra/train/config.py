@@ -42,6 +42,12 @@ class TrainConfig:
     """Adam's decay of the square"""
     eps: float = 1e-6
     """Adam's addend in the denominator"""
+    moments: Literal["fp32", "bf16"] = "fp32"
+    """what Adam keeps both moments in; bf16 saves 6 bytes a trained parameter: 4 of the moments,
+    and 2 as of masters only that is kept which bf16 weights lack of fp32; GPUs only"""
+    gradients: Literal["fp32", "bf16"] = "fp32"
+    """what gradients are summed in, over micro-batches and ranks; bf16 saves 2 bytes, needs bf16
+    moments, and wants few micro-batches; GPUs only"""
     weight_decay: float = 0.1
     """decoupled; never on norms, biases and other vectors"""
     decay_embeddings: bool = True
@@ -75,6 +81,15 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         self._check_ranges()
+        if self.gradients == "bf16" and self.moments != "bf16":
+            raise ConfigError(
+                "train.gradients is bf16 with train.moments fp32; the optimizer reads gradients in "
+                "bf16 only where its moments are: set train.moments to bf16"
+            )
+        if self.moments == "bf16" and self.optimizer != "adamw":
+            raise ConfigError(
+                f"train.moments is bf16 with train.optimizer {self.optimizer}; expected adamw"
+            )
         if self.warmup_steps and self.warmup_ratio:
             raise ConfigError(
                 f"train.warmup_steps is {self.warmup_steps} and train.warmup_ratio "

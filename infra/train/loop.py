@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from infra.backend import Layout, device_literals, install
+from infra.backend.placement import to_device
 from infra.backend.ranks import stop_requests
 from infra.progress import Progress
 from infra.train.checkpoint import Checkpoints, Saved, best_checkpoint, newest
@@ -101,7 +102,7 @@ def fit(
         warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not")
         saved = _agree(newest(work / "checkpoints", run_key, log) if is_first else None)
         trainer = _Trainer(model, objective, config, layout, work=work, run_key=run_key, log=log)
-        probe = batch_at(0)
+        probe = to_device(batch_at(0))
         if saved is None:
             trainer.dry_run(probe)
         first = trainer.begin(saved)
@@ -126,7 +127,7 @@ def fit(
                 step, wall, cpu = account.step, time.perf_counter(), time.process_time()
                 watch.start()
                 with watch.phase("data"):
-                    batch = batch_at(account.batch)
+                    batch = to_device(batch_at(account.batch))
                 row = trainer.step(batch)
                 with watch.phase("checkpoint"):
                     asked_to_stop = trainer.look_up(stop.asked or time.monotonic() > deadline)
@@ -279,7 +280,10 @@ class _Run:
         self, model: Any, objective: Objective, config: TrainConfig, layout: Layout
     ) -> None:
         self.watch = Stopwatch(_synchronise())
-        self._wrapped = [_wrap(chunk) for chunk in getattr(model, "chunks", [model])]
+        model = to_device(model)
+        self._wrapped = [
+            _wrap(chunk, config.gradients) for chunk in getattr(model, "chunks", [model])
+        ]
         self._engine = Engine(model, self._wrapped, objective, layout, self.watch)
         self.optimizer = build_optimizer(self._wrapped, config)
         model.train()
@@ -317,7 +321,7 @@ class _Run:
         return terms
 
 
-def _wrap(model: Any) -> Any:
+def _wrap(model: Any, gradients: str = "fp32") -> Any:
     """Megatron's data-parallel wrapper: gradients live in one buffer a dtype."""
     from megatron.core.distributed import (
         DistributedDataParallel,
@@ -329,7 +333,7 @@ def _wrap(model: Any) -> Any:
         model.model_type = ModelType.encoder_or_decoder
     settings = DistributedDataParallelConfig(
         use_distributed_optimizer=True,
-        grad_reduce_in_fp32=True,
+        grad_reduce_in_fp32=gradients == "fp32",
     )
     return DistributedDataParallel(model.config, settings, model)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,7 +59,7 @@ def counted_flops(model: Any, objective: Any, batch: Any) -> float:
     import torch
 
     state = torch.get_rng_state()
-    with flop_counter() as counter:
+    with FlopCounter() as counter:
         loss, _ = objective(model, batch)
         loss.backward()
     torch.set_rng_state(state)
@@ -79,14 +80,43 @@ class _NoModules:
         pass
 
 
-def flop_counter() -> Any:
-    """PyTorch's counter of the FLOPs of matrix products, which also knows a CPU's attention."""
-    from torch.utils.flop_counter import FlopCounterMode
+class FlopCounter:
+    """PyTorch's counter of the FLOPs of matrix products, which also knows a CPU's attention, and is
+    told (`note_flops`) of those that a library does out of its sight.
+    """
 
-    counter = FlopCounterMode(display=False, custom_mapping=_attention_on_cpu())
-    # Its hooks on modules fail where a pipeline stage runs without gradients; only the sum counts.
-    counter.mod_tracker = _NoModules()  # pyrefly: ignore[bad-assignment]
-    return counter
+    def __init__(self) -> None:
+        from torch.utils.flop_counter import FlopCounterMode
+
+        self._seen = FlopCounterMode(display=False, custom_mapping=_attention_on_cpu())
+        # Its hooks on modules fail where a pipeline stage runs without gradients; only the sum
+        # counts.
+        self._seen.mod_tracker = _NoModules()  # pyrefly: ignore[bad-assignment]
+        self.unseen = 0
+
+    def __enter__(self) -> FlopCounter:
+        global _counter
+        self._seen.__enter__()
+        _counter = self
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        global _counter
+        _counter = None
+        self._seen.__exit__(*error)
+
+    def get_total_flops(self) -> int:
+        """So far."""
+        return self._seen.get_total_flops() + self.unseen
+
+
+_counter: FlopCounter | None = None
+
+
+def note_flops(flops: Callable[[], int]) -> None:
+    """Add products that PyTorch does not see; asked for only where somebody counts."""
+    if _counter is not None:
+        _counter.unseen += flops()
 
 
 def peak_flops_per_s() -> tuple[float, str]:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from infra.devices import find_device
 from infra.errors import ConfigError
 from infra.train.config import TrainConfig
 
@@ -50,11 +51,13 @@ def build_optimizer(models: Sequence[Any], config: TrainConfig) -> Any:
         models: Megatron DistributedDataParallel modules: what this rank holds of the model.
 
     Raises:
-        ConfigError: an entry of `lr_scale` or `layer_decay` matches no parameter.
+        ConfigError: an entry of `lr_scale` or `layer_decay` matches no parameter, or this device
+            has no optimizer for `moments`.
     """
     import torch
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
+    check_moments(config)
     dtype = next(models[0].parameters()).dtype
     settings = OptimizerConfig(
         optimizer="adam",
@@ -68,6 +71,7 @@ def build_optimizer(models: Sequence[Any], config: TrainConfig) -> Any:
         bf16=dtype is torch.bfloat16,
         params_dtype=dtype,
         use_distributed_optimizer=True,
+        **_precisions(config),
     )
     optimizer = get_megatron_optimizer(
         settings,
@@ -76,12 +80,57 @@ def build_optimizer(models: Sequence[Any], config: TrainConfig) -> Any:
         use_gloo_process_groups=False,
     )
     for part in parts(optimizer):
-        part.init_state_fn(part.optimizer)  # so that a checkpoint can be written before step 1
+        _make_state(part, config)
         if config.optimizer == "stable_adamw":
             from infra.train.stable import clip_updates
 
             clip_updates(part)
     return optimizer
+
+
+def check_moments(config: TrainConfig) -> None:
+    """Raises ConfigError where `config.moments` needs an optimizer that this device lacks."""
+    device = find_device()
+    if config.moments == "bf16" and device.layer_spec != "te":
+        raise ConfigError(
+            f"train.moments is bf16, which Transformer Engine's optimizer can on a GPU; here: "
+            f"{device.reason}. Set train.moments (and train.gradients) to fp32"
+        )
+
+
+def _precisions(config: TrainConfig) -> dict[str, Any]:
+    """Megatron's options for what `moments` and `gradients` say.
+
+    Its `fp8_recipe` is left out on purpose, whatever the run computes in FP8: weights are bf16,
+    and with it masters and gradients would be fp32 again in every step.
+    """
+    import torch
+
+    if config.moments == "fp32":
+        return {}
+    return {
+        "use_precision_aware_optimizer": True,
+        "exp_avg_dtype": torch.bfloat16,
+        "exp_avg_sq_dtype": torch.bfloat16,
+        "main_grads_dtype": torch.bfloat16 if config.gradients == "bf16" else torch.float32,
+    }
+
+
+def _make_state(part: Any, config: TrainConfig) -> None:
+    """Make the moments now, so that a checkpoint can be written before step 1."""
+    adam = part.optimizer
+    if config.moments == "fp32":
+        part.init_state_fn(adam)
+        return
+    import torch
+
+    from infra.train.masters import whole_masters
+
+    # Megatron calls this without the second argument, which Transformer Engine 2.20 asks for.
+    for group in adam.param_groups:
+        for param in group["params"]:
+            adam.initialize_state(param, param.dtype is torch.bfloat16)
+    whole_masters(part)
 
 
 def parts(optimizer: Any) -> list[Any]:
@@ -96,7 +145,10 @@ def update(optimizer: Any, grad_norm: float, clip_grad: float) -> None:
 
     if clip_grad:
         for part in parts(optimizer):
-            clip_grad_by_total_norm_fp32(part.get_parameters(), clip_grad, grad_norm)
+            clip_grad_by_total_norm_fp32(
+                part.get_parameters(), clip_grad, grad_norm,
+                use_decoupled_grad=part.config.use_precision_aware_optimizer,
+            )  # fmt: skip
     optimizer.step_with_ready_grads()
 
 

@@ -21,7 +21,7 @@ from typing import Any
 from infra.backend import Layout, device_literals, install
 from infra.backend.parallel import SoloGroup
 from infra.errors import LayoutError
-from infra.train.mfu import flop_counter
+from infra.train.mfu import FlopCounter
 from infra.train.telemetry import Stopwatch
 
 Terms = dict[str, float]
@@ -95,7 +95,7 @@ class Engine:
 
         The first of two passes is not credited. What recomputing does again is.
         """
-        with flop_counter() as self._counter:
+        with FlopCounter() as self._counter:
             self.gradients(batch)
         found = self._counter.get_total_flops() - self._first_pass_flops
         self._counter, self._first_pass_flops = None, 0
@@ -474,11 +474,13 @@ def _pipeline_size() -> int:
 
 
 def random_state() -> Any:
-    """PyTorch's and Megatron's, to be put back with `set_random_state`."""
+    """PyTorch's (a GPU has one of its own) and Megatron's, to be put back with
+    `set_random_state`."""
     import torch
     from megatron.core import tensor_parallel
 
-    return torch.get_rng_state(), tensor_parallel.get_cuda_rng_tracker().get_states()
+    gpu = torch.cuda.get_rng_state() if install().kind == "cuda" else None
+    return torch.get_rng_state(), tensor_parallel.get_cuda_rng_tracker().get_states(), gpu
 
 
 def set_random_state(state: Any) -> None:
@@ -488,3 +490,5 @@ def set_random_state(state: Any) -> None:
 
     torch.set_rng_state(state[0])
     tensor_parallel.get_cuda_rng_tracker().set_states(state[1])
+    if state[2] is not None:
+        torch.cuda.set_rng_state(state[2])

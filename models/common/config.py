@@ -6,6 +6,9 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
+LayerSpecKind = Literal["local", "te"]
+"""what transformer layers are made of: PyTorch's operators, or Transformer Engine's"""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:

@@ -12,23 +12,17 @@ from torch import Tensor
 
 from models.common.attention import additive
 from models.common.canonical import set_init, set_rule, set_true_shape
-from models.common.config import DecoderConfig
-from models.common.layers import (
-    LayerSpecKind,
-    PlainLayer,
-    layer_submodules,
-    require_local,
-    self_attention_spec,
-)
+from models.common.config import DecoderConfig, LayerSpecKind
+from models.common.layers import PlainLayer, layer_submodules
 from models.common.linear import ColumnLinear, VocabEmbedding
 from models.common.lora import add_lora
 from models.common.megatron import (
     ModuleSpec,
     TransformerConfig,
 )
-from models.common.norms import RMSNorm
 from models.common.packing import is_packed, packed_positions
 from models.common.parallel import Part, beside, pad_to_multiple, stack_config
+from models.common.parts import Parts, parts_of
 from models.common.rope import rope_frequencies
 from models.common.stack import Stack
 
@@ -49,16 +43,16 @@ class Decoder(Part):
         spec: LayerSpecKind = "local",
         layers: range | None = None,
     ):
-        require_local(spec)
-        stack = decoder_stack_config(config)
+        parts = parts_of(spec)
+        stack = decoder_stack_config(config, spec)
         super().__init__(stack)
         self.decoder_config = config
         vocabulary = pad_to_multiple(config.vocab_size, self.tp_group.size())
         self.decoder = Stack(
             stack,
-            list(layer_specs or [decoder_layer_spec(config)] * config.depth),
+            list(layer_specs or [decoder_layer_spec(config, parts)] * config.depth),
             range(config.depth) if layers is None else layers,
-            layer_norm=RMSNorm,
+            layer_norm=parts.norms["rms"],
         )
         plain = beside(stack)
         self.embedding = self.head = None
@@ -181,9 +175,10 @@ class Decoder(Part):
                 set_true_shape(module.weight, config.vocab_size, config.width)
 
 
-def decoder_stack_config(config: DecoderConfig) -> TransformerConfig:
+def decoder_stack_config(config: DecoderConfig, spec: LayerSpecKind = "local") -> TransformerConfig:
     """Megatron's config for a decoder in the current layout."""
     return stack_config(
+        spec,
         num_layers=config.depth,
         hidden_size=config.width,
         num_attention_heads=config.heads,
@@ -199,13 +194,17 @@ def decoder_stack_config(config: DecoderConfig) -> TransformerConfig:
     )
 
 
-def decoder_layer_spec(config: DecoderConfig, **cross_attention) -> ModuleSpec:
+def decoder_layer_spec(config: DecoderConfig, parts: Parts, **cross_attention) -> ModuleSpec:
     """One decoder layer, with cross-attention submodules if given."""
-    attention = self_attention_spec(causal=True, qkv_bias=config.qkv_bias)
-    return ModuleSpec(
-        module=PlainLayer,
-        submodules=layer_submodules(norm="rms", self_attention=attention, **cross_attention),
+    submodules = layer_submodules(
+        parts,
+        norm="rms",
+        causal=True,
+        qkv_bias=config.qkv_bias,
+        lora=config.lora,
+        **cross_attention,
     )
+    return ModuleSpec(module=PlainLayer, submodules=submodules)
 
 
 def _head(stack: TransformerConfig, config: DecoderConfig, vocabulary: int, group) -> ColumnLinear:

@@ -8,15 +8,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from infra.errors import LayoutError
 from models.common import kernels
-from models.common.attention import SDPAttention
-from models.common.linear import ColumnLinear, RowLinear, UnbiasedColumnLinear
+from models.common.config import LoraConfig
 from models.common.megatron import (
     MLP,
     AttnMaskType,
@@ -28,9 +25,14 @@ from models.common.megatron import (
     TransformerLayer,
     TransformerLayerSubmodules,
 )
-from models.common.norms import FullWidthQKRMSNorm, RMSNorm, norm_class, query_key_norm
-
-LayerSpecKind = Literal["local", "te"]
+from models.common.norms import (
+    FullWidthQKRMSNorm,
+    NormKind,
+    RMSNorm,
+    lent_norm,
+    query_key_norm,
+)
+from models.common.parts import Maker, Parts
 
 
 def plain_residual(_training: bool, _fused: bool) -> Callable:
@@ -44,12 +46,21 @@ def _add_residual(x_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, _
 
 
 class PlainLayer(TransformerLayer):
-    """Megatron's layer, without its switching gradients on where they are switched off."""
+    """Megatron's layer, without its switching gradients on where they are switched off.
+
+    A linear that computes the norm before it borrows the norm's vectors.
+    """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         handler: Callable = contextlib.nullcontext
         self.bias_dropout_add_exec_handler = handler  # pyrefly: ignore[bad-assignment]
+        for norm, linear in (
+            (self.input_layernorm, self.self_attention.linear_qkv),
+            (self.pre_mlp_layernorm, self.mlp.linear_fc1),
+        ):
+            if hasattr(linear, "borrow"):
+                linear.borrow(norm)
 
 
 class ScaledLayer(PlainLayer):
@@ -143,10 +154,65 @@ class FullNormSelfAttention(SelfAttention):
         return *query_key_norm(query, key, self.q_layernorm, self.k_layernorm), value
 
 
-def self_attention_spec(
-    *, causal: bool, qkv_bias: bool, full_norm_width: int | None = None
+def layer_submodules(
+    parts: Parts,
+    *,
+    norm: NormKind,
+    causal: bool,
+    qkv_bias: bool,
+    lora: LoraConfig | None,
+    full_norm_width: int | None = None,
+    **others,
+) -> TransformerLayerSubmodules:
+    """Norm, attention, norm, MLP.
+
+    Args:
+        parts: the classes of a layer spec.
+        norm: which one stands before attention and MLP.
+        causal: whether a token sees no later ones.
+        qkv_bias: whether q, k and v have a bias.
+        lora: adapters; theirs is the normed input, so that a linear which has one stays apart
+            from its norm.
+        full_norm_width: asks for q/k norms over that many true channels.
+        **others: add cross-attention.
+    """
+    adapted = lora.linears if lora else ()
+    qkv_norm, qkv = _norm_and_linear(
+        parts,
+        norm,
+        parts.column if qkv_bias else parts.unbiased_column,
+        parts.norm_column if qkv_bias else parts.norm_unbiased_column,
+        alone="qkv" in adapted,
+    )
+    fc1_norm, fc1 = _norm_and_linear(
+        parts, norm, parts.column, parts.norm_column, alone="fc1" in adapted
+    )
+    return TransformerLayerSubmodules(
+        input_layernorm=qkv_norm,
+        self_attention=_self_attention(parts, qkv, causal, full_norm_width),
+        self_attn_bda=plain_residual,
+        pre_mlp_layernorm=fc1_norm,
+        mlp=partial(
+            MLP.as_mlp_submodule,
+            submodules=MLPSubmodules(linear_fc1=fc1, linear_fc2=parts.row),
+        ),
+        mlp_bda=plain_residual,
+        **others,
+    )
+
+
+def _norm_and_linear(
+    parts: Parts, norm: NormKind, linear: Maker, together: Maker | None, *, alone: bool
+) -> tuple[Maker, Maker]:
+    """Classes of a norm and of the linear behind it, `together` if there is such a one."""
+    if together is None or alone:
+        return parts.norms[norm], linear
+    return lent_norm(norm), together
+
+
+def _self_attention(
+    parts: Parts, linear_qkv: Maker, causal: bool, full_norm_width: int | None
 ) -> ModuleSpec:
-    """Self-attention; `full_norm_width` asks for q/k norms over that many true channels."""
     params: dict = {"attn_mask_type": AttnMaskType.causal if causal else AttnMaskType.no_mask}
     if full_norm_width is not None:
         params["true_width"] = full_norm_width
@@ -154,39 +220,6 @@ def self_attention_spec(
         module=SelfAttention if full_norm_width is None else FullNormSelfAttention,
         params=params,
         submodules=SelfAttentionSubmodules(
-            linear_qkv=ColumnLinear if qkv_bias else UnbiasedColumnLinear,
-            core_attention=SDPAttention,
-            linear_proj=RowLinear,
+            linear_qkv=linear_qkv, core_attention=parts.attention, linear_proj=parts.row
         ),
     )
-
-
-def layer_submodules(
-    *, norm: str, self_attention: ModuleSpec, **others
-) -> TransformerLayerSubmodules:
-    """Norm, attention, norm, MLP; `others` add cross-attention."""
-    return TransformerLayerSubmodules(
-        input_layernorm=norm_class(norm),
-        self_attention=self_attention,
-        self_attn_bda=plain_residual,
-        pre_mlp_layernorm=norm_class(norm),
-        mlp=partial(
-            MLP.as_mlp_submodule,
-            submodules=MLPSubmodules(linear_fc1=ColumnLinear, linear_fc2=RowLinear),
-        ),
-        mlp_bda=plain_residual,
-        **others,
-    )
-
-
-def require_local(kind: LayerSpecKind) -> None:
-    """Refuse the Transformer Engine spec where it cannot run.
-
-    Raises:
-        LayoutError: `kind` is "te".
-    """
-    if kind == "te":
-        raise LayoutError(
-            'layer spec "te" (Transformer Engine) needs a GPU and is not built for these models '
-            'yet; use layer spec "local"'
-        )

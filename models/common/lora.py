@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,6 @@ from torch.nn.functional import dropout, linear
 
 from models.common.canonical import full_shape, relax_padding, set_rule, set_true_shape
 from models.common.config import LoraConfig
-from models.common.linear import ColumnLinear, RowLinear
 from models.common.megatron import (
     apply_swiglu_sharded_factory,
     copy_to_tensor_model_parallel_region,
@@ -65,7 +65,7 @@ class Lora(Part):
         rows: of each pair; they take turns over this rank's rows of the weight in this order.
     """
 
-    def __init__(self, target: ColumnLinear | RowLinear, config: LoraConfig, rows: Sequence[int]):
+    def __init__(self, target: Any, config: LoraConfig, rows: Sequence[int]):
         super().__init__(target.config)
         weight = target.weight
         outputs, inputs = weight.shape
@@ -75,7 +75,7 @@ class Lora(Part):
         self.b = nn.Parameter(torch.zeros(outputs, config.rank, **make))
         set_rule(self.a, "uniform", full_shape(weight)[1] ** -0.5)
         set_rule(self.b, "constant", 0.0)
-        self.is_row = isinstance(target, RowLinear)
+        self.is_row = weight.partition_dim == 1
         cut, whole = (self.a, self.b) if self.is_row else (self.b, self.a)
         for name in ("tensor_model_parallel", "partition_dim", "partition_stride"):
             setattr(cut, name, getattr(weight, name))
@@ -139,7 +139,7 @@ class Lora(Part):
         return relax_padding(sharded, dict(self.named_parameters(prefix[:-1])))
 
 
-def _rows(name: str, target: ColumnLinear | RowLinear, separate: bool) -> tuple[int, ...]:
+def _rows(name: str, target: Any, separate: bool) -> tuple[int, ...]:
     """Rows of the pairs of a linear: in a decoder, those of a group of heads or of gate and up."""
     if separate and name == "qkv":
         config = target.config

@@ -5,6 +5,8 @@ Letters: S tokens, B batch, N heads, H head size, D width.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,8 @@ from models.common.megatron import (
     reduce_from_tensor_model_parallel_region,
 )
 from models.common.parallel import Part, checkpoint_metadata
+
+NormKind = Literal["rms", "layer"]
 
 
 class _RMSNormFunction(torch.autograd.Function):
@@ -93,6 +97,24 @@ class LayerNorm(Part):
         )
 
 
+class _Lent:
+    """The vectors of a norm that the linear behind it computes: what comes in goes on as it is.
+
+    So weights have the same names and the same place whether a norm is computed here or there.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+class LentRMSNorm(_Lent, RMSNorm):
+    """RMSNorm's weight, lent to the linear behind it."""
+
+
+class LentLayerNorm(_Lent, LayerNorm):
+    """LayerNorm's weight and bias, lent to the linear behind it."""
+
+
 class FullWidthQKRMSNorm(Part):
     """RMSNorm of queries (or keys) over all heads at once, whatever the tensor parallelism.
 
@@ -149,6 +171,6 @@ def query_key_norm(
     )  # fmt: skip
 
 
-def norm_class(kind: str) -> type[RMSNorm] | type[LayerNorm]:
-    """ "rms" or "layer" to the class."""
-    return {"rms": RMSNorm, "layer": LayerNorm}[kind]
+def lent_norm(kind: NormKind) -> type[LentRMSNorm] | type[LentLayerNorm]:
+    """The class that holds the vectors of a norm which the linear behind it computes."""
+    return {"rms": LentRMSNorm, "layer": LentLayerNorm}[kind]

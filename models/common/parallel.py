@@ -8,11 +8,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
 from infra.backend import Layout, transformer_config
-from infra.backend.parallel import SoloGroup, current_layout
+from infra.backend.parallel import SoloGroup, current_fp8, current_layout
+from infra.errors import ConfigError
+from infra.fp8 import Fp8Config
+from models.common.config import LayerSpecKind
 from models.common.megatron import (
     MegatronModule,
     ProcessGroupCollection,
@@ -116,8 +120,12 @@ def pad_to_multiple(amount: int, parts: int) -> int:
     return -(-amount // parts) * parts
 
 
-def stack_config(**fields) -> TransformerConfig:
-    """Megatron's config for one transformer stack in the current layout."""
+def stack_config(spec: LayerSpecKind = "local", **fields) -> TransformerConfig:
+    """Megatron's config for one transformer stack in the current layout.
+
+    Raises:
+        ConfigError: Transformer Engine cannot compute the FP8 that is asked for.
+    """
     layout = current_layout()
     if _builds_text_apart:
         layout = layout.of_text
@@ -135,8 +143,33 @@ def stack_config(**fields) -> TransformerConfig:
             "recompute_method": "uniform",
             "recompute_num_layers": 1,
         }
+    fp8 = current_fp8()
+    if fp8 and spec == "te":
+        settings |= _fp8_settings(fp8, fields["num_layers"])
     whole = Layout(tensor=layout.tensor, sequence_parallel=layout.sequence_parallel)
     return transformer_config(whole, **(settings | fields))
+
+
+def _fp8_settings(fp8: Fp8Config, depth: int) -> dict[str, Any]:
+    """Megatron's names for our options; it counts layers in the whole stack, as we do."""
+    ends = bool(fp8.first_layers or fp8.last_layers)
+    if fp8.recipe == "delayed" and ends:
+        raise ConfigError(
+            f"train.fp8.recipe delayed with first_layers {fp8.first_layers} and last_layers "
+            f"{fp8.last_layers} cannot be computed by Transformer Engine, whose scales follow at "
+            "the end of the whole stack; set both to 0, or use the recipe tensorwise"
+        )
+    return {
+        "fp8": "e4m3" if fp8.recipe == "blockwise" else "hybrid",
+        "fp8_recipe": fp8.recipe,
+        "fp8_amax_history_len": fp8.amax_history,
+        "fp8_amax_compute_algo": "max",
+        "first_last_layers_bf16": ends,
+        "num_layers_at_start_in_bf16": min(fp8.first_layers, depth),
+        "num_layers_at_end_in_bf16": min(fp8.last_layers, depth),
+        # Two copies of every weight in FP8 between micro-batches otherwise: 11 GiB of the 6B.
+        "disable_parameter_transpose_cache": True,
+    }
 
 
 def beside(part: Part | TransformerConfig) -> TransformerConfig:

@@ -5,12 +5,14 @@ Letters: S tokens, B batch, D width.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from infra.fp8 import MULTIPLE
 from models.common.megatron import (
     ModuleSpec,
     TransformerBlock,
@@ -53,7 +55,7 @@ class Stack(TransformerBlock):
         layer_specs: Sequence[ModuleSpec],
         layers: range,
         *,
-        layer_norm: type | None = None,
+        layer_norm: Callable | None = None,
     ):
         self.held = layers
         self.depth = len(layer_specs)
@@ -99,6 +101,19 @@ class Stack(TransformerBlock):
                 eps=self.config.layernorm_epsilon,
             )
 
+    def padding(self, length: int, batch: int) -> int:
+        """Tokens that are put behind S `length` ones of each of B `batch` rows.
+
+        Under sequence parallelism each rank gets as many, and in FP8 as many as it can multiply.
+        """
+        if not self.config.sequence_parallel:
+            return 0
+        step = self.tp_group.size()
+        if self.config.fp8:
+            multiple = MULTIPLE[self.config.fp8_recipe]
+            step *= multiple // math.gcd(multiple, batch)
+        return pad_to_multiple(length, step) - length
+
     def through(
         self,
         tokens: Tensor,
@@ -124,10 +139,8 @@ class Stack(TransformerBlock):
             The result (whole and normed where the stack ends), and the wanted states that are
             made here, each whole [S, B, D].
         """
-        more = 0
-        if self.config.sequence_parallel:
-            more = pad_to_multiple(length, self.tp_group.size()) - length
-            mask, rotary = _widen_mask(mask, length, more), _widen(rotary, more)
+        more = self.padding(length, tokens.shape[1])
+        mask, rotary = _widen_mask(mask, length, more), _widen(rotary, more)
         found: dict[int, Tensor] = {}
         if self.starts:
             if torch.is_grad_enabled():

@@ -13,17 +13,13 @@ from torch.nn.functional import interpolate, linear
 
 from infra.errors import ModelError
 from models.common.canonical import set_init, set_rule, set_true_shape
+from models.common.config import LayerSpecKind
 from models.common.draws import uniforms
-from models.common.layers import (
-    LayerSpecKind,
-    ScaledLayer,
-    layer_submodules,
-    require_local,
-    self_attention_spec,
-)
+from models.common.layers import ScaledLayer, layer_submodules
 from models.common.lora import add_lora
 from models.common.megatron import ModuleSpec
 from models.common.parallel import Part, pad_to_multiple, stack_config, tensor_group
+from models.common.parts import Parts, parts_of
 from models.common.stack import Stack
 from models.internvit.config import InternViTConfig
 
@@ -40,13 +36,12 @@ class InternViT(Part):
         spec: LayerSpecKind = "local",
         layers: range | None = None,
     ):
-        require_local(spec)
-        stack = _stack_config(config)
+        stack = _stack_config(config, spec)
         super().__init__(stack)
         self.vit_config = config
         self.decoder = Stack(
             stack,
-            [_layer_spec(config)] * config.depth,
+            [_layer_spec(config, parts_of(spec))] * config.depth,
             range(config.depth) if layers is None else layers,
         )
         if self.starts:
@@ -127,7 +122,7 @@ class InternViT(Part):
             tokens = self._embed(pixels, kept).transpose(0, 1).contiguous()
         length = 1 + (kept.shape[1] if kept is not None else self._patch_count(pixels))
         real = None
-        if self.config.sequence_parallel and length % self.tp_group.size():
+        if self.decoder.padding(length, len(pixels)):
             real = torch.tensor(length)
         return self.decoder.through(
             tokens,
@@ -204,7 +199,7 @@ class InternViT(Part):
         if self.config.num_attention_heads == self.vit_config.heads:
             return
         set_true_shape(attention.linear_qkv.weight, 3 * width, width)
-        if attention.linear_qkv.bias is not None:
+        if self.vit_config.qkv_bias:
             set_true_shape(attention.linear_qkv.bias, 3 * width)
         set_true_shape(attention.linear_proj.weight, width, width)
         if self.vit_config.qk_norm:
@@ -212,8 +207,9 @@ class InternViT(Part):
             set_true_shape(attention.k_layernorm.weight, width)
 
 
-def _stack_config(config: InternViTConfig):
+def _stack_config(config: InternViTConfig, spec: LayerSpecKind):
     return stack_config(
+        spec,
         num_layers=config.depth,
         hidden_size=config.width,
         num_attention_heads=pad_to_multiple(config.heads, tensor_group().size()),
@@ -227,14 +223,15 @@ def _stack_config(config: InternViTConfig):
     )
 
 
-def _layer_spec(config: InternViTConfig) -> ModuleSpec:
-    attention = self_attention_spec(
+def _layer_spec(config: InternViTConfig, parts: Parts) -> ModuleSpec:
+    submodules = layer_submodules(
+        parts,
+        norm=config.norm,
         causal=False,
         qkv_bias=config.qkv_bias,
+        lora=config.lora,
         full_norm_width=config.width if config.qk_norm else None,
     )
     return ModuleSpec(
-        module=ScaledLayer,
-        submodules=layer_submodules(norm=config.norm, self_attention=attention),
-        params={"drop_paths": config.drop_paths},
+        module=ScaledLayer, submodules=submodules, params={"drop_paths": config.drop_paths}
     )

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from infra.backend import install
 from infra.backend.parallel import current_layout
 from infra.errors import ConfigError, LayoutError, ModelError
 from models.common.canonical import initialise, set_init, set_rule
+from models.common.config import LayerSpecKind
 from models.common.decoder import Decoder, at_end, mask_of_holes
 from models.common.generate import greedy
-from models.common.layers import LayerSpecKind
 from models.common.megatron import MegatronModule
 from models.common.parallel import (
     Part,
@@ -48,15 +49,22 @@ State = dict[str, Tensor]
 
 
 def build(
-    kind: str, config: InternVLConfig, *, seed: int = 0, spec: LayerSpecKind = "local"
+    kind: str, config: InternVLConfig, *, seed: int = 0, spec: LayerSpecKind | None = None
 ) -> InternVL | Chunks:
     """A freshly initialised model of one configuration: what this rank holds of it.
+
+    Args:
+        kind: a name of `PARTS`.
+        config: of its parts.
+        seed: of its initial weights.
+        spec: None: this device's (`infra.devices`).
 
     Raises:
         ConfigError: no configuration is called `kind`.
         LayoutError: it has too few layers for the pipeline, or its text tower cannot have a layout
             of its own.
     """
+    spec = spec or install().layer_spec
     if kind not in PARTS:
         raise ConfigError(f"model kind {kind!r} does not exist; known: {sorted(PARTS)}")
     layout = current_layout()

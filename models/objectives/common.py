@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from infra.backend import install
 from models.common.megatron import gather_from_sequence_parallel_region
 from models.common.parallel import data_group
 
@@ -87,7 +88,7 @@ def max_over_ranks(value: int) -> int:
     group = data_group()
     if group.size() == 1:
         return value
-    box = torch.tensor(value)
+    box = torch.tensor(value, device=install().kind)
     dist.all_reduce(box, op=dist.ReduceOp.MAX, group=group)
     return int(box)
 

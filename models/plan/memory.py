@@ -1,11 +1,11 @@
 """Bytes that one rank holds, and how long a step takes.
 
 Weights and optimizer as Megatron-Core's distributed optimizer keeps them (a test holds them against
-its buffers): every parameter in the model's type; a trained one also as a gradient in fp32 in a
-buffer, where each begins at a multiple of 64 elements and the end at one of 128 and of the data
-ranks; its fp32 master copy (bf16 only; in fp32 the parameter itself) and Adam's two moments are cut
-over the data ranks. Under pipelining rank r of p keeps the activations of as many micro-batches as
-1F1B has in flight there (Narayanan et al. 2021, section 2.2).
+its buffers): every parameter in the model's type; a trained one also as a gradient in fp32 (or, if
+the run says so, bf16) in a buffer, where each begins at a multiple of 64 elements and the end at
+one of 128 and of the data ranks; its fp32 master copy (bf16 only; in fp32 the parameter itself) and
+Adam's two moments are cut over the data ranks. Under pipelining rank r of p keeps the activations
+of as many micro-batches as 1F1B has in flight there (Narayanan et al. 2021, section 2.2).
 """
 
 from __future__ import annotations
@@ -65,8 +65,11 @@ def _bucket(aligned: int, data: int) -> int:
     return -(-aligned // step) * step
 
 
-def optimizer_bytes(elements: int, data: int, element: int) -> float:
-    """Of one data rank: Adam's moments, and below fp32 the master copy."""
+def optimizer_bytes(elements: int, data: int, element: int, moments: str = "fp32") -> float:
+    """Of one data rank: Adam's moments, and below fp32 the master copy (where moments are in bf16,
+    the 16 bits of it that the weights lack)."""
+    if moments == "bf16":
+        return elements * 6 / data
     return elements * (8 if element == 4 else 12) / data
 
 
@@ -180,8 +183,8 @@ def _states(work: Workload, layout: Layout, rank: int, element: int) -> Memory:
     every, trained, aligned = (sum(sizes) for sizes in zip(*held, strict=True))
     return Memory(
         parameters=element * every,
-        gradients=4 * _bucket(aligned, layout.data),
-        optimizer=optimizer_bytes(trained, layout.data, element),
+        gradients=(2 if work.gradients == "bf16" else 4) * _bucket(aligned, layout.data),
+        optimizer=optimizer_bytes(trained, layout.data, element, work.moments),
         activations=0.0,
     )
 

@@ -72,6 +72,10 @@ class Workload:
     """of a sample, for which logits are made; None: all but one, as the first is never asked for"""
     hard_negatives: bool = False
     """stage 2 looks for them with the frozen towers, forwards"""
+    moments: Literal["fp32", "bf16"] = "fp32"
+    """of Adam, as `TrainConfig` says"""
+    gradients: Literal["fp32", "bf16"] = "fp32"
+    """what they are summed in, as `TrainConfig` says"""
     names: frozenset[str] = field(init=False, repr=False)
     """canonical names of the trained parameters"""
 

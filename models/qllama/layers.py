@@ -5,20 +5,19 @@ Letters: S sequence, Q queries, B rows, B' images, V vision tokens, D width.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from models.common.attention import SDPAttention
-from models.common.linear import RowLinear, UnbiasedColumnLinear
 from models.common.megatron import (
     TransformerConfig,
     gather_from_sequence_parallel_region,
     scatter_to_sequence_parallel_region,
 )
-from models.common.norms import RMSNorm
 from models.common.parallel import Part, beside
+from models.common.parts import Parts
 
 
 class QueryCrossAttention(Part):
@@ -33,6 +32,7 @@ class QueryCrossAttention(Part):
         self,
         config: TransformerConfig,
         *,
+        parts: Parts,
         num_queries: int,
         vision_width: int,
         pg_collection,
@@ -43,8 +43,9 @@ class QueryCrossAttention(Part):
         super().__init__(config)
         self.num_queries = num_queries
         self.heads = config.num_attention_heads // pg_collection.tp.size()
-        self.query_norm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon)
-        self.vision_norm = RMSNorm(config, vision_width, config.layernorm_epsilon)
+        norm = parts.norms["rms"]
+        self.query_norm = norm(config, config.hidden_size, config.layernorm_epsilon)
+        self.vision_norm = norm(config, vision_width, config.layernorm_epsilon)
         shared = {
             "config": config,
             "init_method": config.init_method,
@@ -53,12 +54,14 @@ class QueryCrossAttention(Part):
         }
         inner = config.num_attention_heads * config.kv_channels
         for name, width in (("q", config.hidden_size), ("k", vision_width), ("v", vision_width)):
-            linear = UnbiasedColumnLinear(width, inner, gather_output=False, **shared)
+            linear = parts.unbiased_column(width, inner, gather_output=False, **shared)
             setattr(self, f"linear_{name}", linear)
-        self.linear_proj = RowLinear(
+        self.linear_proj = parts.row(
             inner, config.hidden_size, input_is_parallel=True, skip_bias_add=False, **shared
         )
-        self.attend = SDPAttention(config)
+        # Keys and values have all heads here, whatever the groups of self-attention.
+        ungrouped = dataclasses.replace(config, num_query_groups=config.num_attention_heads)
+        self.attend = parts.attention(ungrouped, attention_type="cross")
 
     def forward(self, hidden: Tensor, key_value_states: Tensor | None = None, **_) -> Tensor:
         """hidden [S, B, D], key_value_states [V, B', D'] with B a multiple of B' -> [S, B, D].

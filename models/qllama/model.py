@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from models.common.beam import beam_search
 from models.common.canonical import set_init, set_rule
-from models.common.config import DecoderConfig
+from models.common.config import DecoderConfig, LayerSpecKind
 from models.common.decoder import Decoder, decoder_layer_spec
 from models.common.generate import causal_blocked, greedy
-from models.common.layers import LayerSpecKind
 from models.common.megatron import ModuleSpec
+from models.common.parts import Parts, parts_of
 from models.qllama.config import QLlamaConfig
 from models.qllama.layers import QueryCrossAttention, already_added
 
@@ -32,7 +32,11 @@ class QLlama(Decoder):
         spec: LayerSpecKind = "local",
         layers: range | None = None,
     ):
-        specs = [_layer_spec(config, index, queries, vision_width) for index in range(config.depth)]
+        parts = parts_of(spec)
+        specs = [
+            _layer_spec(config, parts, index, queries, vision_width)
+            for index in range(config.depth)
+        ]
         super().__init__(config, head=head, layer_specs=specs, spec=spec, layers=layers)
         self.query_config = queries
         std = config.matrix_std if queries.init_std is None else queries.init_std
@@ -133,15 +137,20 @@ class QLlama(Decoder):
 
 
 def _layer_spec(
-    config: DecoderConfig, index: int, queries: QLlamaConfig, vision_width: int
+    config: DecoderConfig, parts: Parts, index: int, queries: QLlamaConfig, vision_width: int
 ) -> ModuleSpec:
     if index % queries.cross_attention_frequency:
-        return decoder_layer_spec(config)
+        return decoder_layer_spec(config, parts)
     return decoder_layer_spec(
         config,
+        parts,
         cross_attention=ModuleSpec(
             module=QueryCrossAttention,
-            params={"num_queries": queries.num_queries, "vision_width": vision_width},
+            params={
+                "parts": parts,
+                "num_queries": queries.num_queries,
+                "vision_width": vision_width,
+            },
         ),
         cross_attn_bda=already_added,
     )

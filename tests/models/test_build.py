@@ -144,7 +144,7 @@ def test_unknown_names_are_refused():
         internvit("7b")
     with pytest.raises(ConfigError, match="internvl_c"):
         build("internvl_h", tiny_config())
-    with pytest.raises(LayoutError, match="needs a GPU"):
+    with pytest.raises(LayoutError, match="needs Transformer Engine"):
         build("internvl_c", tiny_config(), spec="te")
     with pytest.raises(ValueError, match="does not divide by heads"):
         InternViTConfig(width=10, heads=3)
