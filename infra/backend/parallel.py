@@ -40,9 +40,7 @@ def current_fp8() -> Fp8Config | None:
 
 
 @contextlib.contextmanager
-def parallel(
-    layout: Layout, *, seed: int = 0, fp8: Fp8Config | None = None
-) -> Iterator[Layout]:
+def parallel(layout: Layout, *, seed: int = 0, fp8: Fp8Config | None = None) -> Iterator[Layout]:
     """Join the other ranks, cut the world as `layout` says, seed the random states.
 
     Works in a rank of `run_ranks`, and in a plain process as a world of one; that process can

@@ -30,6 +30,7 @@ from infra.config import canonical_json
 from infra.launch import die_with_parent
 from infra.train.config import TrainConfig
 from infra.train.ema import Ema
+from infra.train.fp8 import Fp8Run
 from infra.train.spikes import Account
 
 FORMAT = "vlfoundry.checkpoint.v2"
@@ -57,6 +58,7 @@ class Checkpoints:
         model: the model itself, not wrapped.
         optimizer: Megatron's.
         ema: the running mean of the weights, if there is one.
+        fp8: the scales of FP8 products.
         config: which checkpoints are kept.
     """
 
@@ -67,10 +69,11 @@ class Checkpoints:
         model: Any,
         optimizer: Any,
         ema: Ema | None,
+        fp8: Fp8Run,
         config: TrainConfig,
     ) -> None:
         self._folder, self._run_key, self._config = folder, run_key, config
-        self._model, self._optimizer, self._ema = model, optimizer, ema
+        self._model, self._optimizer, self._ema, self._fp8 = model, optimizer, ema, fp8
         self._pending: _Pending | None = None
 
     def save(self, account: Account) -> None:
@@ -142,7 +145,7 @@ class Checkpoints:
         self._forget_old()
 
     def load(self, saved: Saved) -> bool:
-        """Fill model, optimizer, running mean and random states.
+        """Fill model, optimizer, running mean, FP8 scales and random states.
 
         Returns:
             Whether the random states were restored; another number of ranks has no use for them.
@@ -161,6 +164,7 @@ class Checkpoints:
             self._optimizer.load_state_dict(loaded["optimizer"])
             if self._ema:
                 self._ema.load_state_dict(loaded["ema"])
+            self._fp8.load_state_dict(loaded["fp8"])
         if same_ranks:
             torch.set_rng_state(loaded["random"]["torch"])
             tensor_parallel.get_cuda_rng_tracker().set_states(loaded["random"]["megatron"])
@@ -195,6 +199,7 @@ class Checkpoints:
             "optimizer": self._optimizer.sharded_state_dict(
                 model, is_loading=loading, metadata=metadata
             ),
+            "fp8": self._fp8.sharded_state_dict(),
             "random": ShardedObject("random", random, (dist.get_world_size(),), (dist.get_rank(),)),
         } | ({"ema": self._ema.sharded_state_dict(model)} if self._ema else {})
 

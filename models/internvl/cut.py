@@ -8,7 +8,9 @@ from functools import lru_cache
 
 from infra.backend.layout import Layout, ModelFacts
 from infra.errors import LayoutError
+from infra.fp8 import Fp8Config
 from models.internvl.config import PARTS, InternVLConfig
+from models.internvl.widths import check_widths
 
 Share = dict[str, range]
 """tower -> its layers that are here; a tower that is not named has none here"""
@@ -69,11 +71,17 @@ def cut(kind: str, config: InternVLConfig, stages: int) -> list[Share]:
     return shares
 
 
-def check_layout(kind: str, config: InternVLConfig, layout: Layout) -> None:
+def check_layout(
+    kind: str, config: InternVLConfig, layout: Layout, *, fp8: Fp8Config | None = None
+) -> None:
     """Refuse, before any process starts, a layout that a configuration's sizes do not allow.
+
+    Args:
+        fp8: what the run computes in FP8.
 
     Raises:
         LayoutError: with the arithmetic.
+        ConfigError: FP8 cannot multiply these sizes.
     """
     vision = ModelFacts(
         name="vision",
@@ -95,6 +103,8 @@ def check_layout(kind: str, config: InternVLConfig, layout: Layout) -> None:
     facts = {"vision": vision, **decoders}
     layout.check(*(facts[tower] for tower in facts if tower in PARTS[kind]))
     cut(kind, config, layout.stages)
+    if fp8:
+        check_widths(kind, config, layout, fp8)
 
 
 def _layer_cost(config: InternVLConfig, tower: str) -> float:
