@@ -54,7 +54,7 @@ def scale_of(
     Returns:
         1 where amax is 0 or not finite.
     """
-    scale = LARGEST[dtype] / amax
+    scale = torch.div(LARGEST[dtype], amax)  # `/` would multiply with the reciprocal
     scale = torch.where(scale.isinf(), torch.finfo(source).max, scale)
     if power_of_two:
         scale = (scale.view(torch.int32) & _SIGN_AND_EXPONENT).view(torch.float32)
