@@ -45,8 +45,8 @@ class Operand(NamedTuple):
 
     across: Tensor
     """for products that sum over its columns"""
-    down: Tensor
-    """for those that sum over its rows"""
+    down: Tensor | None
+    """for those that sum over its rows; may be None where nobody asked for it"""
     unscale: Tensor
     """what products with it are multiplied with, a scalar"""
 
@@ -136,7 +136,7 @@ class Fp8Product:
                 return Operand(values, values, x.new_ones((), dtype=torch.float32))
             return Operand(
                 rounded_in_blocks(x, 1, BLOCK),
-                rounded_in_blocks(x, BLOCK, 1) if down else x,
+                rounded_in_blocks(x, BLOCK, 1) if down else None,
                 x.new_ones((), dtype=torch.float32),
             )
         if self.delayed is not None:
@@ -160,7 +160,7 @@ class _Linear(torch.autograd.Function):
         ctx.product, ctx.shape, ctx.dtypes = product, x.shape, (x.dtype, weight.dtype)
         ctx.save_for_backward(
             left.down if ctx.needs_input_grad[1] else None,
-            right.down if ctx.needs_input_grad[0] else None,
+            right.across if ctx.needs_input_grad[0] else None,
             left.unscale,
             right.unscale,
         )
