@@ -78,12 +78,13 @@ def rounded_in_blocks(x: Tensor, tokens: int, features: int) -> Tensor:
     is of x's magnitude. Blocks at the end of a side may be smaller.
     """
     rows, columns = x.shape
-    whole = pad(x.float(), (0, -columns % features, 0, -rows % tokens))
-    blocks = whole.view(whole.shape[0] // tokens, tokens, whole.shape[1] // features, features)
-    amax = blocks.abs().amax((1, 3), keepdim=True)
+    missing = (0, -columns % features, 0, -rows % tokens)
+    whole = pad(x.float(), missing) if any(missing) else x.float()
+    blocks = whole.reshape(-1, tokens, whole.shape[1] // features, features)
+    amax = torch.maximum(-blocks.amin((1, 3), True), blocks.amax((1, 3), True))
     scale = scale_of(amax, E4M3, x.dtype, power_of_two=True)
     values = round_(blocks * scale, E4M3).div_(scale)
-    return values.view(whole.shape)[:rows, :columns]
+    return values.reshape(whole.shape)[:rows, :columns]
 
 
 def pad_tokens(x: Tensor, multiple: int) -> Tensor:

@@ -192,6 +192,14 @@ def test_what_needs_no_gradient_gets_none():
     assert weight.grad is None
 
 
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_gradients_may_be_expanded(recipe):
+    """That of a sum has strides of 0."""
+    x = torch.randn(16, 2, 32).transpose(0, 1).requires_grad_()
+    Fp8Product(Fp8Config(recipe=recipe))(x, torch.ones(16, 32), None).sum().backward()
+    assert torch.equal(x.grad, torch.full_like(x, 16))
+
+
 def test_what_is_lost_is_counted():
     product = Fp8Product(Fp8Config())
     product.seen = {}
