@@ -76,10 +76,10 @@ def gradient_cosines(
 
     Delayed scales have seen that batch once. The model has left FP8 afterwards.
     """
-    from infra.train.loop import wrap
+    from infra.train.loop import _wrap
     from infra.train.step import Engine
 
-    wrapped = [wrap(chunk) for chunk in getattr(model, "chunks", [model])]
+    wrapped = [_wrap(chunk) for chunk in getattr(model, "chunks", [model])]
     engine, fp8, batch = Engine(model, wrapped, objective, layout), Fp8Run(model), batch_at(0)
 
     def gradients() -> dict[str, Any]:

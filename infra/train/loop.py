@@ -300,7 +300,7 @@ class _Run:
         self, model: Any, objective: Objective, config: TrainConfig, layout: Layout
     ) -> None:
         self.watch = Stopwatch(_synchronise())
-        self._wrapped = [wrap(chunk) for chunk in getattr(model, "chunks", [model])]
+        self._wrapped = [_wrap(chunk) for chunk in getattr(model, "chunks", [model])]
         self._engine = Engine(model, self._wrapped, objective, layout, self.watch)
         self.optimizer = build_optimizer(self._wrapped, config)
         model.train()
@@ -338,7 +338,7 @@ class _Run:
         return terms
 
 
-def wrap(model: Any) -> Any:
+def _wrap(model: Any) -> Any:
     """Megatron's data-parallel wrapper: gradients live in one buffer a dtype."""
     from megatron.core.distributed import (
         DistributedDataParallel,

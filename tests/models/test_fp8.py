@@ -15,7 +15,7 @@ from infra.backend.parallel import parallel
 from infra.backend.ranks import run_ranks
 from infra.fp8 import MULTIPLE, Fp8Config
 from infra.train.fp8 import Fp8Run
-from infra.train.loop import wrap
+from infra.train.loop import _wrap
 from infra.train.step import Engine
 from infra.train.weights import gather_weights
 from models.common.config import LoraConfig
@@ -273,7 +273,7 @@ def gradients(
         run = Fp8Run(model)
         if leave:
             run.leave()
-        wrapped = [wrap(chunk) for chunk in getattr(model, "chunks", [model])]
+        wrapped = [_wrap(chunk) for chunk in getattr(model, "chunks", [model])]
         engine = Engine(model, wrapped, objective(), layout)
         terms = {}
         for step in range(steps):
