@@ -15,6 +15,8 @@ Recipe = Literal["tensorwise", "delayed", "blockwise"]
 
 MULTIPLE: dict[Recipe, int] = {"tensorwise": 16, "delayed": 16, "blockwise": 128}
 """what the tokens of a matrix product must be a multiple of (weight gradients sum over them)"""
+FEATURES = 16
+"""what its input and output features must be a multiple of, in what each tensor rank holds"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,3 +39,7 @@ class Fp8Config:
                 raise ConfigError(f"train.fp8.{name} is {getattr(self, name)}; expected 0 or more")
         if self.amax_history < 1:
             raise ConfigError(f"train.fp8.amax_history is {self.amax_history}; expected at least 1")
+
+    def covers(self, layer: int, depth: int) -> bool:
+        """Whether the layer of this number (from 0) of a stack of `depth` computes in FP8."""
+        return self.first_layers <= layer < depth - self.last_layers

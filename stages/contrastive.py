@@ -79,7 +79,7 @@ def run(config: Config, context: Context) -> None:
     train(
         context,
         config.contrastive.train,
-        lambda place: _job(config, context, place),
+        lambda place: job(config, context, place),
         check=partial(check_layout, "internvl_c", config.model),
         model_folder=MODEL,
         history=HISTORY,
@@ -98,7 +98,8 @@ def kept_patches(
     return np.sort(draws.argsort(1)[:, :kept], axis=1)
 
 
-def _job(config: Config, context: Context, place: Place) -> Job:
+def job(config: Config, context: Context, place: Place) -> Job:
+    """What a rank trains, in `infra.backend.parallel`."""
     import torch
 
     from models.common.draws import drop_samples

@@ -23,7 +23,7 @@ from infra.backend import Layout, device_literals, install  # noqa: E402
 from infra.backend.parallel import parallel  # noqa: E402
 from infra.train import optim  # noqa: E402
 from infra.train.config import TrainConfig  # noqa: E402
-from infra.train.loop import _wrap  # noqa: E402
+from infra.train.loop import wrap  # noqa: E402
 from infra.train.masters import join, split  # noqa: E402
 from models.internvl.model import build  # noqa: E402
 from tests.models_helpers import tiny_config  # noqa: E402
@@ -40,7 +40,7 @@ def main(folder: str) -> None:
     torch.cuda.is_available = lambda: True
     with parallel(Layout()), device_literals():
         model = build("vision", tiny_config(), seed=3)
-        made = optim.build_optimizer([_wrap(model, CONFIG.gradients)], CONFIG)
+        made = optim.build_optimizer([wrap(model, CONFIG.gradients)], CONFIG)
         adam = optim.parts(made)[0].optimizer
         shards = [shard for group in adam.param_groups for shard in group["params"]]
         masters = [torch.randn(shard.shape) for shard in shards]

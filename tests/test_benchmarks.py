@@ -9,7 +9,11 @@ from pathlib import Path
 import pytest
 
 from accept.meter import measure as measure_command
-from benchmarks import harness
+from benchmarks import fp8_gap, harness
+from infra.config import load_params
+from infra.fp8 import Fp8Config
+from infra.stage import parameters_of
+from stages.contrastive import STAGE
 
 
 @pytest.fixture
@@ -92,6 +96,15 @@ def test_every_benchmark_yields_cases() -> None:
         first = next(iter(benchmark()))
         for case in first if isinstance(first, tuple) else (first,):
             assert case.name
+
+
+def test_twins_are_a_shorter_stage_1() -> None:
+    whole = parameters_of(STAGE, load_params())
+    short = fp8_gap.shortened(whole, 90, Fp8Config(recipe="blockwise")).contrastive.train
+    train = whole.contrastive.train
+    assert (short.steps, short.fp8) == (90, Fp8Config(recipe="blockwise"))
+    assert short.warmup_steps == train.warmup_steps * 90 // train.steps
+    assert (short.lr, short.batch_samples) == (train.lr, train.batch_samples)
 
 
 def test_a_command_is_measured_with_its_children(tmp_path: Path) -> None:

@@ -98,6 +98,7 @@ def train(
     stop=None,
     stop_signal=signal.SIGTERM,
     poison=None,
+    poison_in_fp8=None,
     frozen="",
     drop_path=0.3,
     **options,
@@ -112,6 +113,7 @@ def train(
         kill: (rank, batch) of a SIGKILL.
         stop: (rank, batch) of `stop_signal`.
         poison: {(rank, batch): factor} on the batch's targets.
+        poison_in_fp8: the same, for as long as the tower computes in FP8.
         frozen: prefix of parameters that are not trained.
         drop_path: of the tower.
         **options: of `fit`.
@@ -136,9 +138,11 @@ def train(
         if here == stop:
             os.kill(os.getpid(), stop_signal)
         pixels, targets = data_batch_at(number)
-        return pixels, targets * (poison or {}).get(here, 1.0)
+        in_fp8 = any(getattr(module, "fp8_product", None) for module in model.modules())
+        factors = {**(poison or {}), **(poison_in_fp8 or {} if in_fp8 else {})}
+        return pixels, targets * factors.get(here, 1.0)
 
-    with parallel(layout, seed=config.seed):
+    with parallel(layout, seed=config.seed, fp8=config.fp8):
         model = build(drop_path=drop_path)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(not (frozen and name.startswith(frozen)))

@@ -14,7 +14,7 @@ from infra.backend.parallel import parallel
 from infra.backend.placement import to_device
 from infra.fp8 import Fp8Config
 from infra.train.config import TrainConfig
-from infra.train.loop import _wrap
+from infra.train.loop import wrap
 from infra.train.optim import build_optimizer, gradient_norm, set_step, update
 from infra.train.step import Engine
 from models.preprocess import normalise
@@ -53,7 +53,7 @@ def train(
     losses = []
     with parallel(Layout(), fp8=fp8), device_literals():
         model = to_device(build("internvl_c", sizes.curve, seed=0)).train()
-        wrapped = _wrap(model)
+        wrapped = wrap(model)
         engine = Engine(model, [wrapped], Contrastive(), Layout())
         optimizer = build_optimizer([wrapped], config)
         for step in range(config.steps):

@@ -13,7 +13,7 @@ from infra.backend.parallel import parallel
 from infra.backend.placement import to_device
 from infra.fp8 import Fp8Config
 from infra.train.config import TrainConfig
-from infra.train.loop import _wrap
+from infra.train.loop import wrap
 from infra.train.optim import build_optimizer, gradient_norm, set_step, update
 from infra.train.step import Engine
 from models.plan.workload import Objective, Workload
@@ -40,7 +40,7 @@ class Trainer:
         self.model = to_device(InternVL(kind, model_config, install().layer_spec))
         fill(self.model, 0)
         freeze(self.model, trained)
-        self.wrapped = _wrap(self.model, self.config.gradients)
+        self.wrapped = wrap(self.model, self.config.gradients)
         self.engine = Engine(self.model, [self.wrapped], objective, Layout())
         self.optimizer = build_optimizer([self.wrapped], self.config)
         self.model.train()

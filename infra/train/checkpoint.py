@@ -30,7 +30,9 @@ from infra.config import canonical_json
 from infra.launch import die_with_parent
 from infra.train.config import TrainConfig
 from infra.train.ema import Ema
+from infra.train.fp8 import Fp8Run
 from infra.train.spikes import Account
+from infra.train.step import random_state, set_random_state
 
 FORMAT = "vlfoundry.checkpoint.v3"
 MANIFEST = "train.json"
@@ -58,6 +60,7 @@ class Checkpoints:
         model: the model itself, not wrapped.
         optimizer: Megatron's.
         ema: the running mean of the weights, if there is one.
+        fp8: the scales of FP8 products.
         config: which checkpoints are kept.
     """
 
@@ -68,10 +71,11 @@ class Checkpoints:
         model: Any,
         optimizer: Any,
         ema: Ema | None,
+        fp8: Fp8Run,
         config: TrainConfig,
     ) -> None:
         self._folder, self._run_key, self._config = folder, run_key, config
-        self._model, self._optimizer, self._ema = model, optimizer, ema
+        self._model, self._optimizer, self._ema, self._fp8 = model, optimizer, ema, fp8
         self._pending: _Pending | None = None
 
     def save(self, account: Account) -> None:
@@ -143,14 +147,14 @@ class Checkpoints:
         self._forget_old()
 
     def load(self, saved: Saved) -> bool:
-        """Fill model, optimizer, running mean and random states.
+        """Fill model, optimizer, running mean, FP8 scales and random states.
 
         Returns:
             Whether the random states were restored; another number of ranks has no use for them.
         """
         import torch
         import torch.distributed as dist
-        from megatron.core import dist_checkpointing, tensor_parallel
+        from megatron.core import dist_checkpointing
 
         same_ranks = saved.ranks == dist.get_world_size()
         state = self._state(loading=True)
@@ -162,15 +166,14 @@ class Checkpoints:
             self._load_optimizer(loaded)
             if self._ema:
                 self._ema.load_state_dict(loaded["ema"])
+            self._fp8.load_state_dict(loaded["fp8"])
         if same_ranks:
-            torch.set_rng_state(loaded["random"]["torch"])
-            tensor_parallel.get_cuda_rng_tracker().set_states(loaded["random"]["megatron"])
+            set_random_state(loaded["random"])
         return same_ranks
 
     def _state(self, *, loading: bool) -> dict[str, Any]:
-        import torch
         import torch.distributed as dist
-        from megatron.core import parallel_state, tensor_parallel
+        from megatron.core import parallel_state
         from megatron.core.dist_checkpointing.dict_utils import nested_values
         from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 
@@ -187,16 +190,15 @@ class Checkpoints:
                 # Heads padded for tensor parallelism make another whole shape in every layout.
                 # That it is the same model otherwise, the run key says.
                 sharded.allow_shape_mismatch = True
-        random = {
-            "torch": torch.get_rng_state(),
-            "megatron": tensor_parallel.get_cuda_rng_tracker().get_states(),
-        }
         optimizer = self._optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata)
         return {
             "model": model,
             "optimizer": [part["param_state"] for part in self._parts(optimizer)],
             "optimizer_steps": self._optimizer.param_groups[0].get("step", 0),
-            "random": ShardedObject("random", random, (dist.get_world_size(),), (dist.get_rank(),)),
+            "fp8": self._fp8.sharded_state_dict(),
+            "random": ShardedObject(
+                "random", random_state(), (dist.get_world_size(),), (dist.get_rank(),)
+            ),
         } | ({"ema": self._ema.sharded_state_dict(model)} if self._ema else {})
 
     def _parts(self, state: dict[str, Any]) -> list[dict[str, Any]]:

@@ -58,9 +58,10 @@ class TrainConfig:
     """of a running mean of the weights, which then is the model that the run leaves; 0: none"""
     fp8: Fp8Config | None = None
     """train the transformer layers in FP8; None: in the device's own precision"""
-    on_bad_step: Literal["stop", "skip", "rollback"] = "stop"
+    on_bad_step: Literal["stop", "skip", "rollback", "higher_precision"] = "stop"
     """what a loss or gradient norm that is not finite, or a spike, does: end the run, drop this
-    update, or go back to the last checkpoint and on with batches that were not seen yet"""
+    update, go back to the last checkpoint and on with batches that were not seen yet, or go back
+    and on without FP8 (on the same batches; a bad step after that is rolled back)"""
     spike_factor: float = 0.0
     """a loss beyond this many times the median of the last `spike_steps` is a spike; 0: none is"""
     spike_steps: int = 32
@@ -100,6 +101,11 @@ class TrainConfig:
                 f"train.warmup_steps is {self.warmup_steps}, more than train.steps {self.steps}; "
                 "the peak learning rate would never be reached"
             )
+        if self.on_bad_step == "higher_precision" and self.fp8 is None:
+            raise ConfigError(
+                "train.on_bad_step is higher_precision, but the run has no train.fp8 to leave; "
+                "use rollback"
+            )
         if self.spike_factor and self.spike_factor <= 1:
             raise ConfigError(
                 f"train.spike_factor is {self.spike_factor}; expected more than 1, or 0 for none"
@@ -128,6 +134,11 @@ class TrainConfig:
                 raise ConfigError(f"train.layer_decay.{tower} is {rate}; expected 0 < it <= 1")
 
     @property
+    def goes_back(self) -> bool:
+        """Whether a bad step needs a checkpoint, so that there must be one before the first."""
+        return self.on_bad_step in ("rollback", "higher_precision")
+
+    @property
     def warmup(self) -> int:
         """Steps of the warm-up, however it is given."""
         return self.warmup_steps or round(self.warmup_ratio * self.steps)
@@ -136,6 +147,10 @@ class TrainConfig:
     def samples(self) -> int:
         """Samples that the whole run sees, each epoch's again."""
         return self.steps * self.batch_samples
+
+    def logs(self, done: int) -> bool:
+        """Whether there is a line of the log after so many steps."""
+        return done % self.log_every_steps == 0 or done == self.steps
 
     def samples_per_rank(self, data_ranks: int) -> int:
         """Batch of one data-parallel rank. Raises ConfigError if it does not divide."""

@@ -17,6 +17,7 @@ from infra.progress import Progress
 from infra.train.checkpoint import Checkpoints, Saved, best_checkpoint, newest
 from infra.train.config import TrainConfig
 from infra.train.ema import Ema
+from infra.train.fp8 import Fp8Run
 from infra.train.mfu import peak_flops_per_s
 from infra.train.optim import build_optimizer, gradient_norm, set_step, update
 from infra.train.spikes import Account, refuse_if_hopeless, why_bad
@@ -45,6 +46,8 @@ class FitResult:
     """steps that an earlier call had done"""
     best_step: int | None
     """steps of the checkpoint that `train.keep_best` kept"""
+    left_fp8_at: int | None
+    """first step that was computed in higher precision for a bad step in FP8; None: none was"""
     step_flops: float
     """FLOPs of a step's matrix products over all ranks"""
     peak_flops_per_s: float
@@ -133,11 +136,11 @@ def fit(
                     asked_to_stop = trainer.look_up(stop.asked or time.monotonic() > deadline)
                 telemetry.step(
                     step, watch, time.perf_counter() - wall, time.process_time() - cpu,
-                    trainer.tokens(), row,
+                    trainer.tokens(), row, trainer.seen,
                 )  # fmt: skip
                 if row is not None:
                     bar.update(1, loss=f"{row['loss']:.4f}")
-                    if account.step % config.log_every_steps == 0 or account.step == config.steps:
+                    if config.logs(account.step):
                         log(_line(row, config, telemetry.samples_per_s))
                 if asked_to_stop:
                     break
@@ -158,6 +161,7 @@ def fit(
         interrupted=interrupted,
         resumed_from=first,
         best_step=int(best.name.partition("-")[2]) if best else None,
+        left_fp8_at=account.left_fp8_at,
         step_flops=flops,
         peak_flops_per_s=peak,
     )
@@ -184,9 +188,11 @@ class _Trainer:
         self.watch, self.tokens = self._run.watch, self._run.tokens
         self.ema = Ema(model, config.ema_decay) if config.ema_decay else None
         self.account = Account()
+        self.seen: dict[str, Any] = {}
+        self._fp8 = Fp8Run(model)
         self._saved_step = -1
         self.checkpoints = Checkpoints(
-            self._folder, run_key, model, self._run.optimizer, self.ema, config
+            self._folder, run_key, model, self._run.optimizer, self.ema, self._fp8, config
         )
 
     def begin(self, saved: Saved | None) -> int:
@@ -197,7 +203,7 @@ class _Trainer:
                 f"going on after step {self.account.step} of {self._config.steps} "
                 f"({saved.folder.name})"
             )
-        elif self._config.on_bad_step == "rollback":
+        elif self._config.goes_back:
             self.checkpoints.save(self.account)
             self._saved_step = 0
         return self.account.step
@@ -205,7 +211,11 @@ class _Trainer:
     def step(self, batch: Any) -> dict[str, float] | None:
         """Gradients of one batch, and the update if they are good: then the history's row."""
         account, config, optimizer = self.account, self._config, self._run.optimizer
+        in_fp8 = config.fp8 is not None and account.left_fp8_at is None
+        watched = in_fp8 and config.logs(account.step + 1)
+        self._fp8.begin_step(watched=watched)
         terms = self._run.gradients(batch)
+        self.seen = self._fp8.seen() if watched else {}
         lr = set_step(optimizer, account.step, config)
         with self.watch.phase("communication"):
             grad_norm = gradient_norm(optimizer)
@@ -216,6 +226,7 @@ class _Trainer:
             return None
         with self.watch.phase("optimizer"):
             update(optimizer, grad_norm, config.clip_grad)
+            self._fp8.end_step()
             if self.ema:
                 self.ema.update()
         row = {"step": account.step, **terms, "lr": lr, "grad_norm": grad_norm}
@@ -237,6 +248,9 @@ class _Trainer:
 
     def _pass_over(self, reason: str) -> None:
         account, action = self.account, self._config.on_bad_step
+        left_at = account.left_fp8_at
+        if action == "higher_precision" and left_at is not None:
+            action = "rollback"
         bad = {"step": account.step, "batch": account.batch, "reason": reason, "action": action}
         bad_steps, next_batch = [*account.bad_steps, bad], account.batch + 1
         self._log(f"{reason} at step {account.step} (batch {account.batch}): {action}")
@@ -250,7 +264,12 @@ class _Trainer:
             saved = _agree(self._newest(at=target))
             assert saved is not None, "a run that can roll back saves before its first step"
             self._load(saved)
-            account.batch_shift = next_batch - account.step
+            account.left_fp8_at = left_at
+            if action == "rollback":
+                account.batch_shift = next_batch - account.step
+            else:
+                account.left_fp8_at = account.step
+                self._fp8.leave()
         account.bad_steps[:] = bad_steps
 
     def _newest(self, at: int) -> Saved | None:
@@ -270,6 +289,8 @@ class _Trainer:
                 f"{saved.ranks} ranks wrote this checkpoint: dropout goes on with other numbers"
             )
         self.account.take_over(saved.account)
+        if self.account.left_fp8_at is not None:
+            self._fp8.leave()
         self._saved_step = self.account.step
 
 
@@ -282,7 +303,7 @@ class _Run:
         self.watch = Stopwatch(_synchronise())
         model = to_device(model)
         self._wrapped = [
-            _wrap(chunk, config.gradients) for chunk in getattr(model, "chunks", [model])
+            wrap(chunk, config.gradients) for chunk in getattr(model, "chunks", [model])
         ]
         self._engine = Engine(model, self._wrapped, objective, layout, self.watch)
         self.optimizer = build_optimizer(self._wrapped, config)
@@ -321,7 +342,7 @@ class _Run:
         return terms
 
 
-def _wrap(model: Any, gradients: str = "fp32") -> Any:
+def wrap(model: Any, gradients: str = "fp32") -> Any:
     """Megatron's data-parallel wrapper: gradients live in one buffer a dtype."""
     from megatron.core.distributed import (
         DistributedDataParallel,

@@ -60,17 +60,19 @@ def train(
     config: TrainConfig,
     make: Callable[[Place], Job],
     *,
-    check: Callable[[Layout], Layout],
+    check: Callable[..., Layout],
     model_folder: str,
     history: str,
 ) -> None:
     """Fork the launcher's ranks, fit, and write the model folder and the history.
 
     Args:
-        check: refuses a layout that the model cannot have, and leaves out what does not concern it.
+        check: refuses a layout that the model cannot have, and `fp8` (a Fp8Config, or None) that
+            it cannot compute in that layout; leaves out what does not concern it.
 
     Raises:
-        LayoutError: the launcher's layout does not fit; nothing has been started.
+        LayoutError, ConfigError: the launcher's layout does not fit, or the model's sizes do not
+            fit FP8; nothing has been started.
         Interrupted: asked to stop; everything needed to go on is saved.
     """
     profile = local_profile()
@@ -84,7 +86,7 @@ def train(
         recompute=profile.recompute,
         micro_batch_samples=profile.micro_batch_samples,
     )
-    layout = check(layout)
+    layout = check(layout, fp8=config.fp8)
     check_sinks(profile.telemetry, profile.prometheus)
     config.samples_per_rank(layout.data)
     target = context.output(model_folder)
@@ -112,6 +114,7 @@ def train(
         launcher=dataclasses.asdict(profile),
         steps=result.steps,
         bad_steps=len(result.bad_steps),
+        left_fp8_at=result.left_fp8_at,
         best_step=result.best_step,
         samples=result.steps * config.batch_samples,
         throughput=_throughput(result, layout, context.work / "steps.jsonl", config.batch_samples),

@@ -23,6 +23,8 @@ class Account:
     """a row for each step that changed the weights"""
     bad_steps: list[dict[str, Any]] = field(default_factory=list)
     """step, batch, reason and action of each step that did not count"""
+    left_fp8_at: int | None = None
+    """first step that was computed in higher precision for a bad step in FP8; None: none was"""
 
     @property
     def batch(self) -> int:
@@ -34,6 +36,7 @@ class Account:
         self.step, self.batch_shift = other.step, other.batch_shift
         self.history[:] = other.history
         self.bad_steps[:] = other.bad_steps
+        self.left_fp8_at = other.left_fp8_at
 
     def mean_since(self, step: int, term: str) -> float | None:
         """Mean of a term of the history from `step` on; None where it has no value."""
@@ -70,7 +73,7 @@ def refuse_if_hopeless(reason: str, account: Account, config: TrainConfig) -> No
     if config.on_bad_step == "stop":
         raise UserError(
             f"{reason} at step {account.step} (batch {account.batch}); {advice}; "
-            "train.on_bad_step can be skip or rollback"
+            "train.on_bad_step can be skip or rollback, or with train.fp8 higher_precision"
         )
     if len(account.bad_steps) >= config.max_bad_steps:
         raise UserError(

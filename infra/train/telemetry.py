@@ -107,7 +107,7 @@ class Telemetry:
 
     def step(
         self, step: int, watch: Stopwatch, wall_s: float, cpu_s: float, tokens: int,
-        row: dict[str, float] | None,
+        row: dict[str, float] | None, seen: dict[str, Any] | None = None,
     ) -> None:  # fmt: skip
         """Tell everybody about a step.
 
@@ -116,6 +116,7 @@ class Telemetry:
             wall_s, cpu_s: of all of it.
             tokens: that went through the towers of all ranks.
             row: of the history; None: the step did not count.
+            seen: what else was looked at in this step, by name; texts are for the file alone.
         """
         self.samples_per_s = self.work.samples / wall_s
         if not self.enabled:
@@ -128,10 +129,12 @@ class Telemetry:
             "wall_s": round(wall_s, 5),
             "cpu_s": round(cpu_s, 5),
             **{f"{name}_s": round(value, 5) for name, value in watch.seconds.items()},
+            **(seen or {}),
         }
         self._stream.write(json.dumps({"step": step, **line}) + "\n")
+        numbers = {name: value for name, value in line.items() if not isinstance(value, str)}
         for tell in self._told:
-            tell(step, {**(row or {}), **line})
+            tell(step, {**(row or {}), **numbers})
 
 
 def check_sinks(sinks: tuple[str, ...], prometheus: str | None) -> None:

@@ -3,27 +3,61 @@
 Megatron's own path adds the bias in a pass of its own and goes through an autograd function made
 for overlapping communication; on one tensor rank a plain linear is the same numbers, faster. The
 short path also runs where torch.distributed is not initialised.
+
+Both paths multiply in FP8 where a linear has a `fp8_product`.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import embedding, linear
 
+from infra.fp8 import Fp8Config
 from models.common.canonical import relax_padding
+from models.common.fp8 import Fp8Product
 from models.common.megatron import (
     ColumnParallelLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
 )
 
 if TYPE_CHECKING:
     from models.common.lora import Lora
 
 
-class ColumnLinear(ColumnParallelLinear):
+class _Multiplies:
+    """The matrix product of a linear, in FP8 if it is told to."""
+
+    fp8_product: Fp8Product | None = None
+
+    def _product(self, input_: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return (self.fp8_product or linear)(input_, weight, bias)
+
+    def _forward_impl(
+        self, input: Tensor, weight: Tensor, *, bias, allreduce_dgrad, sequence_parallel, **options
+    ) -> Tensor:
+        """What Megatron's forward calls on several tensor ranks: also communicates the input."""
+        if self.fp8_product is None:
+            return super()._forward_impl(
+                input,
+                weight,
+                bias=bias,
+                allreduce_dgrad=allreduce_dgrad,
+                sequence_parallel=sequence_parallel,
+                **options,
+            )
+        if sequence_parallel:
+            input = gather_from_sequence_parallel_region(input, group=self.tp_group)
+        elif allreduce_dgrad:
+            input = copy_to_tensor_model_parallel_region(input, group=self.tp_group)
+        return self.fp8_product(input, weight, bias)
+
+
+class ColumnLinear(_Multiplies, ColumnParallelLinear):
     """Output features cut over the tensor ranks. Returns (output, bias still to add)."""
 
     def __init__(self, *args, **kwargs):
@@ -35,7 +69,7 @@ class ColumnLinear(ColumnParallelLinear):
             output, bias = super().forward(input_, weight, runtime_gather_output)
         else:
             weight = self.weight if weight is None else weight
-            output, bias = linear(input_, weight, self.bias), None
+            output, bias = self._product(input_, weight, self.bias), None
         return _adapted(output, self.lora, input_), bias
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
@@ -51,7 +85,7 @@ class UnbiasedColumnLinear(ColumnLinear):
         super().__init__(*args, **(kwargs | {"bias": False}))
 
 
-class RowLinear(RowParallelLinear):
+class RowLinear(_Multiplies, RowParallelLinear):
     """Input features cut over the tensor ranks. Returns (output, bias still to add)."""
 
     def __init__(self, *args, **kwargs):
@@ -62,7 +96,7 @@ class RowLinear(RowParallelLinear):
         if _is_cut(self.tp_group):
             output, bias = super().forward(input_)
         else:
-            output, bias = linear(input_, self.weight, self.bias), None
+            output, bias = self._product(input_, self.weight, self.bias), None
         return _adapted(output, self.lora, input_), bias
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
@@ -78,6 +112,13 @@ class VocabEmbedding(VocabParallelEmbedding):
         if _is_cut(self.tp_group):
             return super().forward(input_)
         return embedding(input_, self.weight)
+
+
+def use_fp8(layer: nn.Module, config: Fp8Config | None) -> None:
+    """Let all linears of a transformer layer multiply in FP8, or in its own precision again."""
+    for module in layer.modules():
+        if isinstance(module, _Multiplies):
+            module.fp8_product = Fp8Product(config) if config else None
 
 
 def _adapted(output: Tensor, lora: Lora | None, input_: Tensor) -> Tensor:

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from infra.backend.parallel import current_fp8
 from infra.fp8 import MULTIPLE
+from models.common.linear import use_fp8
 from models.common.megatron import (
     ModuleSpec,
     TransformerBlock,
@@ -47,6 +49,9 @@ class Stack(TransformerBlock):
     The tokens go in as [S, B, D] and come out so. Under sequence parallelism they are padded to a
     multiple of the tensor ranks and cut on the way in, and put together again on the way out; what
     travels between two stages stays cut. `tokens_seen` counts those that came in to be learnt from.
+
+    Layers compute in FP8 as `infra.backend.parallel` says when they are built: which of them, goes
+    by their place in the whole stack.
     """
 
     def __init__(
@@ -93,6 +98,10 @@ class Stack(TransformerBlock):
                 for index, spec in zip(self.held, self.submodules.layer_specs, strict=True)
             }
         )
+        fp8 = current_fp8()
+        for index, layer in zip(self.held, self.layers, strict=True):
+            if fp8 and fp8.covers(index, self.depth):
+                use_fp8(layer, fp8)
         self.final_layernorm = None
         if self.has_final_layernorm_in_this_stage():
             self.final_layernorm = self.submodules.layer_norm(
@@ -113,6 +122,11 @@ class Stack(TransformerBlock):
             multiple = MULTIPLE[self.config.fp8_recipe]
             step *= multiple // math.gcd(multiple, batch)
         return pad_to_multiple(length, step) - length
+
+    def leave_fp8(self) -> None:
+        """Compute in higher precision from now on."""
+        self.config.fp8 = None  # Megatron's block asks it before each layer
+        use_fp8(self, None)
 
     def through(
         self,

@@ -9,7 +9,9 @@ from functools import lru_cache
 
 from infra.backend.layout import Layout, ModelFacts
 from infra.errors import LayoutError
+from infra.fp8 import Fp8Config
 from models.internvl.config import PARTS, InternVLConfig
+from models.internvl.widths import check_widths
 
 Share = dict[str, range]
 """tower -> its layers that are here; a tower that is not named has none here"""
@@ -76,14 +78,22 @@ def meet_in_loss(kind: str) -> bool:
     return kind not in _SERIES and {"vision", "text"} <= set(PARTS[kind])
 
 
-def check_layout(kind: str, config: InternVLConfig, layout: Layout) -> Layout:
+def check_layout(
+    kind: str, config: InternVLConfig, layout: Layout, *, fp8: Fp8Config | None = None
+) -> Layout:
     """Refuse, before any process starts, a layout that a configuration's sizes do not allow.
+
+    Args:
+        kind, config: the configuration.
+        layout: how it is to be cut.
+        fp8: what the run computes in FP8.
 
     Returns:
         The layout without what does not concern this configuration.
 
     Raises:
         LayoutError: with the arithmetic.
+        ConfigError: FP8 cannot multiply these sizes.
     """
     if not meet_in_loss(kind):
         layout = dataclasses.replace(layout, text_tensor=None)
@@ -110,6 +120,8 @@ def check_layout(kind: str, config: InternVLConfig, layout: Layout) -> Layout:
     for tower in apart:
         layout.of_text.check(tower)
     cut(kind, config, layout.stages)
+    if fp8:
+        check_widths(kind, config, layout, fp8)
     return layout
 
 

@@ -206,11 +206,11 @@ def test_parameter_groups(run_ranks):
     def groups():
         from infra.backend import device_literals
         from infra.backend.parallel import parallel
-        from infra.train.loop import _wrap
+        from infra.train.loop import wrap
         from infra.train.optim import build_optimizer, set_step
 
         with parallel(Layout()), device_literals():
-            optimizer = build_optimizer([_wrap(tower.build())], CONFIG)
+            optimizer = build_optimizer([wrap(tower.build())], CONFIG)
             set_step(optimizer, 1, CONFIG)
             return sorted(
                 (group["lr"], group["weight_decay"], sum(p.numel() for p in group["params"]))

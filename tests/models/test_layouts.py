@@ -14,7 +14,7 @@ from infra.backend.parallel import parallel
 from infra.backend.ranks import run_ranks
 from infra.errors import LayoutError
 from infra.train.config import TrainConfig
-from infra.train.loop import _wrap, fit
+from infra.train.loop import fit, wrap
 from infra.train.step import Engine, pack, unpack
 from infra.train.weights import Piece, gather_weights, pieces
 from models.common.packing import pack_rows
@@ -109,7 +109,7 @@ def gradients(stage: str, layout: Layout, form=dict):
         model = build(kind, config, seed=3)
         if stage == "generative":
             freeze(model, ["stage2", "text"])
-        wrapped = [_wrap(chunk) for chunk in getattr(model, "chunks", [model])]
+        wrapped = [wrap(chunk) for chunk in getattr(model, "chunks", [model])]
         engine = Engine(model, wrapped, objective(), layout)
         model.train()
         for chunk in wrapped:

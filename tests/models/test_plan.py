@@ -319,13 +319,13 @@ def test_parameters_gradients_and_optimizer_are_megatrons(run_ranks, layout, obj
 
     def measure():
         from infra.backend import device_literals
-        from infra.train.loop import _wrap
+        from infra.train.loop import wrap
         from infra.train.optim import build_optimizer
 
         with parallel(layout), device_literals():
             model = build(work.kind, config)
             freeze(model, trained)
-            wrapped = _wrap(model)
+            wrapped = wrap(model)
             optimizer = build_optimizer([wrapped], TrainConfig(steps=1, batch_samples=2, lr=1e-3))
             for parameter in wrapped.parameters():
                 if parameter.requires_grad:
