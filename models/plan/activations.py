@@ -154,9 +154,10 @@ def around_bytes(work: Workload, samples: int, kept: Kept) -> float:
 
 
 def logits_bytes(work: Workload, samples: int, kept: Kept) -> float:
-    """Logarithms of the probabilities of the vocabulary, which no tensor rank has less of."""
+    """Logarithms of the probabilities of the vocabulary in fp32, which no tensor rank has less
+    of."""
     config = config_of_logits(work)
-    return kept.element * samples * work.logits_tokens * config.vocab_size
+    return 4 * samples * work.logits_tokens * config.vocab_size
 
 
 def config_of_logits(work: Workload) -> DecoderConfig:

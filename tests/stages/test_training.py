@@ -37,7 +37,10 @@ MADE = {  # folder: kind of the model, what it is made from
     "contrastive": ("internvl_c", {"artifacts/shard/stage1", TEXT}),
     "generative": ("internvl_g", {"artifacts/shard/stage2", TEXT, STAGE1}),
     "sft/simple": ("chat_simple", {"artifacts/shard/stage2", "data/chat", TEXT, STAGE1}),
-    "sft/full": ("chat_full", {"artifacts/shard/stage2", STAGE2, "artifacts/sft/simple/model"}),
+    "sft/full": (
+        "chat_full",
+        {"artifacts/shard/stage2", "data/chat", STAGE2, "artifacts/sft/simple/model"},
+    ),
 }
 STEPS = PARAMS["contrastive"]["train"]["steps"]
 MODEL_FILES = ("config.json", "tokenizer.json", "weights.safetensors")
