@@ -1,7 +1,7 @@
 """What a run in FP8 does beside its steps: scales that follow, what is lost, and going without.
 
 A linear that computes in FP8 has a `fp8_product` (`models.common.fp8`). On Transformer Engine's
-layers it is the engine that keeps scales; of what is here only `leave` concerns them.
+layers it is the engine that keeps scales, and a `fp8_watch` that says what is lost.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Fp8Run:
             name: product
             for chunk in self._chunks
             for name, module in chunk.named_modules()
-            if (product := getattr(module, "fp8_product", None)) is not None
+            if (product := _product_of(module)) is not None
         }
         self._delayed = {
             name: product.delayed for name, product in self._products.items() if product.delayed
@@ -109,3 +109,7 @@ class Fp8Run:
         for name, scales in self._delayed.items():
             scales.scale.copy_(state[f"{name}.scale"])
             scales.history.copy_(state[f"{name}.history"])
+
+
+def _product_of(module: Any) -> Any:
+    return getattr(module, "fp8_product", None) or getattr(module, "fp8_watch", None)

@@ -9,6 +9,7 @@ Letters: S tokens, B batch, N heads, G key/value heads, H head size, D width, T 
 from __future__ import annotations
 
 import os
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,10 +25,12 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformer_engine.pytorch.fp8 import FP8GlobalStateManager
 
-from infra.fp8 import MULTIPLE
+from infra.fp8 import MULTIPLE, Fp8Config
 from infra.train.mfu import note_flops
 from models.common.attention import SDPAttention
 from models.common.canonical import relax_padding
+from models.common.float8 import pad_tokens
+from models.common.fp8 import Fp8Product
 from models.common.megatron import AttnMaskType, TransformerConfig
 from models.common.packing import is_packed
 from models.common.parallel import checkpoint_metadata, process_groups
@@ -50,6 +53,7 @@ class _Linear:
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **({"is_expert": False} | kwargs | {"skip_bias_add": False}))
         self.lora: Lora | None = None
+        self.fp8_watch = _watch(self.config)
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
         """[..., K] -> [..., N], and that no bias is left to add."""
@@ -61,7 +65,23 @@ class _Linear:
             output = flat[:tokens].unflatten(0, x.shape[:-1])
         else:
             output, _ = super().forward(x)
+        self._tell(x, output)
         return (output if self.lora is None else output + self.lora(x)), None
+
+    def _tell(self, x: Tensor, output: Tensor) -> None:
+        """Where a step is watched, what FP8 makes of the operands (`infra.train.fp8`)."""
+        watch = self.fp8_watch
+        if watch is None or watch.seen is None or not FP8GlobalStateManager.is_fp8_enabled():
+            return
+
+        def tell(role: str, matrix: Tensor) -> None:
+            watch.quantise(role, pad_tokens(matrix.detach().flatten(0, -2), watch.multiple))
+
+        if not isinstance(self, TeNormColumnLinear):  # whose input is normed inside
+            tell("input", x)
+        tell("weight", self.weight)
+        if output.requires_grad:
+            output.register_hook(partial(tell, "gradient"))
 
     def _flops(self, x: Tensor, tokens: int) -> int:
         """Of the output, and of the gradients of the input and the weight if there will be any."""
@@ -99,6 +119,15 @@ class _Linear:
         if self.lora is not None:
             sharded |= self.lora.sharded_state_dict(f"{prefix}lora.", sharded_offsets, metadata)
         return sharded
+
+
+def _watch(config: TransformerConfig) -> Fp8Product | None:
+    """Rounds as Transformer Engine does, but keeps nothing; delayed scales are taken for this
+    step's own."""
+    if not config.fp8:
+        return None
+    recipe = "blockwise" if config.fp8_recipe == "blockwise" else "tensorwise"
+    return Fp8Product(Fp8Config(recipe=recipe))
 
 
 class TeColumnLinear(_Linear, TEColumnParallelLinear):

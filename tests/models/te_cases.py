@@ -5,6 +5,7 @@ Engine is settled when it is imported.
 """
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -188,6 +189,17 @@ def test_which_layers_are_in_fp8(layout, recipe):
     assert layers == {(tower, layer) for tower in ("vision", "text") for layer in range(4)}
 
 
+@pytest.mark.parametrize("recipe", ["tensorwise", "blockwise"])
+def test_a_watched_step_tells_what_is_lost(tmp_path, recipe):
+    fp8 = Fp8Config(recipe=recipe, first_layers=0, last_layers=0)
+    run_ranks(curve, "te", tmp_path, 2, fp8, ranks=1)
+    lines = (tmp_path / "steps.jsonl").read_text("utf-8").splitlines()
+    last = json.loads(lines[-1])
+    assert last["fp8_amax"] > 0
+    assert 0 <= last["fp8_lost"] < 1
+    assert last["fp8_lost_at"].rpartition(".")[2] in ("input", "weight", "gradient")
+
+
 CURVE = TrainConfig(
     steps=4, batch_samples=layouts.SAMPLES, lr=1e-3, warmup_steps=2, save_every_steps=2
 )
@@ -196,7 +208,7 @@ CURVE = TrainConfig(
 def curve(spec, work, steps, fp8=None):
     """Losses of a run that goes on from what lies in `work`, and its state in the end."""
     use(spec)
-    config = dataclasses.replace(CURVE, steps=steps)
+    config = dataclasses.replace(CURVE, steps=steps, fp8=fp8)
     with parallel(Layout(), fp8=fp8):
         model = build("text", layouts.model_config(), seed=3)
         result = fit(
