@@ -39,12 +39,6 @@ class Fp8Config:
                 raise ConfigError(f"train.fp8.{name} is {getattr(self, name)}; expected 0 or more")
         if self.amax_history < 1:
             raise ConfigError(f"train.fp8.amax_history is {self.amax_history}; expected at least 1")
-        if self.recipe == "delayed" and (self.first_layers or self.last_layers):
-            raise ConfigError(
-                f"train.fp8.recipe is delayed with first_layers {self.first_layers} and "
-                f"last_layers {self.last_layers}: Transformer Engine's scales follow at the end of "
-                "a whole stack; set both to 0, or use the recipe tensorwise"
-            )
 
     def covers(self, layer: int, depth: int) -> bool:
         """Whether the layer of this number (from 0) of a stack of `depth` computes in FP8."""

@@ -18,9 +18,15 @@ def check_widths(kind: str, config: InternVLConfig, layout: Layout, fp8: Fp8Conf
     """Hold the features of all matrix products in FP8 against what FP8 multiplies.
 
     Raises:
-        ConfigError: a width that does not fit, with the next that does; or no layer would
-            compute in FP8.
+        ConfigError: a width that does not fit, with the next that does; no layer would compute in
+            FP8; or what a GPU would refuse later.
     """
+    if fp8.recipe == "delayed" and (fp8.first_layers or fp8.last_layers):
+        raise ConfigError(
+            f"train.fp8.recipe is delayed with first_layers {fp8.first_layers} and last_layers "
+            f"{fp8.last_layers}: Transformer Engine's scales follow at the end of a whole stack; "
+            "set both to 0, or use the recipe tensorwise"
+        )
     depths = {
         tower: layers.depth
         for tower, layers in (

@@ -83,3 +83,9 @@ def test_fp8_for_no_layer_at_all_is_refused():
         check_layout("text", config, Layout(), fp8=FP8)
     check_layout("text", config, Layout(), fp8=EVERYWHERE)
     check_layout("text", config, Layout())
+
+
+def test_delayed_scales_leave_no_layer_out():
+    """Transformer Engine refuses it on a GPU, so a laptop does."""
+    with pytest.raises(ConfigError, match="set both to 0, or use the recipe tensorwise"):
+        check_layout("internvl_c", internvl("paper"), Layout(), fp8=Fp8Config(recipe="delayed"))
