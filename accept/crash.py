@@ -102,8 +102,8 @@ def besiege(target: Target, kills: int = KILLS, seed: int = SEED) -> Siege:
         last = len(done) == kills
         while running.collect() is None and (last or time.monotonic() < began + after_s):
             time.sleep(0.002)
-        if running.collect() is None and ": done in" not in running.output:
-            running.kill_9()
+        may_be_killed = running.collect() is None and ": done in" not in running.output
+        if may_be_killed and running.killed_9():
             done.append(_traces(target, after_s))
             continue
         assert running.wait() == 0, running.output
