@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 
 from accept import crash
+from accept.clone import fresh_clone
 from accept.meter import Measured, kill_after, measure
 
 pytestmark = pytest.mark.accept
 
-ROOT = Path(__file__).parents[1]
 LANGUAGES = ("en", "zh", "ja", "ar", "it")
 MINUTE = 60.0
 RUN_KILLS = int(os.environ.get("ACCEPT_RUN_KILLS", "6"))
@@ -28,11 +28,8 @@ Record = Callable[[str, Any], None]
 
 @pytest.fixture(scope="session")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A fresh clone of HEAD with its environment made (downloads are not part of any limit)."""
-    place = tmp_path_factory.mktemp("accept") / "vlfoundry"
-    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(place)], check=True)
-    subprocess.run(["make", "setup"], cwd=place, check=True)
-    return place
+    """A fresh clone of HEAD with its environment made."""
+    return fresh_clone(tmp_path_factory.mktemp("accept") / "vlfoundry")
 
 
 @pytest.fixture(scope="session")

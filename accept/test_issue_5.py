@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 
 from accept import crash
+from accept.clone import fresh_clone
 from accept.meter import measure
 from infra.config import load_params
 from infra.train.gap import smoothed
@@ -19,7 +19,6 @@ from tests.tiny import write_params
 
 pytestmark = pytest.mark.accept
 
-ROOT = Path(__file__).parents[1]
 MINUTE = 60.0
 MADE = "artifacts/contrastive"
 EVERYWHERE = {"first_layers": 0, "last_layers": 0}
@@ -29,9 +28,7 @@ Record = Callable[[str, Any], None]
 @pytest.fixture(scope="session")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A fresh clone of HEAD in which the pipeline has run up to stage 1, in fp32."""
-    place = tmp_path_factory.mktemp("accept") / "vlfoundry"
-    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(place)], check=True)
-    subprocess.run(["make", "setup"], cwd=place, check=True)
+    place = fresh_clone(tmp_path_factory.mktemp("accept") / "vlfoundry")
     command = [".venv/bin/vlfoundry", "run", "--stage", "contrastive"]
     ended = measure(command, place, 60 * MINUTE)
     assert ended.code == 0, ended.output[-3000:]

@@ -14,7 +14,6 @@ import torch
 
 from infra.backend import Layout, transformer_config
 from infra.backend.parallel import SoloGroup, current_fp8, current_layout
-from infra.errors import ConfigError
 from infra.fp8 import Fp8Config
 from models.common.config import LayerSpecKind
 from models.common.megatron import (
@@ -121,11 +120,7 @@ def pad_to_multiple(amount: int, parts: int) -> int:
 
 
 def stack_config(spec: LayerSpecKind = "local", **fields) -> TransformerConfig:
-    """Megatron's config for one transformer stack in the current layout.
-
-    Raises:
-        ConfigError: Transformer Engine cannot compute the FP8 that is asked for.
-    """
+    """Megatron's config for one transformer stack in the current layout."""
     layout = current_layout()
     if _builds_text_apart:
         layout = layout.of_text
@@ -153,12 +148,6 @@ def stack_config(spec: LayerSpecKind = "local", **fields) -> TransformerConfig:
 def _fp8_settings(fp8: Fp8Config, depth: int) -> dict[str, Any]:
     """Megatron's names for our options; it counts layers in the whole stack, as we do."""
     ends = bool(fp8.first_layers or fp8.last_layers)
-    if fp8.recipe == "delayed" and ends:
-        raise ConfigError(
-            f"train.fp8.recipe delayed with first_layers {fp8.first_layers} and last_layers "
-            f"{fp8.last_layers} cannot be computed by Transformer Engine, whose scales follow at "
-            "the end of the whole stack; set both to 0, or use the recipe tensorwise"
-        )
     return {
         "fp8": "e4m3" if fp8.recipe == "blockwise" else "hybrid",
         "fp8_recipe": fp8.recipe,

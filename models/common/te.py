@@ -22,7 +22,6 @@ from megatron.core.extensions.transformer_engine import (
 )
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor, nn
-from torch.nn.functional import pad
 from transformer_engine.pytorch.fp8 import FP8GlobalStateManager
 
 from infra.fp8 import MULTIPLE, Fp8Config
@@ -59,9 +58,9 @@ class _Linear:
         """[..., K] -> [..., N], and that no bias is left to add."""
         tokens = x.numel() // x.shape[-1]
         note_flops(lambda: self._flops(x, tokens))
-        more = -tokens % self._multiple()
-        if more:
-            flat, _ = super().forward(pad(x.flatten(0, -2), (0, 0, 0, more)))
+        multiple = self._multiple()
+        if tokens % multiple:
+            flat, _ = super().forward(pad_tokens(x.flatten(0, -2), multiple))
             output = flat[:tokens].unflatten(0, x.shape[:-1])
         else:
             output, _ = super().forward(x)

@@ -113,6 +113,11 @@ class InternVLConfig:
             language=dataclasses.replace(self.chat, lora=language),
         )
 
+    def depths(self, kind: str) -> dict[str, int]:
+        """Layers of each tower that a configuration has."""
+        towers = {"vision": self.vision, "text": self.text, "language": self.chat}
+        return {name: tower.depth for name, tower in towers.items() if name in PARTS[kind]}
+
     def lora_of(self, part: str) -> LoraConfig | None:
         """The adapters of a part of a model; None: it has none, or is no tower."""
         towers = {"vision": self.vision, "text": self.text, "language": self.chat}

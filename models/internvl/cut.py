@@ -32,15 +32,7 @@ def cut(kind: str, config: InternVLConfig, stages: int) -> list[Share]:
     Raises:
         LayoutError: there are more stages than layers.
     """
-    depths = {
-        tower: layers.depth
-        for tower, layers in (
-            ("vision", config.vision),
-            ("text", config.text),
-            ("language", config.chat),
-        )
-        if tower in PARTS[kind]
-    }
+    depths = config.depths(kind)
     if stages > 1 and any(
         decoder.tied_head
         for tower, decoder in (("text", config.text), ("language", config.chat))

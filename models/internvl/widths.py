@@ -27,15 +27,7 @@ def check_widths(kind: str, config: InternVLConfig, layout: Layout, fp8: Fp8Conf
             f"{fp8.last_layers}: Transformer Engine's scales follow at the end of a whole stack; "
             "set both to 0, or use the recipe tensorwise"
         )
-    depths = {
-        tower: layers.depth
-        for tower, layers in (
-            ("vision", config.vision),
-            ("text", config.text),
-            ("language", config.chat),
-        )
-        if tower in PARTS[kind]
-    }
+    depths = config.depths(kind)
     covered = {
         tower: layers
         for tower, depth in depths.items()

@@ -15,7 +15,6 @@ import infra.backend
 from infra.backend import Layout, install
 from infra.backend.parallel import parallel
 from infra.backend.ranks import run_ranks
-from infra.errors import ConfigError
 from infra.fp8 import Fp8Config
 from infra.train.checkpoint import newest
 from infra.train.config import TrainConfig
@@ -188,16 +187,6 @@ def test_which_layers_are_in_fp8(layout, recipe):
             expected = names[recipe] if layer == 1 else None
             assert {recipe for _, recipe in calls} == {expected}, name
     assert layers == {(tower, layer) for tower in ("vision", "text") for layer in range(4)}
-
-
-def test_delayed_cannot_leave_layers_out():
-    def refused():
-        use("te")
-        fp8 = Fp8Config(recipe="delayed")
-        with parallel(Layout(), fp8=fp8), pytest.raises(ConfigError, match="set both to 0"):
-            build("vision", tiny_config())
-
-    run_ranks(refused, ranks=1)
 
 
 @pytest.mark.parametrize("recipe", ["tensorwise", "blockwise"])
