@@ -163,7 +163,7 @@ class SentencePieceTokenizer(ChatTokenizer):
             if index in self._texts:
                 text += self._processor.decode(run) + self._texts[index]
                 run = []
-            else:
+            elif index < self._processor.get_piece_size():  # a matrix may have rows for no piece
                 run.append(index)
         return text + self._processor.decode(run)
 
