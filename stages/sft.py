@@ -278,6 +278,7 @@ def _job(config: Config, context: Context, place: Place) -> Job:
     assert context.variant
     options, kind, starts = config.sft, KIND[context.variant], PARTS[context.variant]
     batch = options.train[context.variant].batch_samples
+    # Texts are those of the language model, wherever the other parts come from.
     speaks = next(folder for folder, parts in starts.items() if "language" in parts)
     tokenizer = load_tokenizer(context.path(speaks))
     dialogue = tokenizer.dialogue

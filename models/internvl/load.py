@@ -7,6 +7,7 @@ with whatever is trained from these, in the folder `official`.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,9 @@ def save_model(
     folder = Path(folder)
     write_config(folder, kind, config)
     write_safetensors(folder / "weights.safetensors", weights)
+    # A tokenizer that an earlier run left here would be taken for this model's.
+    (folder / "tokenizer.json").unlink(missing_ok=True)
+    shutil.rmtree(folder / KEPT, ignore_errors=True)
     tokenizer.save_to(folder)
 
 

@@ -329,6 +329,17 @@ def test_the_template_stays_when_a_trained_model_has_another_config(tmp_path):
     assert written["vision_config"]["drop_path_rate"] == 0.1
 
 
+def test_a_model_folder_has_one_tokenizer(tmp_path):
+    """Whatever lay in the folder before: that of the model that was saved last."""
+    loaded = load_model(imported(tmp_path, "internvl_14b"))
+    own = train(TEXTS, 300)
+    for tokenizer in (own, loaded.tokenizer, own):
+        save_model(tmp_path / "it", loaded.kind, loaded.config, loaded.module, tokenizer)
+        found = load_tokenizer(tmp_path / "it")
+        assert found.vocab_size == tokenizer.vocab_size
+        assert (tmp_path / "it/official").exists() == (tokenizer is not own)
+
+
 def test_tokens_beyond_the_embedding_matrix_are_refused(tmp_path):
     beyond = imported(tmp_path / "a", "internvl_chat", rows=625)
     with pytest.raises(ModelError, match=r"'<quad>': 625.* beyond the embedding .* has 625 rows"):
