@@ -50,7 +50,7 @@ def _cases(name: str, rows: list[list[int]]) -> Iterator[Case]:
 
     text = DecoderConfig(vocab_size=VOCABULARY, width=384, depth=6, heads=6, mlp_hidden=1024)
     model = build("text", InternVLConfig(text=text))
-    ids, mask = map(torch.from_numpy, pad(rows))
+    ids, mask = map(torch.from_numpy, pad(rows, 0))
     packed_ids, cu_seqlens = pack_rows(ids, mask)
 
     def step(batch: "dict[str, Tensor]") -> None:

@@ -1,10 +1,14 @@
-"""Byte-level BPE with the special tokens that all our models share.
+"""Text to token ids and back: what all tokenizers do, and our own byte-level BPE.
+
+A model folder has ours, or, if its weights were imported, the official one
+(`models.chat.official`); `models.internvl.load.load_tokenizer` gives either.
 
 Letters: B batch, T tokens.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,12 +16,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from infra.errors import ModelError
+from models.chat.dialogue import Dialogue, PlainDialogue
+from models.chat.templates import END_IMG, IMG, IMG_CONTEXT
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
 
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
-IMG, END_IMG, IMG_CONTEXT = "<img>", "</img>", "<IMG_CONTEXT>"
 SPECIAL_TOKENS = (
     PAD,
     BOS,
@@ -33,10 +38,77 @@ SPECIAL_TOKENS = (
     "</box>",
 )
 PAD_ID, BOS_ID, EOS_ID, IMG_ID, END_IMG_ID, IMG_CONTEXT_ID = range(6)
+"""of our own tokenizer; another has other ids, so ask the tokenizer in hand"""
 
 
-class Tokenizer:
-    """Text to token ids and back. Every text is representable: there is no unknown token."""
+class TextTokenizer(ABC):
+    """What code that has texts needs of a model's tokenizer, and of how the model is spoken to."""
+
+    pad_id: int
+    """fills rows up"""
+    bos_id: int | None
+    """begins a text; None: nothing does"""
+    eos_id: int
+    """ends a text"""
+    embedded_tokens: int | None = None
+    """longest text that is embedded, special tokens included; None: as long as the model sees"""
+
+    @property
+    @abstractmethod
+    def vocab_size(self) -> int:
+        """One more than the largest id."""
+
+    @property
+    @abstractmethod
+    def dialogue(self) -> Dialogue:
+        """How a chat model is spoken to. Raises ModelError if that is not known."""
+
+    @abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without begin and end."""
+
+    @abstractmethod
+    def continuation(self, before: str, text: str) -> list[int]:
+        """Ids of a text that goes on after another one, which has its own."""
+
+    @abstractmethod
+    def decode(self, ids: Iterable[int], *, keep_special: bool = False) -> str:
+        """Token ids to text; padding, begin and end are left out."""
+
+    @abstractmethod
+    def save_to(self, folder: Path) -> None:
+        """Write what a model folder needs; the same tokenizer gives the same bytes."""
+
+    @property
+    def begin(self) -> list[int]:
+        """What a text begins with."""
+        return [] if self.bos_id is None else [self.bos_id]
+
+    def encode_batch(
+        self,
+        texts: Sequence[str],
+        *,
+        prefix: str = "",
+        max_tokens: int,
+        add_eos: bool = True,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Begin, prefix + text, end; cut to `max_tokens`, padded on the right to the longest row.
+
+        Returns:
+            ids int64 [B, T] and mask int64 [B, T], 1 where a token is real. A text that is cut
+            keeps its end token, since the feature of a text is read there.
+        """
+        begin, end = self.begin, [self.eos_id] if add_eos else []
+        room = max_tokens - len(begin) - len(end)
+        return pad(
+            [[*begin, *self.encode(prefix + text)[:room], *end] for text in texts], self.pad_id
+        )
+
+
+class Tokenizer(TextTokenizer):
+    """Our own. Every text is representable: there is no unknown token."""
+
+    pad_id, bos_id, eos_id, context_id = PAD_ID, BOS_ID, EOS_ID, IMG_CONTEXT_ID
 
     def __init__(self, backend: Backend):
         self._backend = backend
@@ -60,47 +132,40 @@ class Tokenizer:
         """Write `tokenizer.json`; the same tokenizer gives the same bytes."""
         Path(path).write_text(self._backend.to_str(pretty=True) + "\n", encoding="utf-8")
 
+    def save_to(self, folder: Path) -> None:
+        self.save(folder / "tokenizer.json")
+
     @property
     def vocab_size(self) -> int:
         return self._backend.get_vocab_size()
 
+    @property
+    def dialogue(self) -> Dialogue:
+        return PlainDialogue(self)
+
     def encode(self, text: str) -> list[int]:
-        """Token ids without begin and end."""
         return self._backend.encode(text, add_special_tokens=False).ids
 
+    def continuation(self, before: str, text: str) -> list[int]:
+        return self.encode(text)
+
     def decode(self, ids: Iterable[int], *, keep_special: bool = False) -> str:
-        """Token ids to text; padding, begin and end are left out."""
         ids = [int(i) for i in ids]
         if keep_special:
             ids = [i for i in ids if i > EOS_ID]
         return self._backend.decode(ids, skip_special_tokens=not keep_special)
 
-    def encode_batch(
-        self,
-        texts: Sequence[str],
-        *,
-        prefix: str = "",
-        max_tokens: int,
-        add_eos: bool = True,
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Begin, prefix + text, end; cut to `max_tokens`, padded on the right to the longest row.
-
-        Returns:
-            ids int64 [B, T] and mask int64 [B, T], 1 where a token is real. A text that is cut
-            keeps its end token, since the feature of a text is read there.
-        """
-        rows = []
-        room = max_tokens - 1 - add_eos
-        for text in texts:
-            row = [BOS_ID, *self.encode(prefix + text)[:room]]
-            rows.append([*row, EOS_ID] if add_eos else row)
-        return pad(rows)
+    def places(self, visual_tokens: int) -> list[int]:
+        """Ids of a picture: begin, a place for each of its visual tokens, end."""
+        return [IMG_ID, *[IMG_CONTEXT_ID] * visual_tokens, END_IMG_ID]
 
 
-def pad(rows: Sequence[Sequence[int]], *, left: bool = False) -> tuple[np.ndarray, np.ndarray]:
+def pad(
+    rows: Sequence[Sequence[int]], pad_id: int, *, left: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
     """Rows of ids to ids [B, T] and mask [B, T]."""
     length = max((len(row) for row in rows), default=0)
-    ids = np.full((len(rows), length), PAD_ID, dtype=np.int64)
+    ids = np.full((len(rows), length), pad_id, dtype=np.int64)
     mask = np.zeros_like(ids)
     for i, row in enumerate(rows):
         place = slice(length - len(row), None) if left else slice(0, len(row))

@@ -103,12 +103,11 @@ def job(config: Config, context: Context, place: Place) -> Job:
     import torch
 
     from models.common.draws import drop_samples
-    from models.internvl.load import load_parts, save_model
+    from models.internvl.load import load_parts, load_tokenizer, save_model
     from models.internvl.model import build
     from models.internvl.prompts import SUMMARIZE
     from models.objectives.contrastive import Contrastive
     from models.preprocess import standardise
-    from models.tokenizer import Tokenizer
 
     options, vision = config.contrastive, config.model.vision
     shards, masked_px = ShardSet(context.path(SHARDS)), options.masked_px or vision.image_px
@@ -116,7 +115,7 @@ def job(config: Config, context: Context, place: Place) -> Job:
         size_px: PairStream(shards, seed=config.seed, size_px=size_px, captions=options.captions)
         for size_px in {vision.image_px, masked_px}
     }
-    tokenizer = Tokenizer.load(context.path(TEXT_MODEL) / "tokenizer.json")
+    tokenizer = load_tokenizer(context.path(TEXT_MODEL))
     with_bias = options.objective.loss == "sigmoid"
     architecture = config.model.for_sigmoid() if with_bias else config.model
     model = build("internvl_c", architecture, seed=config.seed)

@@ -66,15 +66,14 @@ def run(config: Config, context: Context) -> None:
 def _job(config: Config, context: Context, place: Place) -> Job:
     from models.common.draws import drop_samples
     from models.internvl.freeze import freeze
-    from models.internvl.load import load_parts, save_model
+    from models.internvl.load import load_parts, load_tokenizer, save_model
     from models.internvl.model import build
     from models.objectives.generative import Generative
     from models.preprocess import standardise
-    from models.tokenizer import Tokenizer
 
     options, size_px = config.generative, config.model.vision.image_px
     pairs = PairStream(ShardSet(context.path(SHARDS)), seed=config.seed, size_px=size_px)
-    tokenizer = Tokenizer.load(context.path(STAGE1) / "tokenizer.json")
+    tokenizer = load_tokenizer(context.path(STAGE1))
     model = build("internvl_g", config.model, seed=config.seed)
     load_parts(model, context.path(TEXT_MODEL), {"text.head": "text.head"})
     # A bias that stage 1 learnt by the sigmoid loss stays behind: in a softmax it would cancel.

@@ -156,12 +156,12 @@ def _job(config: Config, lines: list[str], names: list[tuple[str, str]], place: 
     from models import tokenizer as tokenizers
     from models.internvl.load import save_model
     from models.internvl.model import build
-    from models.internvl.prompts import chat_row, labelled_rows
+    from models.internvl.prompts import labelled_rows
     from models.objectives.next_token import TextObjective
-    from models.tokenizer import BOS_ID, EOS_ID
 
     options, text = config.pretrain_text, config.model.text
     tokenizer = tokenizers.train([*prefixed(lines), *lines], text.vocab_size)
+    begin, end, dialogue = tokenizer.begin, tokenizer.eos_id, tokenizer.dialogue
     model = build("text", config.model, seed=config.seed)
     order = SampleStream(len(lines), config.seed)
 
@@ -181,10 +181,10 @@ def _job(config: Config, lines: list[str], names: list[tuple[str, str]], place: 
             )
             if pair is None:
                 learnt = tokenizer.encode(lines[index])[: text.max_tokens - 2]
-                rows.append(([], [BOS_ID, *learnt, EOS_ID]))
+                rows.append(([], [*begin, *learnt, end]))
             else:
-                rows.append(chat_row(tokenizer, *pair, visual_tokens=0))
-        ids, mask, labels = map(torch.from_numpy, labelled_rows(rows))
+                rows.append(dialogue.exchange(*pair, visual_tokens=0))
+        ids, mask, labels = map(torch.from_numpy, labelled_rows(rows, tokenizer.pad_id))
         return {"ids": ids, "mask": mask, "labels": labels}
 
     return Job(

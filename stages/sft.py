@@ -30,9 +30,9 @@ from models.objectives.next_token import NextTokenConfig
 if TYPE_CHECKING:
     import torch
 
+    from models.chat.dialogue import Dialogue
     from models.chat.examples import Example
     from models.chat.stream import ConversationStream
-    from models.tokenizer import Tokenizer
 
 SHARDS = "artifacts/shard/stage2"
 CHAT_DATA = "data/chat"
@@ -218,11 +218,11 @@ class SceneQuestions:
         return scene, *conversation(scene, kind, lang, names, box_grid=self._box_grid)
 
 
-def _stream(config: Config, context: Context, tokenizer: Tokenizer) -> ConversationStream:
+def _stream(config: Config, context: Context, dialogue: Dialogue) -> ConversationStream:
     """Scenes and chat files, as the config mixes them."""
     from models.chat.examples import Conversations, Example
     from models.chat.stream import ConversationStream
-    from models.internvl.prompts import IGNORE, chat_row
+    from models.internvl.prompts import IGNORE
     from models.tiling import Tiling
 
     assert context.variant
@@ -239,7 +239,7 @@ def _stream(config: Config, context: Context, tokenizer: Tokenizer) -> Conversat
 
     def scene(number: int) -> Example:
         drawn, *pair = questions.sample(number, size_px)
-        prompt, answer = chat_row(tokenizer, *pair, visual_tokens=tokens)
+        prompt, answer = dialogue.exchange(*pair, visual_tokens=tokens)
         return Example(
             ids=prompt + answer,
             labels=[IGNORE] * len(prompt) + answer,
@@ -253,7 +253,7 @@ def _stream(config: Config, context: Context, tokenizer: Tokenizer) -> Conversat
         else Conversations(
             context.path(CHAT_DATA) / f"{name}.jsonl",
             source.root,
-            tokenizer,
+            dialogue,
             tiling=Tiling(tile_px=size_px, max_tiles=options.max_tiles),
             tile_tokens=tokens,
             max_tokens=options.max_tokens,
@@ -270,25 +270,28 @@ def _job(config: Config, context: Context, place: Place) -> Job:
     from models.chat.examples import packed, padded
     from models.common.draws import drop_samples
     from models.internvl.freeze import freeze
-    from models.internvl.load import load_parts, save_model
+    from models.internvl.load import load_parts, load_tokenizer, save_model
     from models.internvl.model import build
     from models.objectives.next_token import ChatObjective
     from models.preprocess import normalise
-    from models.tokenizer import Tokenizer
 
     assert context.variant
     options, kind, starts = config.sft, KIND[context.variant], PARTS[context.variant]
     batch = options.train[context.variant].batch_samples
-    tokenizer = Tokenizer.load(context.path(next(iter(starts))) / "tokenizer.json")
+    # Texts are those of the language model, wherever the other parts come from.
+    speaks = next(folder for folder, parts in starts.items() if "language" in parts)
+    tokenizer = load_tokenizer(context.path(speaks))
+    dialogue = tokenizer.dialogue
     architecture = config.model.with_lora(**options.lora) if options.lora else config.model
     model = build(kind, architecture, seed=config.seed)
     for folder, parts in starts.items():
         load_parts(model, context.path(folder), parts)
     freeze(model, options.trainable)
-    stream = _stream(config, context, tokenizer)
+    stream = _stream(config, context, dialogue)
 
     def tensors(made: dict[str, np.ndarray]) -> dict[str, Any]:
-        return {name: torch.from_numpy(values) for name, values in made.items()}
+        found = {name: torch.from_numpy(values) for name, values in made.items()}
+        return {**found, "context_id": dialogue.context_id}
 
     def dropped(numbers: Iterable[int], examples: Sequence[Example]) -> dict[str, torch.Tensor]:
         """What drop path draws by, if there is any: a number for each tile."""
@@ -305,7 +308,7 @@ def _job(config: Config, context: Context, place: Place) -> Job:
         first, count = rank_slice(step, batch, place.rank, place.ranks)
         examples = stream.take(first, count)
         numbers = range(first, first + count)
-        return {**tensors(padded(examples)), **dropped(numbers, examples)}
+        return {**tensors(padded(examples, tokenizer.pad_id)), **dropped(numbers, examples)}
 
     def packed_at(step: int) -> dict[str, Any]:
         """Every rank looks at the whole step, so that all agree on its packs, and decodes the

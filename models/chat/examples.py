@@ -15,20 +15,12 @@ from pathlib import Path
 import numpy as np
 
 from infra.errors import DataError
+from models.chat.dialogue import Dialogue
 from models.chat.jsonl import ChatFile
-from models.chat.templates import IMAGE, Message
+from models.chat.labels import IGNORE
 from models.chat.visual import frame_indices
-from models.internvl.prompts import IGNORE
 from models.tiling import Tiling, picture_size, plan, share_tiles, tile
-from models.tokenizer import (
-    BOS_ID,
-    END_IMG_ID,
-    EOS_ID,
-    IMG_CONTEXT_ID,
-    IMG_ID,
-    Tokenizer,
-    pad,
-)
+from models.tokenizer import pad
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 
@@ -53,7 +45,7 @@ class Conversations:
     Args:
         path: of the file.
         root: what its pictures are relative to: a folder or a URL; None: the file's folder.
-        tokenizer: of the model.
+        dialogue: how the model is spoken to.
         tiling: of a sample's only picture; several share its tiles.
         tile_tokens: visual tokens of a tile.
         max_tokens: longest example.
@@ -63,14 +55,14 @@ class Conversations:
         self,
         path: Path,
         root: str | None,
-        tokenizer: Tokenizer,
+        dialogue: Dialogue,
         *,
         tiling: Tiling,
         tile_tokens: int,
         max_tokens: int,
     ) -> None:
         self._file, self._root = ChatFile(path), root or str(path.parent)
-        self._tokenizer, self._tiling = tokenizer, tiling
+        self._dialogue, self._tiling = dialogue, tiling
         self._tile_tokens, self._max_tokens = tile_tokens, max_tokens
 
     def __len__(self) -> int:
@@ -95,10 +87,11 @@ class Conversations:
         tiling = dataclasses.replace(self._tiling, min_tiles=least, max_tiles=most)
         sizes = sample.sizes_px or [self._size(name, where) for name in names]
         tiles = [plan(*size, tiling).tiles for size in sizes]
-        ids, labels = chat_turns(self._tokenizer, messages, [n * self._tile_tokens for n in tiles])
+        visual = [n * self._tile_tokens for n in tiles]
+        ids, labels = self._dialogue.conversation(messages, visual)
         if len(ids) > self._max_tokens:
             raise DataError(
-                f"{where}: {len(ids)} tokens, {sum(tiles) * self._tile_tokens} of them of "
+                f"{where}: {len(ids)} tokens, {sum(visual)} of them of "
                 f"{len(names)} pictures; expected at most {self._max_tokens} (sft.max_tokens): "
                 "raise it, lower sft.max_tiles, or cut the conversation"
             )
@@ -164,48 +157,11 @@ def _named(where: str, picture: str) -> Iterator[None]:
         raise DataError(f"{where}: image: {picture}: {error}") from error
 
 
-def chat_turns(
-    tokenizer: Tokenizer, messages: Sequence[Message], visual_tokens: Sequence[int]
-) -> tuple[list[int], list[int]]:
-    """Ids and labels of a conversation in the format of `models.internvl.prompts.chat_row`.
-
-    Pictures that open a question stand before its "User:", as where a model is asked about one.
-
-    Args:
-        messages: each "<image>" of a question is a picture.
-        visual_tokens: of each picture, in order.
-    """
-    counts = iter(visual_tokens)
-    ids, labels = [BOS_ID], [IGNORE]
-    for role, text in messages:
-        if role == "gpt":
-            new = [*tokenizer.encode(f" {text.strip()}"), EOS_ID]
-            ids, labels = ids + new, labels + new
-            continue
-        new, text = [], text.strip()
-        while role == "human" and text.startswith(IMAGE):
-            new += _places(next(counts))
-            text = text.removeprefix(IMAGE).lstrip()
-        if role == "human":
-            text = f"\nUser: {text}\nAssistant:"
-        first, *others = text.split(IMAGE)
-        new += tokenizer.encode(first)
-        for piece in others:
-            new += [*_places(next(counts)), *tokenizer.encode(piece)]
-        ids, labels = ids + new, labels + [IGNORE] * len(new)
-    return ids, labels
-
-
-def _places(visual_tokens: int) -> list[int]:
-    return [IMG_ID, *[IMG_CONTEXT_ID] * visual_tokens, END_IMG_ID]
-
-
-def padded(examples: Sequence[Example]) -> dict[str, np.ndarray]:
+def padded(examples: Sequence[Example], pad_id: int) -> dict[str, np.ndarray]:
     """Examples as rows of one length: `ids` and `labels` int64 [B, T], `pictures` uint8
     [N, S, S, 3]."""
-    ids, mask = pad([example.ids for example in examples])
-    labels, _ = pad([example.labels for example in examples])
-    labels[mask == 0] = IGNORE
+    ids, _ = pad([example.ids for example in examples], pad_id)
+    labels, _ = pad([example.labels for example in examples], IGNORE)
     return {"ids": ids, "labels": labels, "pictures": _all_tiles(examples)}
 
 

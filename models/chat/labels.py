@@ -20,7 +20,9 @@ from models.chat.templates import (
     with_image_tokens,
 )
 from models.chat.tokenizer import ChatTokenizer
-from models.internvl.prompts import IGNORE
+
+IGNORE = -100
+"""label of a token that is not learnt"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,16 +99,16 @@ def _encoded(
     tokenizer: ChatTokenizer, template: Template, spans: Sequence[Span], *, opens: bool
 ) -> Iterator[tuple[list[int], bool]]:
     """Ids of each span. They are encoded together, as they will be read, and cut afterwards."""
-    whole = _ids(tokenizer, template, "".join(span.text for span in spans), opens=opens)
+    whole = ids_of(tokenizer, template, "".join(span.text for span in spans), opens=opens)
     start, text = 0, ""
     for span in spans:
         text += span.text
-        end = max(start, len(_ids(tokenizer, template, text, opens=opens)))
+        end = max(start, len(ids_of(tokenizer, template, text, opens=opens)))
         yield whole[start:end], span.learnt
         start = end
 
 
-def _ids(tokenizer: ChatTokenizer, template: Template, text: str, *, opens: bool) -> list[int]:
+def ids_of(tokenizer: ChatTokenizer, template: Template, text: str, *, opens: bool) -> list[int]:
     """Ids of a text; where pictures have an id of their own, each text between is encoded alone."""
     if template.own_image_id is None:
         return tokenizer.pieces(text) if opens else tokenizer.continuation(text)

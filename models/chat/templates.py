@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from infra.errors import ConfigError, DataError
-from models.tokenizer import END_IMG, IMG, IMG_CONTEXT
 
 IMAGE = "<image>"
 """stands for one picture in a message"""
+IMG, END_IMG, IMG_CONTEXT = "<img>", "</img>", "<IMG_CONTEXT>"
+"""what stands for it in the ids: begin, end, and each place of a visual token between them"""
 
 Role = Literal["system", "human", "gpt"]
 

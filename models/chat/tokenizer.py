@@ -1,6 +1,7 @@
 """The tokenizers that official chat models come with, read from their own files.
 
-Our own models have `models.tokenizer`; these serve templates whose special tokens it lacks.
+Our own models have `models.tokenizer`; `models.chat.official` finds out which of these a folder
+has, and makes of it what the rest of the code takes.
 """
 
 from __future__ import annotations
@@ -9,8 +10,12 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from infra.errors import ModelError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as Backend
 
 BLANK = "▁"
 """how sentencepiece writes a space"""
@@ -23,6 +28,13 @@ class ChatTokenizer(ABC):
 
     begin_id: int | None = None
     pad_id: int
+    added: dict[str, int]
+    """special tokens and their ids"""
+
+    @property
+    @abstractmethod
+    def vocab_size(self) -> int:
+        """One more than the largest id."""
 
     @abstractmethod
     def pieces(self, text: str) -> list[int]:
@@ -40,29 +52,41 @@ class ChatTokenizer(ABC):
         """Begin id, where there is one, and the ids of the text."""
         return [*self.begin, *self.pieces(text)]
 
+    def special_id(self, token: str) -> int:
+        """Id of a special token. Raises ModelError if there is no such one."""
+        if token not in self.added:
+            raise ModelError(
+                f"the tokenizer has no {token!r}, which the model's template needs; it has "
+                f"{sorted(self.added)}"
+            )
+        return self.added[token]
+
     @property
     def begin(self) -> list[int]:
         return [] if self.begin_id is None else [self.begin_id]
 
 
 class ByteLevelTokenizer(ChatTokenizer):
-    """A `tokenizer.json` (Qwen and others)."""
+    """A `tokenizer.json`, or a `vocab.json` with its `merges.txt` (Qwen and others)."""
 
     def __init__(
         self, path: str | Path, *, added: Mapping[str, int], pad: str, begin: str | None = None
     ):
         """`added`: special tokens and their ids, those that the file already holds included."""
-        from tokenizers import Tokenizer
-
-        self._backend = Tokenizer.from_file(str(_existing(path)))
+        self._backend = _backend(_existing(path))
         self._backend.add_special_tokens(sorted(added, key=added.__getitem__))
         for token, index in added.items():
             if self._backend.token_to_id(token) != index:
                 raise ModelError(
                     f"{path}: {token!r} got id {self._backend.token_to_id(token)}, expected {index}"
                 )
+        self.added = dict(added)
         self.pad_id = added[pad]
         self.begin_id = None if begin is None else added[begin]
+
+    @property
+    def vocab_size(self) -> int:
+        return 1 + max(self._backend.get_vocab().values())
 
     def pieces(self, text: str) -> list[int]:
         return self._backend.encode(text, add_special_tokens=False).ids
@@ -100,7 +124,7 @@ class SentencePieceTokenizer(ChatTokenizer):
 
         model = _existing(path).read_bytes() + (NO_DUMMY_PREFIX if blank_once else b"")
         self._processor = SentencePieceProcessor(model_proto=model)
-        self._added = dict(added)
+        self.added = dict(added)
         self._texts = {index: token for token, index in added.items()}
         longest_first = sorted(added, key=len, reverse=True)
         self._cut = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
@@ -109,6 +133,10 @@ class SentencePieceTokenizer(ChatTokenizer):
         self._no_blank_before = frozenset(no_blank_before)
         self.pad_id = added[pad]
         self.begin_id = None if begin is None else added[begin]
+
+    @property
+    def vocab_size(self) -> int:
+        return max(self._processor.get_piece_size(), *(i + 1 for i in self.added.values()))
 
     def pieces(self, text: str) -> list[int]:
         if not self._blank_once or not text:
@@ -121,8 +149,8 @@ class SentencePieceTokenizer(ChatTokenizer):
         ids: list[int] = []
         before = ""
         for piece in self._cut.split(text):
-            if piece in self._added:
-                ids.append(self._added[piece])
+            if piece in self.added:
+                ids.append(self.added[piece])
             else:
                 piece = piece.lstrip() if before in self._swallow else piece
                 ids += self._processor.encode(piece)
@@ -135,7 +163,7 @@ class SentencePieceTokenizer(ChatTokenizer):
             if index in self._texts:
                 text += self._processor.decode(run) + self._texts[index]
                 run = []
-            else:
+            elif index < self._processor.get_piece_size():  # a matrix may have rows for no piece
                 run.append(index)
         return text + self._processor.decode(run)
 
@@ -146,6 +174,31 @@ def has_dummy_prefix(path: str | Path) -> bool:
 
     processor = SentencePieceProcessor(model_file=str(_existing(path)))
     return processor.encode("a", out_type=str)[0].startswith(BLANK)
+
+
+QWEN2_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""how Qwen2's tokenizer, whose older folders have no tokenizer.json, cuts a text into words"""
+
+
+def _backend(path: Path) -> Backend:
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    if path.name != "vocab.json":
+        return Tokenizer.from_file(str(path))
+    merges = _existing(path.with_name("merges.txt"))
+    backend = Tokenizer(models.BPE.from_file(str(path), str(merges)))
+    backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(QWEN2_WORDS), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    return backend
 
 
 def _existing(path: str | Path) -> Path:

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from infra.errors import ModelError
 from infra.tensorfiles import TensorFacts, TensorFiles, write_tensors
+from models.chat.official import KEPT, small_files, template_name
+from models.chat.templates import IMG_CONTEXT
 from models.common.keymap import Key, check_names
 from models.connector.config import ConnectorConfig
 from models.internvit import hf as vision_hf
@@ -25,12 +27,8 @@ from models.internvl import hf
 from models.internvl.config import PARTS, InternVLConfig
 from models.internvl.load import read_config, write_config
 from models.internvl.lora import BASE_LAYER, MergedFiles, adapters, peft_keys
-from models.tokenizer import IMG_CONTEXT, IMG_CONTEXT_ID
+from models.tokenizer import IMG_CONTEXT_ID
 
-KEPT = "official"
-"""folder of a model folder that has the small files of what was imported"""
-SMALL = ("*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "README.md")
-"""what is kept of a folder beside its weights; code is not"""
 SOLO = ("vision", "internvl_c")
 """what can be taken alone of a larger model"""
 BUFFERS = (".rotary_emb.inv_freq",)
@@ -410,10 +408,8 @@ def _aligned(facts: Mapping[str, TensorFacts]) -> dict[str, TensorFacts]:
 
 def _keep_small_files(source: Path, target: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
-    for pattern in SMALL:
-        for path in sorted(source.glob(pattern)):
-            if path.is_file() and not path.name.endswith(".index.json"):
-                shutil.copyfile(path, target / path.name)
+    for path in small_files(source):
+        shutil.copyfile(path, target / path.name)
 
 
 def _official_config(
@@ -429,7 +425,9 @@ def _official_config(
         return hf.config_to_native(config, _image_token(folder, kept[1] if kept else {}))
     if format in ("llava", "llava_full"):
         return hf.config_to_llava(config, kind)
-    return hf.config_to_official(config, kind)
+    facts = hf.config_to_official(config, kind)
+    template = template_name(kept[1]) if kept and kind == "chat_simple" else None
+    return facts | {"template": template} if template else facts
 
 
 def _kept_config(folder: Path) -> tuple[str, dict[str, Any]] | None:

@@ -1,8 +1,13 @@
-"""Model folders: `config.json`, `weights.safetensors`, `tokenizer.json`; and the model in use."""
+"""Model folders: `config.json`, `weights.safetensors`, a tokenizer; and the model in use.
+
+The tokenizer is our own `tokenizer.json`, or the official files of imported weights, which stay
+with whatever is trained from these, in the folder `official`.
+"""
 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,11 +20,12 @@ from infra.config import build as build_config
 from infra.config import to_dict
 from infra.errors import ModelError
 from infra.train.weights import gather_weights, load_weights, pieces, write_safetensors
-from models.internvl.config import CAPABILITIES, InternVLConfig
+from models.chat.official import KEPT, official_tokenizer
+from models.internvl.config import CAPABILITIES, PARTS, InternVLConfig
 from models.internvl.model import Chunks, InternVL, build
-from models.internvl.prompts import SUMMARIZE, chat_prompt
+from models.internvl.prompts import SUMMARIZE
 from models.preprocess import normalise, resize
-from models.tokenizer import BOS_ID, EOS_ID, Tokenizer, pad
+from models.tokenizer import TextTokenizer, Tokenizer, pad
 
 FORMAT = "vlfoundry.model.v1"
 BATCH = 64
@@ -31,7 +37,7 @@ def save_model(
     kind: str,
     config: InternVLConfig,
     model: InternVL | Chunks,
-    tokenizer: Tokenizer,
+    tokenizer: TextTokenizer,
 ) -> None:
     """Write a model folder; the same model gives the same bytes. All ranks call, rank 0 writes."""
     weights = gather_weights(model)
@@ -40,7 +46,10 @@ def save_model(
     folder = Path(folder)
     write_config(folder, kind, config)
     write_safetensors(folder / "weights.safetensors", weights)
-    tokenizer.save(folder / "tokenizer.json")
+    # A tokenizer that an earlier run left here would be taken for this model's.
+    (folder / "tokenizer.json").unlink(missing_ok=True)
+    shutil.rmtree(folder / KEPT, ignore_errors=True)
+    tokenizer.save_to(folder)
 
 
 def write_config(folder: Path, kind: str, config: InternVLConfig) -> None:
@@ -64,6 +73,22 @@ def read_config(folder: str | Path) -> tuple[str, InternVLConfig]:
     if facts.get("format") != FORMAT:
         raise ModelError(f"{path} has format {facts.get('format')!r}, expected {FORMAT!r}")
     return facts["kind"], build_config(InternVLConfig, facts["model"], str(path))
+
+
+def load_tokenizer(folder: str | Path) -> TextTokenizer:
+    """The text side of a model folder: our own tokenizer, or the official one of an import.
+
+    Raises:
+        ModelError: it has neither, or the tokenizer is of another model.
+    """
+    folder = Path(folder)
+    if (folder / "tokenizer.json").is_file():
+        return Tokenizer.load(folder / "tokenizer.json")
+    kind, config = read_config(folder)
+    chats = "language" in PARTS[kind]
+    tokenizer = official_tokenizer(folder / KEPT, embeds=not chats)
+    tokenizer.require_rows((config.chat if chats else config.text).vocab_size, folder)
+    return tokenizer
 
 
 def read_weights(folder: str | Path) -> dict[str, Tensor]:
@@ -125,21 +150,24 @@ def load_model(folder: str | Path, *, untrained_seed: int | None = None) -> Mode
             learnt nothing.
     """
     kind, config = read_config(folder)
+    tokenizer = load_tokenizer(folder)
     # Used on rows of any length and with a cache, where Transformer Engine gains nothing.
     model = build(kind, config, seed=untrained_seed or 0, spec="local")
     if untrained_seed is None:
         load_weights(model, Path(folder) / "weights.safetensors")
-    tokenizer = Tokenizer.load(Path(folder) / "tokenizer.json")
     return Model(model, config, tokenizer)
 
 
 class Model:
     """A model as evaluation sees it: pictures and texts in, numbers and texts out."""
 
-    def __init__(self, model: InternVL, config: InternVLConfig, tokenizer: Tokenizer):
+    def __init__(self, model: InternVL, config: InternVLConfig, tokenizer: TextTokenizer):
+        """Raises ModelError if a chat model's way of being asked is not known."""
         self.module = model.eval()
         self.config = config
         self.tokenizer = tokenizer
+        self.dialogue = tokenizer.dialogue if "language" in PARTS[model.kind] else None
+        self.stop_id = self.dialogue.stop_id if self.dialogue else tokenizer.eos_id
         self.kind = model.kind
         self.capabilities = CAPABILITIES[model.kind]
         self.image_size = config.vision.image_px
@@ -152,11 +180,11 @@ class Model:
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
         """Texts as they are -> unit float32 [B, E]; the model adds its own prefix."""
         self._require("embed")
+        seen = self.config.text.max_tokens
+        longest = min(seen, self.tokenizer.embedded_tokens or seen)
         parts = [np.empty((0, self.config.embed_dim), np.float32)]
         for chunk in _chunks(list(texts)):
-            ids, mask = self.tokenizer.encode_batch(
-                chunk, prefix=SUMMARIZE, max_tokens=self.config.text.max_tokens
-            )
+            ids, mask = self.tokenizer.encode_batch(chunk, prefix=SUMMARIZE, max_tokens=longest)
             with torch.inference_mode():
                 parts.append(self.module.embed_texts(_tensor(ids), _tensor(mask)).numpy())
         return np.concatenate(parts)
@@ -183,25 +211,27 @@ class Model:
         texts: list[str] = []
         for start in range(0, len(prompts), BATCH):
             pixels = self._pixels(images[start : start + BATCH])
-            ids, mask = pad([self._prompt(p) for p in prompts[start : start + BATCH]], left=True)
+            rows = [self._prompt(prompt) for prompt in prompts[start : start + BATCH]]
+            ids, mask = pad(rows, self.tokenizer.pad_id, left=True)
             with torch.inference_mode():
                 new = self.module.generate(
                     _tensor(ids),
                     _tensor(mask),
                     pixels,
                     max_new_tokens=max_new_tokens,
-                    eos_id=EOS_ID,
+                    eos_id=self.stop_id,
+                    **({"context_id": self.dialogue.context_id} if self.dialogue else {}),
                 )
             texts += [self._text(row) for row in new.tolist()]
         return texts
 
     def _prompt(self, prompt: str) -> list[int]:
-        if self.kind == "internvl_g":
-            return [BOS_ID, *self.tokenizer.encode(prompt)]
-        return chat_prompt(self.tokenizer, prompt, self.config.visual_tokens(self.kind))
+        if self.dialogue is None:
+            return [*self.tokenizer.begin, *self.tokenizer.encode(prompt)]
+        return self.dialogue.question(prompt, self.config.visual_tokens(self.kind))
 
     def _text(self, row: list[int]) -> str:
-        row = row[: row.index(EOS_ID)] if EOS_ID in row else row
+        row = row[: row.index(self.stop_id)] if self.stop_id in row else row
         return self.tokenizer.decode(row, keep_special=True).strip()
 
     def _pixels(self, images: np.ndarray) -> Tensor:

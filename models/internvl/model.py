@@ -383,11 +383,12 @@ class InternVL(Part):
     def _chat_embeddings(
         self, ids: Tensor, visual: Tensor | None, images: int, context_id: int
     ) -> Tensor:
-        embeddings = self.language.embed(ids)
         if visual is None:
-            return embeddings
+            return self.language.embed(ids)
         visual = visual.flatten(0, 1)
         places = ids == context_id
+        # An id that is none of the vocabulary's has no embedding; whichever is taken is replaced.
+        embeddings = self.language.embed(ids if context_id >= 0 else ids.masked_fill(places, 0))
         if int(places.sum()) != len(visual):
             raise ModelError(
                 f"the prompts have {int(places.sum())} image places for {len(visual)} visual "

@@ -1,4 +1,6 @@
-"""The texts that models are given: prefixes, caption prompts, conversations with their labels.
+"""The texts that models are given: prefixes, caption prompts, and rows with their labels.
+
+Conversations are in `models.chat.dialogue`.
 
 Letters: B batch, T tokens.
 """
@@ -9,15 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from models.tokenizer import (
-    BOS_ID,
-    END_IMG_ID,
-    EOS_ID,
-    IMG_CONTEXT_ID,
-    IMG_ID,
-    Tokenizer,
-    pad,
-)
+from models.chat.labels import IGNORE
+from models.tokenizer import TextTokenizer, pad
 
 SUMMARIZE = "summarize:"
 """in front of every text that is embedded, without a space"""
@@ -28,8 +23,6 @@ CAPTION_PROMPTS = {
     "ar": "Arabic caption:",
     "it": "Italian caption:",
 }
-IGNORE = -100
-"""label of a token that is not learnt"""
 
 
 def caption_prompt(lang: str) -> str:
@@ -38,7 +31,7 @@ def caption_prompt(lang: str) -> str:
 
 
 def caption_rows(
-    tokenizer: Tokenizer, captions: Sequence[str], langs: Sequence[str], *, max_tokens: int
+    tokenizer: TextTokenizer, captions: Sequence[str], langs: Sequence[str], *, max_tokens: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Texts of the generative task: prompt, caption, end; only caption and end are learnt.
 
@@ -49,35 +42,23 @@ def caption_rows(
     """
     rows = []
     for caption, lang in zip(captions, langs, strict=True):
-        prompt = [BOS_ID, *tokenizer.encode(caption_prompt(lang))]
+        text = caption_prompt(lang)
+        prompt = [*tokenizer.begin, *tokenizer.encode(text)]
         room = max_tokens - len(prompt) - 1
-        rows.append((prompt, [*tokenizer.encode(caption)[:room], EOS_ID]))
-    return labelled_rows(rows)
-
-
-def chat_prompt(tokenizer: Tokenizer, question: str, visual_tokens: int) -> list[int]:
-    """<s><img>...</img> User: question / Assistant: as ids, ready to be continued."""
-    image = [IMG_ID, *[IMG_CONTEXT_ID] * visual_tokens, END_IMG_ID] if visual_tokens else []
-    return [BOS_ID, *image, *tokenizer.encode(f"\nUser: {question}\nAssistant:")]
-
-
-def chat_row(
-    tokenizer: Tokenizer, question: str, answer: str, *, visual_tokens: int
-) -> tuple[list[int], list[int]]:
-    """Ids of a conversation's prompt, and those of what is learnt: the answer and the end."""
-    prompt = chat_prompt(tokenizer, question, visual_tokens)
-    return prompt, [*tokenizer.encode(f" {answer}"), EOS_ID]
+        learnt = tokenizer.continuation(text, caption)[:room]
+        rows.append((prompt, [*learnt, tokenizer.eos_id]))
+    return labelled_rows(rows, tokenizer.pad_id)
 
 
 def labelled_rows(
-    rows: Sequence[tuple[list[int], list[int]]],
+    rows: Sequence[tuple[list[int], list[int]]], pad_id: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(given, learnt) ids of each row, padded on the right.
 
     Returns:
         ids, mask and labels, each int64 [B, T]; labels are -100 but on what is learnt.
     """
-    ids, mask = pad([prompt + answer for prompt, answer in rows])
+    ids, mask = pad([prompt + answer for prompt, answer in rows], pad_id)
     labels = np.full_like(ids, IGNORE)
     for i, (prompt, answer) in enumerate(rows):
         labels[i, len(prompt) : len(prompt) + len(answer)] = answer

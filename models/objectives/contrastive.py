@@ -27,7 +27,6 @@ from models.objectives.common import (
     wide,
 )
 from models.objectives.tiled import TwoWay, softplus_sum, two_way_logsumexp
-from models.tokenizer import PAD_ID
 
 LENGTH_GROUPS = 4
 """text batches that the captions of one step are split into, by length"""
@@ -118,7 +117,7 @@ def distinct_texts(ids: Tensor, mask: Tensor, parts: int = 1, peers: Any = None)
     a few tokens long, and padding to the longest of all would cost more than the pictures.
     """
     distinct, inverse = torch.unique(ids, dim=0, return_inverse=True)
-    lengths = (distinct != PAD_ID).sum(1)
+    lengths = inverse.new_empty(len(distinct)).scatter_(0, inverse, mask.sum(1))
     order = lengths.argsort(stable=True)
     ranks, rank = (peers.size(), peers.rank()) if peers else (1, 0)
     groups = parts * math.ceil(LENGTH_GROUPS / parts)

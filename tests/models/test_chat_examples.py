@@ -10,9 +10,9 @@ from PIL import Image
 from infra.errors import DataError
 from models.chat.examples import Conversations, Example, packed, padded
 from models.chat.stream import ConversationStream
-from models.internvl.prompts import IGNORE, chat_row
+from models.internvl.prompts import IGNORE
 from models.tiling import Tiling, plan
-from models.tokenizer import EOS_ID, IMG_CONTEXT_ID, Tokenizer, train
+from models.tokenizer import EOS_ID, IMG_CONTEXT_ID, PAD_ID, Tokenizer, train
 
 SIDE, TILE_TOKENS = 8, 3
 TALK = [
@@ -47,7 +47,9 @@ def conversations(folder, tokenizer, *samples, **options) -> Conversations:
     options = {"max_tokens": 512, "root": None} | options
     root = options.pop("root")
     tiling = Tiling(tile_px=SIDE, max_tiles=6)
-    return Conversations(path, root, tokenizer, tiling=tiling, tile_tokens=TILE_TOKENS, **options)
+    return Conversations(
+        path, root, tokenizer.dialogue, tiling=tiling, tile_tokens=TILE_TOKENS, **options
+    )
 
 
 def draw(number: int = 0) -> np.random.Generator:
@@ -61,7 +63,7 @@ def places(example: Example) -> int:
 def test_one_question_is_written_as_everywhere(folder, tokenizer):
     data = conversations(folder, tokenizer, {"image": "small.png", "conversations": TALK[:2]})
     example = data.example(0, draw())
-    prompt, answer = chat_row(tokenizer, "What is it?", "A cat.", visual_tokens=TILE_TOKENS)
+    prompt, answer = tokenizer.dialogue.exchange("What is it?", "A cat.", TILE_TOKENS)
     assert example.ids == prompt + answer
     assert example.labels == [IGNORE] * len(prompt) + answer
     assert example.pictures().shape == (1, SIDE, SIDE, 3)
@@ -103,7 +105,7 @@ def test_padded_and_packed_hold_the_same(folder, tokenizer):
         folder, tokenizer, {"image": "wide.png", "conversations": TALK}, {"conversations": PLAIN}
     )
     examples = [data.example(i, draw()) for i in range(2)]
-    rows, row = padded(examples), packed(examples)
+    rows, row = padded(examples, PAD_ID), packed(examples)
     assert row["tiles"].tolist() == [5, 0]
     assert np.array_equal(rows["pictures"], row["pictures"])
     for name in ("ids", "labels"):

@@ -11,14 +11,7 @@ from models.common.config import DecoderConfig
 from models.internvl.config import PARTS, InternVLConfig
 from models.internvl.load import load_model, load_parts, read_config, save_model
 from models.internvl.model import build
-from models.internvl.prompts import (
-    IGNORE,
-    caption_prompt,
-    caption_rows,
-    chat_prompt,
-    chat_row,
-    labelled_rows,
-)
+from models.internvl.prompts import IGNORE, caption_prompt, caption_rows, labelled_rows
 from models.preprocess import MEAN, STD, normalise, over_background, resize
 from models.tokenizer import (
     BOS_ID,
@@ -86,7 +79,7 @@ def test_wrong_tokenizers_are_refused(tmp_path):
 def test_only_answers_are_labelled(tokenizer):
     asked = [("What colour?", "red"), ("Where?", "on the table")]
     ids, mask, labels = labelled_rows(
-        [chat_row(tokenizer, *pair, visual_tokens=4) for pair in asked]
+        [tokenizer.dialogue.exchange(*pair, visual_tokens=4) for pair in asked], PAD_ID
     )
     assert (ids == IMG_CONTEXT_ID).sum(1).tolist() == [4, 4]
     for row in range(2):
@@ -96,7 +89,7 @@ def test_only_answers_are_labelled(tokenizer):
         assert text == [" red", " on the table"][row]
         assert ids[row][learnt].tolist() == labels[row][learnt].tolist()
     assert (labels[mask == 0] == IGNORE).all()
-    prompt = chat_prompt(tokenizer, "Where?", 4)
+    prompt = tokenizer.dialogue.question("Where?", 4)
     assert ids[1][: len(prompt)].tolist() == prompt
 
 

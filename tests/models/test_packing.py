@@ -54,7 +54,7 @@ def conversations(config: InternVLConfig) -> list[tuple[list[int], list[int]]]:
 
 def batches(rows: list[tuple[list[int], list[int]]], **more: Tensor) -> tuple[Batch, Batch]:
     """The same rows padded and packed."""
-    ids, mask, labels = map(torch.from_numpy, labelled_rows(rows))
+    ids, mask, labels = map(torch.from_numpy, labelled_rows(rows, 0))
     padded = {"ids": ids, "mask": mask, "labels": labels, **more}
     examples = [
         Example(

@@ -1,0 +1,268 @@
+"""The text side of imported models: the official tokenizer files as a `TextTokenizer`.
+
+Which file says what has grown over the years: `added_tokens_decoder` in tokenizer_config.json,
+added_tokens.json and special_tokens_map.json are all read. The pieces come from tokenizer.model
+where there is one, as in the official code, which uses the slow tokenizers.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from infra.errors import ModelError
+from models.chat.dialogue import Dialogue, TemplateDialogue
+from models.chat.templates import TEMPLATES, named
+from models.chat.tokenizer import ByteLevelTokenizer, ChatTokenizer, SentencePieceTokenizer
+from models.tokenizer import TextTokenizer
+
+PIECES = ("tokenizer.model", "tokenizer.json", "vocab.json")
+"""what holds a vocabulary, in the order in which it is looked for; vocab.json has a merges.txt"""
+EMBEDDED_TOKENS = 80
+"""longest text of the official InternVL-C and -G, special tokens included"""
+EMBEDDED_PAD = 0
+"""what their texts are padded with, whatever the tokenizer says"""
+QWEN2 = ("Qwen2Tokenizer", "Qwen2TokenizerFast")
+KEPT = "official"
+"""folder of a model folder that has the small files of what was imported"""
+SMALL = ("*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "README.md")
+"""what is kept of a folder beside its weights; code is not"""
+NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+
+class OfficialTokenizer(TextTokenizer):
+    """An official tokenizer, and the files that it was read from."""
+
+    def __init__(
+        self,
+        backend: ChatTokenizer,
+        *,
+        eos: str,
+        embeds: bool,
+        template: str | None,
+        files: Mapping[str, bytes],
+    ):
+        """
+        Args:
+            backend: text to ids and back.
+            eos: the token that ends a text.
+            embeds: whether it is that of an InternVL-C or -G.
+            template: name of the conversation template, if the folder has one.
+            files: of the folder, to be written beside what is trained on from it.
+        """
+        self._backend, self._template, self._files = backend, template, dict(files)
+        self.bos_id, self.eos_id = backend.begin_id, backend.special_id(eos)
+        self.pad_id = EMBEDDED_PAD if embeds else backend.pad_id
+        self.embedded_tokens = EMBEDDED_TOKENS if embeds else None
+        self._left_out = {self.bos_id, self.eos_id, self.pad_id}
+
+    @property
+    def vocab_size(self) -> int:
+        return self._backend.vocab_size
+
+    def encode(self, text: str) -> list[int]:
+        return self._backend.pieces(text)
+
+    def continuation(self, before: str, text: str) -> list[int]:
+        """As in the base class. Both are encoded as one text, as the official code does."""
+        return self._backend.pieces(before + text)[len(self._backend.pieces(before)) :]
+
+    def decode(self, ids: Iterable[int], *, keep_special: bool = False) -> str:
+        special = set(self._backend.added.values())
+        left_out = self._left_out if keep_special else special | self._left_out
+        return self._backend.decode([int(i) for i in ids if int(i) not in left_out])
+
+    @functools.cached_property
+    def dialogue(self) -> Dialogue:
+        if self._template is None:
+            raise ModelError(
+                "the model's official/config.json names no conversation template, so it cannot be "
+                f'asked anything; add "template" to it, one of: {", ".join(TEMPLATES)}'
+            )
+        return TemplateDialogue(self._backend, named(self._template))
+
+    def save_to(self, folder: Path) -> None:
+        kept = folder / KEPT
+        kept.mkdir(parents=True, exist_ok=True)
+        for name, content in self._files.items():
+            (kept / name).write_bytes(content)
+
+    def require_rows(self, rows: int, where: str | Path) -> None:
+        """Raises ModelError unless every id has one of the `rows` of an embedding matrix."""
+        beyond = {token: i for token, i in self._backend.added.items() if i >= rows}
+        if beyond:
+            raise ModelError(
+                f"{where}: the special tokens {beyond} lie beyond the embedding matrix, which has "
+                f"{rows} rows; the tokenizer files are of another model, or of one whose matrix "
+                "was never made larger for these tokens: take them out of the files, or give the "
+                "files of this model"
+            )
+        if self.vocab_size > rows:
+            raise ModelError(
+                f"{where}: the tokenizer has {self.vocab_size} tokens, and the embedding matrix "
+                f"{rows} rows; expected the tokenizer files of this model"
+            )
+
+
+def official_tokenizer(kept: Path, *, embeds: bool) -> OfficialTokenizer:
+    """The tokenizer in a folder of official files.
+
+    Args:
+        kept: the folder `official` of a model folder.
+        embeds: whether it is that of an InternVL-C or -G.
+
+    Raises:
+        ModelError: there is none, or it is of a kind that is not read; says what to do.
+    """
+    found = next((kept / name for name in PIECES if (kept / name).is_file()), None)
+    if found is None:
+        raise ModelError(
+            f"{kept.parent} has no tokenizer: looked for a tokenizer.json of ours, and in {kept} "
+            f"for {', '.join(PIECES[:-1])}, and vocab.json with merges.txt; copy the tokenizer "
+            f"files of the official model into {kept}, or import it again from a folder with them"
+        )
+    special = _Special.read(kept)
+    read = _sentencepiece if found.suffix == ".model" else _byte_level
+    return OfficialTokenizer(
+        read(found, special),
+        eos=special.name("eos_token"),
+        embeds=embeds,
+        template=template_name(_json(kept / "config.json")),
+        files={path.name: path.read_bytes() for path in small_files(kept)},
+    )
+
+
+def small_files(folder: Path) -> list[Path]:
+    """What is kept of a model folder beside its weights."""
+    found = [path for pattern in SMALL for path in sorted(folder.glob(pattern))]
+    return [p for p in found if p.is_file() and not p.name.endswith(".index.json")]
+
+
+def template_name(facts: Mapping[str, Any]) -> str | None:
+    """The conversation template that an official config.json names, or that its form implies.
+
+    LLaVA's form is that of InternVL-Chat 1.0 alone; transformers' own of InternVL 2.5 and later.
+    """
+    if facts.get("template"):
+        return facts["template"]
+    if facts.get("model_type") == "llava":
+        return "vicuna_v1"
+    return "internvl2_5" if "text_config" in facts else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Special:
+    """What the JSON files beside a vocabulary say of special tokens."""
+
+    ids: dict[str, int]
+    """of those whose id is told"""
+    names: dict[str, str]
+    """of `NAMES`, as far as there are any"""
+    others: tuple[str, ...]
+    """further special tokens"""
+    swallow: tuple[str, ...]
+    """tokens after which blanks are dropped"""
+    config: dict[str, Any]
+    """tokenizer_config.json"""
+
+    @classmethod
+    def read(cls, kept: Path) -> _Special:
+        config = _json(kept / "tokenizer_config.json")
+        told = _json(kept / "special_tokens_map.json") | {k: v for k, v in config.items() if v}
+        decoder = {int(i): entry for i, entry in config.get("added_tokens_decoder", {}).items()}
+        for entry in decoder.values():
+            if entry.get("lstrip"):
+                raise ModelError(
+                    f"{kept}: {entry['content']!r} drops the blanks before it (lstrip), which is "
+                    "not built here"
+                )
+        ids = {entry["content"]: index for index, entry in decoder.items()}
+        others = told.get("additional_special_tokens", [])
+        return cls(
+            ids=_json(kept / "added_tokens.json") | ids,
+            names={name: _text(told[name]) for name in NAMES if told.get(name)},
+            others=tuple(_text(token) for token in others),
+            swallow=tuple(e["content"] for e in decoder.values() if e.get("rstrip")),
+            config=config,
+        )
+
+    def name(self, role: str) -> str:
+        """The token of a role, by default LLaMA's."""
+        return self.names.get(role, {"bos_token": "<s>", "eos_token": "</s>"}.get(role, "<unk>"))
+
+    def pad(self, ids: Mapping[str, int]) -> str:
+        """What rows are filled up with; it is seen by nobody."""
+        candidates = (self.names.get("pad_token"), self.name("unk_token"), self.name("eos_token"))
+        found = next((token for token in candidates if token in ids), None)
+        if found is None:
+            raise ModelError(
+                f"none of {candidates} is a special token of the official tokenizer; expected "
+                "a pad_token or eos_token in tokenizer_config.json or special_tokens_map.json"
+            )
+        return found
+
+
+def _sentencepiece(path: Path, special: _Special) -> SentencePieceTokenizer:
+    from sentencepiece import SentencePieceProcessor
+
+    processor = SentencePieceProcessor(model_file=str(path))
+    ids = dict(special.ids)
+    for token in dict.fromkeys((*map(special.name, NAMES[:3]), *special.others)):
+        index = processor.piece_to_id(token)
+        if processor.id_to_piece(index) == token:
+            ids.setdefault(token, index)
+    named_ones = [*map(special.name, NAMES[:3]), special.pad(ids), *special.others]
+    begins = special.config.get("add_bos_token", True)
+    blank_once = special.config.get("legacy") is False
+    return SentencePieceTokenizer(
+        path,
+        added=ids,
+        pad=special.pad(ids),
+        begin=special.name("bos_token") if begins else None,
+        blank_once=blank_once,
+        swallow_blanks_after=special.swallow,
+        no_blank_before=named_ones,
+    )
+
+
+def _byte_level(path: Path, special: _Special) -> ByteLevelTokenizer:
+    ids, begin = dict(special.ids), special.names.get("bos_token")
+    facts = _json(path) if path.name == "tokenizer.json" else {}
+    ids |= {token["content"]: token["id"] for token in facts.get("added_tokens", [])}
+    if not facts and special.config.get("tokenizer_class") not in QWEN2:
+        raise ModelError(
+            f"{path} is of a {special.config.get('tokenizer_class')}; of vocab.json and merges.txt "
+            f"only {' and '.join(QWEN2)} are read: give a tokenizer.json, which says how it cuts "
+            "texts into words (transformers writes one)"
+        )
+    begins = special.config.get("add_bos_token")
+    begins = _opens_with(begin, facts.get("post_processor")) if begins is None else begins
+    return ByteLevelTokenizer(
+        path, added=ids, pad=special.pad(ids), begin=begin if begins else None
+    )
+
+
+def _opens_with(begin: str | None, processor: Mapping[str, Any] | None) -> bool:
+    """Whether the post-processor of a tokenizer.json puts the begin token in front of a text."""
+    steps = (processor or {}).get("processors", [processor or {}])
+    first = [step["single"][0] for step in steps if step.get("single")]
+    return begin is not None and {"id": begin, "type_id": 0} in [
+        item.get("SpecialToken") for item in first
+    ]
+
+
+def _text(token: str | Mapping[str, Any]) -> str:
+    return token if isinstance(token, str) else token["content"]
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path} is no JSON: {error}") from None
