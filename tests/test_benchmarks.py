@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from accept.meter import measure as measure_command
 from benchmarks import fp8_gap, harness
@@ -105,6 +106,19 @@ def test_twins_are_a_shorter_stage_1() -> None:
     assert (short.steps, short.fp8) == (90, Fp8Config(recipe="blockwise"))
     assert short.warmup_steps == train.warmup_steps * 90 // train.steps
     assert (short.lr, short.batch_samples) == (train.lr, train.batch_samples)
+
+
+def test_a_start_is_the_same_each_time_and_near_the_stages_own() -> None:
+    def weight_of(start: int) -> torch.Tensor:
+        model = torch.nn.Linear(64, 64)
+        torch.nn.init.ones_(model.weight)
+        fp8_gap.moved(model, start)
+        return model.weight.detach()
+
+    assert torch.equal(weight_of(0), torch.ones(64, 64))
+    assert torch.equal(weight_of(1), weight_of(1))
+    assert not torch.equal(weight_of(1), weight_of(2))
+    assert float(weight_of(1).std()) == pytest.approx(fp8_gap.MOVED, rel=0.1)
 
 
 def test_a_command_is_measured_with_its_children(tmp_path: Path) -> None:
