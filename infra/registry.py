@@ -170,11 +170,19 @@ def resolve_model(ref: str | Path, root: Path | None = None) -> Path:
         return Path(ref)
     root = root or Path(git(Path.cwd(), "rev-parse", "--show-toplevel"))
     version = find_version(root, str(ref))
-    entries, _ = locked_files(root, read(root, version.commit, "dvc.lock") or "", version.path)
     folder = root / "work" / "registry" / version.md5.removesuffix(".dir")[:16]
     if not folder.is_dir():
-        _fetch(root, version, entries, folder)
+        fetch_version(root, version, folder)
     return folder
+
+
+def fetch_version(root: Path, version: Version, folder: Path) -> None:
+    """Copy a registered model out of DVC's cache into a new folder, every file checked.
+
+    Raises DataError if the cache lacks a file, or has another one than was registered.
+    """
+    entries, _ = locked_files(root, read(root, version.commit, "dvc.lock") or "", version.path)
+    _fetch(root, version, entries, folder)
 
 
 def find_version(root: Path, ref: str) -> Version:
