@@ -111,7 +111,7 @@ def lineage_lines(root: Path, model: str) -> list[str]:
     start = origin(root, model)
     lines, sources, starts = [start.title], dict[str, str](), dict[str, str]()
     for step in walk(start):
-        before = [*step.before, *step.starts]
+        before = [*step.before, *sorted(step.starts)]
         after = f"  <- {', '.join(before)}" if before else ""
         lines.append(f"  {step.stage:22s} run key {step.facts['run_key'][:SHORT]}{after}")
         sources |= step.sources
