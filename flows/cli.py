@@ -137,6 +137,10 @@ def import_(
         Path | None,
         typer.Option(help="of a folder in LLaVA's form: the config.json of its vision tower"),
     ] = None,
+    stage: Annotated[
+        str | None,
+        typer.Option(help="of a registered name: what this stage of its run made, pretrain_text"),
+    ] = None,
     profile: Annotated[
         str | None,
         typer.Option(help="also write this file of profiles/, to train on from TARGET"),
@@ -150,7 +154,9 @@ def import_(
 
     root = find_root() if profile else _root_or_none()
     path = new_profile(root, profile, target) if root and profile else None
-    said = bring(root, source, target, kind=kind, config_file=config, tower_config=tower_config)
+    said = bring(
+        root, source, target, stage=stage, kind=kind, config_file=config, tower_config=tower_config
+    )
     for line in said:
         typer.echo(line)
     if root and path:

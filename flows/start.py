@@ -39,6 +39,7 @@ def bring(
     source: str,
     target: Path,
     *,
+    stage: str | None = None,
     kind: str | None = None,
     config_file: Path | None = None,
     tower_config: Path | None = None,
@@ -49,12 +50,15 @@ def bring(
         root: the checkout whose registry is asked and whose paths are named; None: there is none.
         source: a path, or where nothing has it, a registered name.
         target: a folder that is to be.
+        stage: of a registered model: take what this stage of the same run made ("sft@simple").
         kind: as `models.internvl.convert.import_model` takes it, and the other two.
 
     Raises:
         ModelError: there is no such model, or it cannot be had as asked.
     """
     path = Path(source)
+    if path.exists() and stage:
+        raise ModelError(f"--stage is for registered names; {source} is a path, leave it out")
     if path.exists() and not is_model_folder(path):
         return _import(path, target, kind, config_file, tower_config)
     asked = {"--kind": kind, "--config": config_file, "--tower-config": tower_config}
@@ -67,11 +71,10 @@ def bring(
     if root is None:
         raise ModelError(f"{source} does not exist, and registered names need a checkout to ask")
     version = find_version(root, source)
-    fetch_version(root, version, target)
-    _write_origin(
-        target, ref=version.ref, commit=version.commit, path=version.path, md5=version.md5
-    )
-    return [f"{version.ref} is in {target}, every file checked"]
+    made = f"artifacts/{stage.replace('@', '/')}/model" if stage else version.path
+    md5 = fetch_version(root, version, target, made)
+    _write_origin(target, ref=version.ref, commit=version.commit, path=made, md5=md5)
+    return [f"{made} of {version.ref} is in {target}, every file checked"]
 
 
 def describe(origin: dict[str, str] | None) -> str:

@@ -176,13 +176,21 @@ def resolve_model(ref: str | Path, root: Path | None = None) -> Path:
     return folder
 
 
-def fetch_version(root: Path, version: Version, folder: Path) -> None:
+def fetch_version(root: Path, version: Version, folder: Path, path: str | None = None) -> str:
     """Copy a registered model out of DVC's cache into a new folder, every file checked.
 
-    Raises DataError if the cache lacks a file, or has another one than was registered.
+    Args:
+        path: another folder that its run made; None: the model's.
+
+    Returns:
+        Identity of what was copied: DVC's hash.
+
+    Raises DataError if the run made no such folder, or the cache lacks a file or has another one.
     """
-    entries, _ = locked_files(root, read(root, version.commit, "dvc.lock") or "", version.path)
+    lock = read(root, version.commit, "dvc.lock") or ""
+    entries, md5 = locked_files(root, lock, path or version.path)
     _fetch(root, version, entries, folder)
+    return md5
 
 
 def find_version(root: Path, ref: str) -> Version:

@@ -7,7 +7,7 @@ training is refused before it starts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from infra.config import to_dict
 from infra.errors import ModelError
+from infra.fingerprint import sha256_bytes
 from models.internvl.config import PARTS, InternVLConfig
 from models.internvl.folder import is_below, read_config, refuse_other_adapters, weight_shapes
 from models.plan.weights import weights
@@ -36,6 +37,8 @@ class Rule:
     of several the first that the folder has"""
     new: tuple[str, ...]
     """parts, or patterns of them, that may begin from nothing"""
+    speak: tuple[str, ...] = ()
+    """folders that must have one tokenizer: rows of what they give are its tokens"""
 
 
 def _same(*parts: str) -> dict[str, tuple[str, ...]]:
@@ -62,6 +65,7 @@ RULES = {
             "clip_projector2",
             "itm_head",
         ),
+        speak=("model", "head"),
     ),
     "sft@simple": Rule(
         kind="chat_simple",
@@ -141,7 +145,7 @@ def plan_start(
 
     Raises:
         ModelError: a folder is no model, or of another architecture; a part that must not begin
-            from nothing is in none; or two folders have the same part.
+            from nothing is in none; two folders have the same part, or tokenizers that differ.
     """
     rule = RULES[address]
     wanted = {weight.name: weight.shape for weight in weights(rule.kind, config)}
@@ -159,6 +163,7 @@ def plan_start(
                     f"one that you mean for both, in {_key(address)}"
                 )
         fillings.append(filling)
+    _refuse_other_tokenizers([folders[slot] for slot in rule.speak], _key(address), root)
     new = _new_parts(address, folders, wanted, given, root)
     return Start(fillings=tuple(fillings), new=new)
 
@@ -191,6 +196,18 @@ def _filled(filling: Filling, wanted: Shapes, there: Shapes) -> Iterator[str]:
                     f"promises {list(shape)}; the folder is damaged, make it again"
                 )
             yield name
+
+
+def _refuse_other_tokenizers(folders: Sequence[str], key: str, root: Path) -> None:
+    """Equal shapes do not show that row 300 is another word there."""
+    files = [root / folder / "tokenizer.json" for folder in folders]
+    known = {sha256_bytes(file.read_bytes()) for file in files if file.is_file()}
+    if len(known) > 1:
+        raise ModelError(
+            f"{' and '.join(folders)} have different tokenizers; set {key} to folders of one run "
+            "(`vlfoundry import NAME TARGET --stage pretrain_text` takes the text model of a "
+            "registered model's run)"
+        )
 
 
 def _new_parts(

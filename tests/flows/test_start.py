@@ -16,10 +16,12 @@ from infra.stage import ORIGIN_FILE, parameters_of, read_origin
 from models.internvl.config import PARTS, internvl
 from models.internvl.folder import read_config
 from models.internvl.start import RULES, plan_start
+from tests.flows.toy import reproduce
 from tests.starts import CONFIG, make_folder
 
 ROOT = Path(__file__).parents[2]
 MODEL = Path("artifacts/train/a")
+MADE = "artifacts/train/${item.kind}/model"
 STAGES = ("ingest", "pretrain_text", "contrastive", "generative", "sft", "evaluate", "report")
 
 
@@ -36,7 +38,7 @@ def test_a_registered_model_comes_whole_and_says_which_it_is(trained: Path) -> N
     shutil.rmtree(trained / "artifacts")
     target = trained / "data/start/champion"
     said = bring(trained, "champion", target)
-    assert said == [f"toy_a@v0.1.0 is in {target}, every file checked"]
+    assert said == [f"{MODEL} of toy_a@v0.1.0 is in {target}, every file checked"]
     assert sorted(without_origin(target)) == ["config.json", "weights"]
     assert (target / "weights").read_text().startswith("train-a")
     assert read_origin(target) == {
@@ -52,6 +54,8 @@ def test_a_registered_model_comes_whole_and_says_which_it_is(trained: Path) -> N
         bring(trained, "nobody", trained / "data/start/x")
     with pytest.raises(ModelError, match=r"copied as it is; leave out \['--kind'\]"):
         bring(trained, "champion", trained / "data/start/x", kind="vision")
+    with pytest.raises(DataError, match="artifacts/pretrain_text/model is not a folder that dvc"):
+        bring(trained, "champion", trained / "data/start/x", stage="pretrain_text")
     with pytest.raises(ModelError, match="registered names need a checkout"):
         bring(None, "champion", trained / "data/start/x")
     for cached in (trained / ".dvc/cache/files/md5").rglob("*"):
@@ -61,6 +65,23 @@ def test_a_registered_model_comes_whole_and_says_which_it_is(trained: Path) -> N
     with pytest.raises(DataError, match="is damaged"):
         bring(trained, "champion", trained / "data/start/x")
     assert not (trained / "data/start/x").exists()
+
+
+def test_another_model_of_a_registered_run(trained: Path) -> None:
+    """What a team needs beside its champion: the text model that shares its tokenizer."""
+    dvc_yaml = trained / "dvc.yaml"
+    dvc_yaml.write_text(dvc_yaml.read_text().replace("artifacts/train/${item.kind}", MADE))
+    work = trained / "work.py"
+    work.write_text(work.read_text().replace("*sys.argv[1:])\nout", '*sys.argv[1:], "model")\nout'))
+    reproduce(trained)
+    register_model(trained, Path("artifacts/train/a/model"), promote="champion")
+    bring(trained, "champion", trained / "data/start/b", stage="train@b")
+    assert (trained / "data/start/b/weights").read_text().startswith("train-b")
+    origin = read_origin(trained / "data/start/b")
+    assert origin is not None
+    assert (origin["ref"], origin["path"]) == ("toy_a@v0.1.0", "artifacts/train/b/model")
+    with pytest.raises(ModelError, match="--stage is for registered names"):
+        bring(trained, str(trained / "data/start/b"), trained / "data/start/x", stage="train@b")
 
 
 def test_a_folder_of_ours_comes_whole_and_keeps_its_origin(tmp_path: Path) -> None:

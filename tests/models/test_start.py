@@ -286,6 +286,18 @@ def test_adapters_go_on_or_begin(tmp_path: Path) -> None:
         plan(tmp_path, "sft@simple", **both)
 
 
+def test_a_head_of_another_tokenizer_is_refused(tmp_path: Path) -> None:
+    """After new data pretrain_text has other tokens than last week's model."""
+    folders = {"model": "internvl_c", "head": "text"}
+    plan(tmp_path, "generative", **folders)
+    for folder, content in (("internvl_c", "{}"), ("text", "{} ")):
+        (tmp_path / folder / "tokenizer.json").write_text(content, "utf-8")
+    with pytest.raises(ModelError, match=r"text have different tokenizers; set generative\.start"):
+        plan(tmp_path, "generative", **folders)
+    (tmp_path / "text/tokenizer.json").write_text("{}", "utf-8")
+    assert set(plan(tmp_path, "generative", **folders).new) == QUERIES
+
+
 def test_damaged_folders_are_refused(tmp_path: Path) -> None:
     make_folder(tmp_path / "half", "internvl_c", without="vision.decoder.layers.1")
     with pytest.raises(ModelError, match=r"only a part of 'vision'; make the folder again"):
