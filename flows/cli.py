@@ -119,8 +119,11 @@ def parity(
 @app.command("import")
 def import_(
     source: Annotated[
-        Path,
-        typer.Argument(help="a folder with config.json and safetensors or .bin files; or a .pth"),
+        str,
+        typer.Argument(
+            help="a folder with config.json and safetensors or .bin files; or a .pth; or a model "
+            "folder of ours, or a registered name"
+        ),
     ],
     target: Annotated[Path, typer.Argument(help="the model folder to make")],
     kind: Annotated[
@@ -134,17 +137,38 @@ def import_(
         Path | None,
         typer.Option(help="of a folder in LLaVA's form: the config.json of its vision tower"),
     ] = None,
+    stage: Annotated[
+        str | None,
+        typer.Option(help="of a registered name: what this stage of its run made, pretrain_text"),
+    ] = None,
+    profile: Annotated[
+        str | None,
+        typer.Option(help="also write this file of profiles/, to train on from TARGET"),
+    ] = None,
 ) -> None:
-    """Make a model folder of official weights: InternViT, InternVL-14B, InternVL-Chat.
+    """Make a model folder of official weights, or of a model of ours, to train on from.
 
     Every tensor is accounted for, and kept in the type it has. Code in a pickle is never run.
     """
-    from models.internvl.convert import import_model
+    from flows.start import bring, new_profile, write_profile
 
-    done = import_model(source, target, kind=kind, config_file=config, tower_config=tower_config)
-    typer.echo(f"{source} ({done.format}) is the {done.kind} in {target}: {done.summary}")
-    if done.left_out:
-        typer.echo(f"left out: {', '.join(done.left_out)}")
+    root = find_root() if profile else _root_or_none()
+    path = new_profile(root, profile, target) if root and profile else None
+    said = bring(
+        root, source, target, stage=stage, kind=kind, config_file=config, tower_config=tower_config
+    )
+    for line in said:
+        typer.echo(line)
+    if root and path:
+        command = write_profile(root, path, target)
+        typer.echo(f"profiles/{path.name} is written: {command}")
+
+
+def _root_or_none() -> Path | None:
+    try:
+        return find_root()
+    except ConfigError:
+        return None
 
 
 @app.command()

@@ -11,10 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from flows.start import describe
 from infra.config import parse_value
 from infra.errors import DataError
 from infra.git import read
 from infra.registry import find_version, locked_file
+from infra.stage import read_origin
 
 LINEAGE_FILE = "lineage.json"
 RECORDS = "artifacts/ingest/records.parquet"
@@ -35,6 +37,8 @@ class Step:
     """Its lineage.json."""
     sources: dict[str, str]
     """Inputs that no stage made: {path: sha256}."""
+    starts: dict[str, str]
+    """Those of them that are models which training went on from: {path: their origin in words}."""
     before: tuple[str, ...]
     """Stages that made its other inputs."""
 
@@ -75,7 +79,9 @@ def walk(start: Origin) -> Iterator[Step]:
     made = {out["path"]: name for name, stage in stages.items() for out in stage.get("outs", [])}
     first = _maker(made, start.path)
     if first is None:
-        raise DataError(f"{start.path}: no stage of dvc.lock made it, so nothing is known of it")
+        came = read_origin(start.root / start.path)
+        known = f"it is {describe(came)}" if came else "so nothing is known of it"
+        raise DataError(f"{start.path}: no stage of dvc.lock made it, {known}")
     waiting, seen = [(first, 0)], {first}
     while waiting:
         name, depth = waiting.pop(0)
@@ -87,8 +93,14 @@ def walk(start: Origin) -> Iterator[Step]:
                 sources[path] = digest
             elif maker not in before:
                 before.append(maker)
+        origins = facts.get("starts", {})
         yield Step(
-            stage=name, depth=depth, facts=facts, sources=sources, before=tuple(sorted(before))
+            stage=name,
+            depth=depth,
+            facts=facts,
+            sources=sources,
+            starts={path: describe(origins[path]) for path in sources if path in origins},
+            before=tuple(sorted(before)),
         )
         waiting += [(earlier, depth + 1) for earlier in sorted(before) if earlier not in seen]
         seen.update(before)
@@ -97,14 +109,18 @@ def walk(start: Origin) -> Iterator[Step]:
 def lineage_lines(root: Path, model: str) -> list[str]:
     """The way back as text."""
     start = origin(root, model)
-    lines, sources = [start.title], dict[str, str]()
+    lines, sources, starts = [start.title], dict[str, str](), dict[str, str]()
     for step in walk(start):
-        after = f"  <- {', '.join(step.before)}" if step.before else ""
+        before = [*step.before, *sorted(step.starts)]
+        after = f"  <- {', '.join(before)}" if before else ""
         lines.append(f"  {step.stage:22s} run key {step.facts['run_key'][:SHORT]}{after}")
         sources |= step.sources
-    lines.append("source files:")
-    lines += [f"  {path:34s} sha256 {digest[:SHORT]}" for path, digest in sorted(sources.items())]
-    return lines
+        starts |= step.starts
+    files = {path: f"sha256 {digest[:SHORT]}" for path, digest in sorted(sources.items())}
+    if starts:
+        lines.append("models that it went on from (their rows are not among those of this run):")
+        lines += [f"  {path:34s} {files.pop(path)}  {starts[path]}" for path in sorted(starts)]
+    return [*lines, "source files:", *(f"  {path:34s} {digest}" for path, digest in files.items())]
 
 
 def write_rows(root: Path, model: str, out: Path) -> int:

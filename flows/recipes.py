@@ -1,7 +1,8 @@
 """Published training runs as profiles: a file of profiles/ with a section `recipe`.
 
 A recipe's model starts from a named flavour, not from params.yaml's, and every section that it
-has stands for itself: nothing of params.yaml's shows through. Other sections are params.yaml's.
+has stands for itself: nothing of params.yaml's shows through but the folders that a stage starts
+from (`start`). Other sections are params.yaml's.
 """
 
 import dataclasses
@@ -9,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from infra.config import build, load_params, merge
+from infra.config import build, load_params, merge, to_dict
 from infra.errors import ConfigError
 
 PROFILES = "profiles"
@@ -87,11 +88,28 @@ def with_profile(params: Mapping[str, Any], root: Path, name: str) -> dict[str, 
     """
     changes = load_params(profile_path(root, name))
     if SECTION not in changes:
-        return merge(params, changes)
+        return merge(_with_whole_model(params) if "model" in changes else params, changes)
     recipe = _header(name, changes)
-    sections = {key: value for key, value in changes.items() if key not in (SECTION, "model")}
+    sections = {
+        key: _with_start(value, params.get(key))
+        for key, value in changes.items()
+        if key not in (SECTION, "model")
+    }
     model = merge(_flavour(recipe), changes.get("model", {}), "model")
     return {**params, **sections, "model": model}
+
+
+def _with_whole_model(params: Mapping[str, Any]) -> dict[str, Any]:
+    """A profile may set any field of the model, not only those that params.yaml has."""
+    from models.internvl.config import InternVLConfig
+
+    return {**params, "model": to_dict(build(InternVLConfig, params["model"], "model"))}
+
+
+def _with_start(section: Any, default: Any) -> Any:
+    if isinstance(section, Mapping) and isinstance(default, Mapping) and "start" in default:
+        return {"start": default["start"], **section}
+    return section
 
 
 def _header(name: str, content: Mapping[str, Any]) -> Recipe:

@@ -8,6 +8,8 @@ worktree of the working tree as it is now, with the merged params.yaml and the s
 import dataclasses
 import hashlib
 import io
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from infra.config import PARAMS_FILE, apply_overrides, canonical_json, load_para
 from infra.errors import ConfigError
 from infra.git import git, snapshot
 from infra.registry import cache_folder
+from infra.stage import START_FOLDER
 
 KEPT_FILES = ("dvc.lock",)
 """What a workspace keeps of its own when it is brought up to date."""
@@ -53,8 +56,9 @@ class Variation:
 def prepare(root: Path, variation: Variation, folder: Path | None = None) -> Path:
     """Make or bring up to date the workspace of a variation; its path.
 
-    Its sources are the working tree of `root` as it is, uncommitted changes included. Outputs and
-    state of an earlier run in the same workspace stay: they are what a second run goes on from.
+    Its sources are the working tree of `root` as it is, uncommitted changes included, and the
+    models of data/start. Outputs and state of an earlier run in the same workspace stay: they are
+    what a second run goes on from.
     """
     params = variation.apply(root)
     folder = (folder or root / "work" / "workspaces" / variation.name).resolve()
@@ -72,7 +76,8 @@ def prepare(root: Path, variation: Variation, folder: Path | None = None) -> Pat
         git(root, "worktree", "prune")
         git(root, "worktree", "add", "--quiet", "--detach", str(folder), commit)
     _share_cache(root, folder)
-    (folder / PARAMS_FILE).write_text(_yaml_text(params), encoding="utf-8")
+    _share_starts(root, folder)
+    (folder / PARAMS_FILE).write_text(yaml_text(params), encoding="utf-8")
     return folder
 
 
@@ -93,7 +98,30 @@ def _share_cache(root: Path, folder: Path) -> None:
         parser.write(file)
 
 
-def _yaml_text(params: dict[str, Any]) -> str:
+def _share_starts(root: Path, folder: Path) -> None:
+    """Model folders that training starts from are no part of git: hard links to their files."""
+    for start in sorted(path for path in (root / START_FOLDER).glob("*") if path.is_dir()):
+        target = folder / START_FOLDER / start.name
+        if _listing(target) != _listing(start):
+            shutil.rmtree(target, ignore_errors=True)
+            shutil.copytree(start, target, copy_function=_link)
+
+
+def _listing(folder: Path) -> dict[str, tuple[int, int]]:
+    """Size and time of change of each file."""
+    files = {p.relative_to(folder).as_posix(): p.stat() for p in folder.rglob("*") if p.is_file()}
+    return {name: (facts.st_size, facts.st_mtime_ns) for name, facts in files.items()}
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system
+        shutil.copy2(source, target)
+
+
+def yaml_text(params: dict[str, Any]) -> str:
+    """Parameters as YAML, in their order."""
     from ruamel.yaml import YAML
 
     yaml = YAML(typ="safe", pure=True)

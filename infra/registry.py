@@ -170,11 +170,27 @@ def resolve_model(ref: str | Path, root: Path | None = None) -> Path:
         return Path(ref)
     root = root or Path(git(Path.cwd(), "rev-parse", "--show-toplevel"))
     version = find_version(root, str(ref))
-    entries, _ = locked_files(root, read(root, version.commit, "dvc.lock") or "", version.path)
     folder = root / "work" / "registry" / version.md5.removesuffix(".dir")[:16]
     if not folder.is_dir():
-        _fetch(root, version, entries, folder)
+        fetch_version(root, version, folder)
     return folder
+
+
+def fetch_version(root: Path, version: Version, folder: Path, path: str | None = None) -> str:
+    """Copy a registered model out of DVC's cache into a new folder, every file checked.
+
+    Args:
+        path: another folder that its run made; None: the model's.
+
+    Returns:
+        Identity of what was copied: DVC's hash.
+
+    Raises DataError if the run made no such folder, or the cache lacks a file or has another one.
+    """
+    lock = read(root, version.commit, "dvc.lock") or ""
+    entries, md5 = locked_files(root, lock, path or version.path)
+    _fetch(root, version, entries, folder)
+    return md5
 
 
 def find_version(root: Path, ref: str) -> Version:

@@ -12,6 +12,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import posixpath
 import signal
 import sys
 import time
@@ -27,6 +28,9 @@ from infra.runkey import import_closure, run_key
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 LINEAGE_FORMAT = "vlfoundry.lineage.v1"
+START_FOLDER = "data/start"
+ORIGIN_FILE = "origin.json"
+"""in a model folder: which model it is a copy of, or what it was imported from"""
 RECORDED_PACKAGES = ("torch", "megatron-core", "numpy", "pillow", "dvc", "prefect")
 
 
@@ -52,6 +56,8 @@ class Stage:
     """Names of a matrix stage, e.g. ("simple", "full")."""
     variant_inputs: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     """Further inputs that only some variants read."""
+    starts: Callable[[Any, str | None], tuple[str, ...]] = lambda _config, _variant: ()
+    """Further inputs, which the config names: model folders that the stage starts from."""
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -69,7 +75,7 @@ class Stage:
             stage=self,
             variant=variant,
             address=f"{self.name}@{variant}" if variant else self.name,
-            inputs=tuple(path.format(variant=variant) for path in inputs),
+            fixed_inputs=tuple(path.format(variant=variant) for path in inputs),
             outputs=tuple(path.format(variant=variant) for path in self.outputs),
             lineage=f"{folder}/lineage.json",
         )
@@ -82,9 +88,27 @@ class Bound:
     stage: Stage
     variant: str | None
     address: str
-    inputs: tuple[str, ...]
+    fixed_inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     lineage: str
+
+    def inputs(self, config: Any) -> tuple[str, ...]:
+        """What a run with this config reads, each once. Raises ConfigError as `starts` does."""
+        return tuple(dict.fromkeys((*self.fixed_inputs, *self.starts(config))))
+
+    def starts(self, config: Any) -> tuple[str, ...]:
+        """The model folders among them that the config names, each once.
+
+        Raises ConfigError if one is what the stage itself makes: DVC removes that first.
+        """
+        folders = tuple(dict.fromkeys(self.stage.starts(config, self.variant)))
+        for folder in folders:
+            if any(_overlap(folder, output) for output in self.outputs):
+                raise ConfigError(
+                    f"stage {self.address} makes {folder} and cannot start from it; copy it with "
+                    f"`vlfoundry import {folder} {START_FOLDER}/NAME` and start from there"
+                )
+        return folders
 
 
 class Context:
@@ -147,6 +171,21 @@ def parameters_of(stage: Stage, params: dict[str, Any]) -> Any:
     return build(stage.config, {key: params[key] for key in stage.parameters})
 
 
+def check_folders(where: str, start: Any) -> None:
+    """Raises ConfigError unless each field of a config is a folder as DVC and lineage spell it."""
+    for field in dataclasses.fields(start):
+        path, key = getattr(start, field.name), f"{where}.{field.name}"
+        spelled = posixpath.normpath(path)
+        outside = spelled in (".", "..") or spelled.startswith("../")
+        if outside or path.startswith(("/", "~")) or "://" in path:
+            raise ConfigError(
+                f"{key} is {path!r}, expected a folder inside of the checkout, relative to its "
+                f"root; `vlfoundry import SOURCE {START_FOLDER}/NAME` puts one there"
+            )
+        if spelled != path:
+            raise ConfigError(f"{key} is {path!r}; write it as {spelled!r}")
+
+
 def _main(stage: Stage, arguments: list[str]) -> int:
     dry_run = "--dry-run" in arguments
     assignments = [argument for argument in arguments if argument != "--dry-run"]
@@ -167,18 +206,32 @@ def _main(stage: Stage, arguments: list[str]) -> int:
 
 
 def _key_facts(bound: Bound, config: Any, root: Path) -> dict[str, Any]:
-    for path in bound.inputs:
+    inputs, starts = bound.inputs(config), bound.starts(config)
+    for path in inputs:
         if not (root / path).exists():
-            raise DataError(f"input {path} does not exist; `dvc repro {bound.address}` makes it")
+            raise DataError(_missing(path, bound))
     sources = import_closure(f"stages.{bound.stage.name}", root)
     return {
         "parameters": {
             **to_dict(config),
             **({"variant": bound.variant} if bound.variant else {}),
         },
-        "inputs": {path: fingerprint(root / path) for path in bound.inputs},
+        "inputs": {path: fingerprint(root / path) for path in inputs},
         "sources": [path.as_posix() for path in sources],
+        **({"starts": {path: read_origin(root / path) for path in starts}} if starts else {}),
     }
+
+
+def read_origin(folder: Path) -> dict[str, str] | None:
+    """What a model folder says of where it came from; None: nothing."""
+    path = folder / ORIGIN_FILE
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def _missing(path: str, bound: Bound) -> str:
+    if Path(path).is_relative_to(START_FOLDER):
+        return f"{path} does not exist; `vlfoundry import SOURCE {path}` makes it of a model"
+    return f"input {path} does not exist; `dvc repro {bound.address}` makes it"
 
 
 def _run(bound: Bound, config: Any, context: Context, facts: dict[str, Any]) -> None:
@@ -237,10 +290,14 @@ def _plan(bound: Bound, config: Any) -> str:
         f"stage {bound.address}",
         f"  parameters {canonical_json(to_dict(config))}",
     ]
-    for path in bound.inputs:
+    for path in bound.inputs(config):
         lines.append(f"  reads  {path}{'' if Path(path).exists() else '  (does not exist yet)'}")
     lines += [f"  writes {path}" for path in (*bound.outputs, bound.lineage)]
     return "\n".join(lines)
+
+
+def _overlap(one: str, other: str) -> bool:
+    return Path(one).is_relative_to(other) or Path(other).is_relative_to(one)
 
 
 def _versions() -> dict[str, str]:

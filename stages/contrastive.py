@@ -6,7 +6,7 @@ part; the text tower starts from text pre-training at a lower learning rate.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 
 import numpy as np
@@ -15,19 +15,30 @@ from infra.errors import ConfigError
 from infra.images import AugmentConfig, augment, uniforms
 from infra.loader import ShardSet
 from infra.pairs import PairStream
-from infra.stage import Context, Stage, main
+from infra.stage import Context, Stage, check_folders, main
 from infra.train.config import TrainConfig
 from infra.train.session import Job, Place, train
 from models.internvl.config import InternVLConfig
 from models.internvl.cut import check_layout
+from models.internvl.start import Start, plan_start
 from models.objectives.contrastive import ContrastiveConfig
 
 SHARDS = "artifacts/shard/stage1"
-TEXT_MODEL = "artifacts/pretrain_text/model"
 MODEL = "artifacts/contrastive/model"
 HISTORY = "artifacts/contrastive/history.json"
 MASK_STREAM = 1 << 32
 """added to the seed, so that masks do not follow the augmentation's numbers"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartConfig:
+    """What stage 1 starts from."""
+
+    model: str = "artifacts/pretrain_text/model"
+    """a text model, or a model of both towers to go on from; its tokenizer stays"""
+
+    def __post_init__(self) -> None:
+        check_folders("contrastive.start", self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +47,8 @@ class ContrastiveStageConfig:
 
     train: TrainConfig
     """optimizer and schedule; a sample is one picture with its captions"""
+    start: StartConfig = field(default_factory=StartConfig)
+    """folder whose parts the model starts from (models.internvl.start)"""
     captions: int = 4
     """captions that each picture learns from in one step, each beside all other pictures' """
     max_tokens: int = 32
@@ -76,6 +89,7 @@ class Config:
 
 def run(config: Config, context: Context) -> None:
     """Train both towers on the funnel's pairs."""
+    _start(config, context).announce(context.log, context.record)
     train(
         context,
         config.contrastive.train,
@@ -84,6 +98,16 @@ def run(config: Config, context: Context) -> None:
         model_folder=MODEL,
         history=HISTORY,
     )
+
+
+def _architecture(config: Config) -> InternVLConfig:
+    with_bias = config.contrastive.objective.loss == "sigmoid"
+    return config.model.for_sigmoid() if with_bias else config.model
+
+
+def _start(config: Config, context: Context) -> Start:
+    folders = asdict(config.contrastive.start)
+    return plan_start("contrastive", _architecture(config), folders, context.root)
 
 
 def kept_patches(
@@ -103,7 +127,7 @@ def job(config: Config, context: Context, place: Place) -> Job:
     import torch
 
     from models.common.draws import drop_samples
-    from models.internvl.load import load_parts, load_tokenizer, save_model
+    from models.internvl.load import load_tokenizer, save_model
     from models.internvl.model import build
     from models.internvl.prompts import SUMMARIZE
     from models.objectives.contrastive import Contrastive
@@ -115,11 +139,10 @@ def job(config: Config, context: Context, place: Place) -> Job:
         size_px: PairStream(shards, seed=config.seed, size_px=size_px, captions=options.captions)
         for size_px in {vision.image_px, masked_px}
     }
-    tokenizer = load_tokenizer(context.path(TEXT_MODEL))
-    with_bias = options.objective.loss == "sigmoid"
-    architecture = config.model.for_sigmoid() if with_bias else config.model
+    tokenizer = load_tokenizer(context.path(options.start.model))
+    architecture = _architecture(config)
     model = build("internvl_c", architecture, seed=config.seed)
-    load_parts(model, context.path(TEXT_MODEL), {"text": "text"})
+    _start(config, context).fill(model, context.root)
     unmasked_from = round(options.train.steps * (1 - options.unmasked_share))
 
     def batch_at(step: int) -> dict[str, torch.Tensor]:
@@ -154,9 +177,10 @@ def job(config: Config, context: Context, place: Place) -> Job:
 STAGE = Stage(
     name="contrastive",
     config=Config,
-    inputs=(SHARDS, TEXT_MODEL),
+    inputs=(SHARDS,),
     outputs=(MODEL, HISTORY),
     run=run,
+    starts=lambda config, _variant: (config.contrastive.start.model,),
 )
 
 if __name__ == "__main__":

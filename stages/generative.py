@@ -5,25 +5,37 @@ Three losses of equal weight: image-text contrast, matching, and captioning, on 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
 from infra.images import AugmentConfig, augment
 from infra.loader import ShardSet
 from infra.pairs import PairStream
-from infra.stage import Context, Stage, main
+from infra.stage import Context, Stage, check_folders, main
 from infra.train.config import TrainConfig
 from infra.train.session import Job, Place, train
 from models.internvl.config import InternVLConfig
 from models.internvl.cut import check_layout
+from models.internvl.start import Start, plan_start
 from models.objectives.generative import GenerativeConfig
 
 SHARDS = "artifacts/shard/stage2"
-STAGE1 = "artifacts/contrastive/model"
-TEXT_MODEL = "artifacts/pretrain_text/model"
 MODEL = "artifacts/generative/model"
 HISTORY = "artifacts/generative/history.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartConfig:
+    """What stage 2 starts from."""
+
+    model: str = "artifacts/contrastive/model"
+    """an InternVL-C, or an InternVL-G to go on from; its tokenizer stays"""
+    head: str = "artifacts/pretrain_text/model"
+    """the text tower's head onto words: of a text model, or the InternVL-G again"""
+
+    def __post_init__(self) -> None:
+        check_folders("generative.start", self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +44,8 @@ class GenerativeStageConfig:
 
     train: TrainConfig
     """optimizer and schedule; a sample is one picture with one caption"""
+    start: StartConfig = field(default_factory=StartConfig)
+    """folders whose parts the model starts from (models.internvl.start)"""
     max_tokens: int = 32
     """longest caption, prompt and special tokens included; a longer one is cut"""
     trainable: tuple[str, ...] = ("stage2",)
@@ -53,6 +67,7 @@ class Config:
 
 def run(config: Config, context: Context) -> None:
     """Train the new parts on top of stage 1's frozen towers."""
+    _start(config, context).announce(context.log, context.record)
     train(
         context,
         config.generative.train,
@@ -63,22 +78,24 @@ def run(config: Config, context: Context) -> None:
     )
 
 
+def _start(config: Config, context: Context) -> Start:
+    folders = asdict(config.generative.start)
+    return plan_start("generative", config.model, folders, context.root)
+
+
 def _job(config: Config, context: Context, place: Place) -> Job:
     from models.common.draws import drop_samples
     from models.internvl.freeze import freeze
-    from models.internvl.load import load_parts, load_tokenizer, save_model
+    from models.internvl.load import load_tokenizer, save_model
     from models.internvl.model import build
     from models.objectives.generative import Generative
     from models.preprocess import standardise
 
     options, size_px = config.generative, config.model.vision.image_px
     pairs = PairStream(ShardSet(context.path(SHARDS)), seed=config.seed, size_px=size_px)
-    tokenizer = load_tokenizer(context.path(STAGE1))
+    tokenizer = load_tokenizer(context.path(options.start.model))
     model = build("internvl_g", config.model, seed=config.seed)
-    load_parts(model, context.path(TEXT_MODEL), {"text.head": "text.head"})
-    # A bias that stage 1 learnt by the sigmoid loss stays behind: in a softmax it would cancel.
-    shared = ("vision", "text", "clip_projector", "text_projection", "logit_scale")
-    load_parts(model, context.path(STAGE1), {part: part for part in shared})
+    _start(config, context).fill(model, context.root)
     freeze(model, options.trainable)
 
     def batch_at(step: int) -> dict[str, Any]:
@@ -119,9 +136,10 @@ def text_rows(tokenizer: Any, metas: list[dict[str, Any]], max_tokens: int) -> d
 STAGE = Stage(
     name="generative",
     config=Config,
-    inputs=(SHARDS, STAGE1, TEXT_MODEL),
+    inputs=(SHARDS,),
     outputs=(MODEL, HISTORY),
     run=run,
+    starts=lambda config, _variant: tuple(asdict(config.generative.start).values()),
 )
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ pictures, so every answer is known exactly; chat files of `data/chat` may join t
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -19,12 +19,13 @@ from infra.images import decode_rgba, uniforms
 from infra.loader import ShardSet, rank_slice
 from infra.packing import pack
 from infra.scenes import KINDS, Drawing, Scene, compose, conversation, pick
-from infra.stage import Context, Stage, main
+from infra.stage import Context, Stage, check_folders, main
 from infra.train.config import TrainConfig
 from infra.train.session import Job, Place, train
 from models.common.config import LoraConfig
 from models.internvl.config import InternVLConfig
 from models.internvl.cut import check_layout
+from models.internvl.start import Start, plan_start
 from models.objectives.next_token import NextTokenConfig
 
 if TYPE_CHECKING:
@@ -38,20 +39,11 @@ SHARDS = "artifacts/shard/stage2"
 CHAT_DATA = "data/chat"
 SCENES = "scenes"
 """the source of questions that needs no file"""
-PARTS = {
-    "simple": {
-        "artifacts/contrastive/model": {"vision": "vision"},
-        "artifacts/pretrain_text/model": {"language": "text"},
-    },
-    "full": {
-        "artifacts/generative/model": {"text": "text"},
-        "artifacts/sft/simple/model": {part: part for part in ("vision", "connector", "language")},
-    },
-}
-"""what each variant starts from: folder -> {part of the new model: part in the folder}"""
 TOWERS = ("vision", "text", "language")
 """what can have adapters"""
 KIND = {"simple": "chat_simple", "full": "chat_full"}
+WRITES = {"simple": "language", "full": "chat"}
+"""which folder of `start` has the language model, and with it the tokenizer"""
 SCENE_STREAM = 1 << 33
 """added to the seed, so that scenes do not repeat another stage's numbers"""
 
@@ -67,11 +59,51 @@ class SourceConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SimpleStart:
+    """What Chat simple starts from."""
+
+    vision: str = "artifacts/contrastive/model"
+    """a model with a vision tower"""
+    language: str = "artifacts/pretrain_text/model"
+    """a chat model, whose connector goes on too, or a text model; its tokenizer stays"""
+
+    def __post_init__(self) -> None:
+        check_folders("sft.start.simple", self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FullStart:
+    """What Chat full starts from."""
+
+    qllama: str = "artifacts/generative/model"
+    """an InternVL-G, or a Chat full to go on from"""
+    chat: str = "artifacts/sft/simple/model"
+    """a chat model: vision tower, connectors, language model; its tokenizer stays"""
+
+    def __post_init__(self) -> None:
+        check_folders("sft.start.full", self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartConfig:
+    """What each variant starts from."""
+
+    simple: SimpleStart = field(default_factory=SimpleStart)
+    full: FullStart = field(default_factory=FullStart)
+
+    def folders(self, variant: str | None) -> dict[str, str]:
+        """Of one variant, by what they are for."""
+        return asdict(self.full if variant == "full" else self.simple)
+
+
+@dataclass(frozen=True, kw_only=True)
 class SftStageConfig:
     """Options of stage 3."""
 
     train: dict[str, TrainConfig]
     """for each variant optimizer and schedule; a sample is one scene with one question"""
+    start: StartConfig = field(default_factory=StartConfig)
+    """folders whose parts the model starts from (models.internvl.start)"""
     trainable: tuple[str, ...] = ("sft", "vision")
     """what is trained (models.internvl.freeze)"""
     lora: dict[str, LoraConfig] = field(default_factory=dict)
@@ -148,6 +180,7 @@ def run(config: Config, context: Context) -> None:
     """Train one of the chat models."""
     assert context.variant
     folder = f"artifacts/sft/{context.variant}"
+    _start(config, context).announce(context.log, context.record)
     train(
         context,
         config.sft.train[context.variant],
@@ -156,6 +189,16 @@ def run(config: Config, context: Context) -> None:
         model_folder=f"{folder}/model",
         history=f"{folder}/history.json",
     )
+
+
+def _architecture(config: Config) -> InternVLConfig:
+    lora = config.sft.lora
+    return config.model.with_lora(**lora) if lora else config.model
+
+
+def _start(config: Config, context: Context) -> Start:
+    folders = config.sft.start.folders(context.variant)
+    return plan_start(context.bound.address, _architecture(config), folders, context.root)
 
 
 class SceneQuestions:
@@ -270,22 +313,20 @@ def _job(config: Config, context: Context, place: Place) -> Job:
     from models.chat.examples import packed, padded
     from models.common.draws import drop_samples
     from models.internvl.freeze import freeze
-    from models.internvl.load import load_parts, load_tokenizer, save_model
+    from models.internvl.load import load_tokenizer, save_model
     from models.internvl.model import build
     from models.objectives.next_token import ChatObjective
     from models.preprocess import normalise
 
     assert context.variant
-    options, kind, starts = config.sft, KIND[context.variant], PARTS[context.variant]
+    options, kind = config.sft, KIND[context.variant]
     batch = options.train[context.variant].batch_samples
-    # Texts are those of the language model, wherever the other parts come from.
-    speaks = next(folder for folder, parts in starts.items() if "language" in parts)
-    tokenizer = load_tokenizer(context.path(speaks))
+    folders = options.start.folders(context.variant)
+    tokenizer = load_tokenizer(context.path(folders[WRITES[context.variant]]))
     dialogue = tokenizer.dialogue
-    architecture = config.model.with_lora(**options.lora) if options.lora else config.model
+    architecture = _architecture(config)
     model = build(kind, architecture, seed=config.seed)
-    for folder, parts in starts.items():
-        load_parts(model, context.path(folder), parts)
+    _start(config, context).fill(model, context.root)
     freeze(model, options.trainable)
     stream = _stream(config, context, dialogue)
 
@@ -349,7 +390,7 @@ STAGE = Stage(
     outputs=("artifacts/sft/{variant}/model", "artifacts/sft/{variant}/history.json"),
     run=run,
     variants=tuple(KIND),
-    variant_inputs={variant: tuple(folders) for variant, folders in PARTS.items()},
+    starts=lambda config, variant: tuple(config.sft.start.folders(variant).values()),
 )
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from models.connector.config import ConnectorConfig
 from models.internvit import hf as vision_hf
 from models.internvl import hf
 from models.internvl.config import PARTS, InternVLConfig
-from models.internvl.load import read_config, write_config
+from models.internvl.folder import read_config, refuse_overwriting, write_config
 from models.internvl.lora import BASE_LAYER, MergedFiles, adapters, peft_keys
 from models.tokenizer import IMG_CONTEXT_ID
 
@@ -173,7 +173,7 @@ def import_model(
     except KeyError as error:
         raise ModelError(f"{config_file} lacks {error.args[0]!r}") from None
     found = adapters(config, form.kind)
-    _refuse_overwriting(target)
+    refuse_overwriting(target)
     with TensorFiles(source) as files:
         base_layer = any(BASE_LAYER in n for n in files.facts)
         whole = list(peft_keys(form.keys(config, form.kind), found, base_layer=base_layer))
@@ -224,7 +224,7 @@ def export_model(folder: str | Path, target: str | Path, format: str) -> Convers
     config = config.with_lora() if found else config
     table = list(FORMATS[format].keys(config, kind))
     facts = _official_config(folder, config, kind, format)
-    _refuse_overwriting(target)
+    refuse_overwriting(target)
     with TensorFiles(folder / "weights.safetensors") as files:
         merged = MergedFiles(files, found)
         there = {n: fact.shape for n, fact in merged.facts.items()}
@@ -254,7 +254,7 @@ def merge_model(folder: str | Path, target: str | Path) -> int:
     found = adapters(config, kind)
     if not found:
         raise ModelError(f"{folder} has no adapters: there is nothing to merge")
-    _refuse_overwriting(target)
+    refuse_overwriting(target)
     with TensorFiles(folder / "weights.safetensors") as files:
         merged = MergedFiles(files, found)
         tensors = ((name, merged.read(name)) for name in merged.facts)
@@ -344,11 +344,6 @@ def _refuse_unless_held(folder: Path, kind: str, format: str) -> None:
         f"{folder} is a {kind} and cannot be written as {FORMATS[format].about}: "
         f"{'; '.join(reasons)}; {advice}"
     )
-
-
-def _refuse_overwriting(target: Path) -> None:
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ModelError(f"{target} is there already; name a folder that is not, or is empty")
 
 
 def _import_tensors(files: TensorFiles, table: Sequence[Key], path: Path) -> dict[str, TensorFacts]:

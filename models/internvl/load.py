@@ -6,7 +6,6 @@ with whatever is trained from these, in the folder `official`.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,20 +13,25 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
-from infra.config import build as build_config
-from infra.config import to_dict
 from infra.errors import ModelError
 from infra.train.weights import gather_weights, load_weights, pieces, write_safetensors
 from models.chat.official import KEPT, official_tokenizer
 from models.internvl.config import CAPABILITIES, PARTS, InternVLConfig
+from models.internvl.folder import (
+    is_below,
+    read_config,
+    refuse_other_adapters,
+    weight_shapes,
+    write_config,
+)
 from models.internvl.model import Chunks, InternVL, build
 from models.internvl.prompts import SUMMARIZE
 from models.preprocess import normalise, resize
 from models.tokenizer import TextTokenizer, Tokenizer, pad
 
-FORMAT = "vlfoundry.model.v1"
 BATCH = 64
 """images or texts a forward pass takes"""
 
@@ -50,29 +54,6 @@ def save_model(
     (folder / "tokenizer.json").unlink(missing_ok=True)
     shutil.rmtree(folder / KEPT, ignore_errors=True)
     tokenizer.save_to(folder)
-
-
-def write_config(folder: Path, kind: str, config: InternVLConfig) -> None:
-    """Write the `config.json` of a model folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    facts = {"format": FORMAT, "kind": kind, "model": to_dict(config)}
-    text = json.dumps(facts, indent=2, sort_keys=True, ensure_ascii=False)
-    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
-
-
-def read_config(folder: str | Path) -> tuple[str, InternVLConfig]:
-    """Kind and config of a model folder.
-
-    Raises:
-        ModelError: the folder is no model folder of this format.
-    """
-    path = Path(folder) / "config.json"
-    if not path.is_file():
-        raise ModelError(f"{path} does not exist; {folder} is no model folder")
-    facts = json.loads(path.read_text(encoding="utf-8"))
-    if facts.get("format") != FORMAT:
-        raise ModelError(f"{path} has format {facts.get('format')!r}, expected {FORMAT!r}")
-    return facts["kind"], build_config(InternVLConfig, facts["model"], str(path))
 
 
 def load_tokenizer(folder: str | Path) -> TextTokenizer:
@@ -117,27 +98,36 @@ def load_parts(model: InternVL | Chunks, folder: str | Path, parts: Mapping[str,
         ModelError: nothing of a part is in the folder, a shape differs, or a part has adapters
             there and the model has no such ones.
     """
-    _refuse_other_adapters(model, folder, parts)
-    weights = read_weights(folder)
-    filled: set[str] = set()
+    refuse_other_adapters(model.model_config, folder, parts)
+    held = weight_shapes(folder)
+    for target, source in parts.items():
+        if not any(is_below(name, source) for name in held):
+            raise ModelError(f"{folder} has no {source!r} to fill the model's {target!r} with")
+    with safe_open(Path(folder) / "weights.safetensors", framework="pt") as file:
+        return _fill(model, folder, parts, file)
+
+
+def _fill(
+    model: InternVL | Chunks, folder: str | Path, parts: Mapping[str, str], file: Any
+) -> list[str]:
+    """Tensor by tensor: no rank reads what it does not hold."""
+    names = set(file.keys())
     missing: list[str] = []
     for piece in pieces(model):
-        target = next((part for part in parts if _is_below(piece.name, part)), None)
+        target = next((part for part in parts if is_below(piece.name, part)), None)
         if target is None:
             continue
-        whole = weights.get(parts[target] + piece.name[len(target) :])
-        if whole is None:
+        source = parts[target] + piece.name[len(target) :]
+        if source not in names:
             missing.append(piece.name)
             continue
+        whole = file.get_tensor(source)
         if tuple(whole.shape) != piece.shape:
             raise ModelError(
                 f"{piece.name!r} has shape {list(whole.shape)} in {folder}; the model's config "
                 f"asks for {list(piece.shape)}"
             )
         piece.real.copy_(whole[piece.place])
-        filled.add(target)
-    for target in parts.keys() - filled:
-        raise ModelError(f"{folder} has no {parts[target]!r} to fill the model's {target!r} with")
     return missing
 
 
@@ -252,23 +242,6 @@ class Model:
                 f"a {self.kind} model cannot {capability}; kinds that can: "
                 f"{sorted(k for k, v in CAPABILITIES.items() if capability in v)}"
             )
-
-
-def _refuse_other_adapters(model: InternVL, folder: str | Path, parts: Mapping[str, str]) -> None:
-    """Adapters that are left behind, or scaled otherwise, would make another model of the part."""
-    config = read_config(folder)[1]
-    for target, source in parts.items():
-        theirs, ours = config.lora_of(source), model.model_config.lora_of(target)
-        if theirs is not None and (ours is None or not ours.holds(theirs)):
-            raise ModelError(
-                f"{source!r} of {folder} has adapters ({theirs}), and {target!r} of this model "
-                f"has {ours or 'none'}; fold them in with `vlfoundry merge`, or give the model "
-                "the same lora"
-            )
-
-
-def _is_below(name: str, prefix: str) -> bool:
-    return name == prefix or name.startswith(f"{prefix}.")
 
 
 def _chunks(items: Any) -> Iterator[Any]:

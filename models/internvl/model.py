@@ -486,6 +486,7 @@ class Chunks(MegatronModule):
 
     def __init__(self, chunks: Sequence[InternVL]):
         super().__init__(chunks[0].config)
+        self.model_config = chunks[0].model_config
         self.chunks = nn.ModuleList(chunks)
 
     def named_parameters(self, *args, **kwargs) -> Iterator[tuple[str, nn.Parameter]]:

@@ -1,6 +1,7 @@
 """A fresh toy checkout for each test, and one Prefect server for all flow tests."""
 
 import os
+import shutil
 import sys
 import uuid
 from collections.abc import Iterator
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.flows.toy import make_toy, sh
+from tests.flows.toy import make_toy, reproduce, sh
 
 
 @pytest.fixture(scope="session")
@@ -26,6 +27,28 @@ def toy(toy_template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     root = tmp_path / "toy"
     sh(tmp_path, "git", "clone", "--quiet", str(toy_template), str(root))
     return root
+
+
+@pytest.fixture(scope="session")
+def trained_template(toy_template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The toy with trained models, made once."""
+    root = tmp_path_factory.mktemp("trained") / "toy"
+    shutil.copytree(toy_template, root)
+    reproduce(root)
+    return root
+
+
+@pytest.fixture
+def trained(trained_template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The toy with trained models, and no git identity anywhere."""
+    toy = Path(shutil.copytree(trained_template, tmp_path / "toy"))
+    nowhere = toy / "work" / "home"
+    nowhere.mkdir(parents=True, exist_ok=True)
+    monkeypatch.setenv("HOME", str(nowhere))
+    monkeypatch.setenv("GIT_CONFIG_NOSYSTEM", "1")
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
+    monkeypatch.chdir(toy)
+    return toy
 
 
 @pytest.fixture

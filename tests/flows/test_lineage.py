@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from flows.lineage import lineage_lines, write_rows
+from flows.start import bring
 from infra.errors import DataError
 from infra.registry import register_model
 from tests.flows.toy import commit_all, make_toy, sh
@@ -46,8 +47,13 @@ else:
     folder = out / ("stage1" if name == "shard" else "model")
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps({"kind": "internvl_c"}))
+starts = {}
+for path in inputs:
+    if path.startswith("data/start/"):
+        file = pathlib.Path(path, "origin.json")
+        starts[path] = json.loads(file.read_text()) if file.is_file() else None
 (out / "lineage.json").write_text(json.dumps(
-    {"run_key": f"key-of-{name}", "inputs": {path: "d" * 64 for path in inputs}}))
+    {"run_key": f"key-of-{name}", "inputs": {path: "d" * 64 for path in inputs}, "starts": starts}))
 """
 
 
@@ -87,3 +93,31 @@ def test_a_folder_of_the_working_tree(run: Path) -> None:
     (run / "elsewhere" / "config.json").write_text(json.dumps({"kind": "internvl_c"}))
     with pytest.raises(DataError, match=r"elsewhere: no stage of dvc\.lock made it"):
         lineage_lines(run, "elsewhere")
+
+
+def test_what_it_went_on_from(run: Path) -> None:
+    """A start that is a registered model, and one of which nothing is known."""
+    version = register_model(run, Path("artifacts/contrastive/model"))
+    bring(run, version.ref, run / "data/start/last")
+    (run / "data/start/found").mkdir()
+    (run / "data/start/found/config.json").write_text(json.dumps({"kind": "text"}))
+    text = "artifacts/shard/stage1"
+    more = f"{text} data/start/last data/start/found"
+    listed = f"[{more.replace(' ', ', ')}]"
+    changed = DVC_YAML.replace(f"contrastive {text}", f"contrastive {more}")
+    (run / "dvc.yaml").write_text(changed.replace(f"deps: [{text}]", f"deps: {listed}"))
+    sh(run, sys.executable, "-m", "dvc", "repro", "--quiet")
+    commit_all(run)
+    lines = lineage_lines(run, "artifacts/contrastive/model")
+    assert lines[1].endswith("<- shard, data/start/found, data/start/last")
+    assert [line.split()[0] for line in lines[1:5]] == ["contrastive", "shard", "filter", "ingest"]
+    found, last = (f"  {f'data/start/{n}':34s} sha256 {'d' * 12}  " for n in ("found", "last"))
+    assert lines[5:] == [
+        "models that it went on from (their rows are not among those of this run):",
+        f"{found}nothing says where it came from",
+        f"{last}{version.ref} (commit {version.commit[:12]}, artifacts/contrastive/model)",
+        "source files:",
+        f"  {'data/raw.txt':34s} sha256 {'d' * 12}",
+    ]
+    with pytest.raises(DataError, match=rf"last: no stage .* made it, it is {version.ref}"):
+        lineage_lines(run, "data/start/last")

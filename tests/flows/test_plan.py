@@ -145,7 +145,8 @@ def test_a_recipe_s_model_is_its_flavour_s_and_not_that_of_params_yaml():
     config = find_job(ROOT, "chat-v1.5-40b-pretrain").heaviest.config
     assert config.chat == llama("yi-34b")
     assert config.connector == internvl("chat-v1.5-26b").connector
-    assert parameters("internvl-g")["generative"].keys() == {"max_tokens", "trainable", "train"}
+    generative = parameters("internvl-g")["generative"]
+    assert generative.keys() == {"start", "max_tokens", "trainable", "train"}  # see flows.recipes
     assert parameters("internvl-g")["ingest"] == load_params(ROOT / "params.yaml")["ingest"]
 
 

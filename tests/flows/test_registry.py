@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,37 +11,9 @@ import pytest
 from infra.errors import DataError, ModelError
 from infra.git import git
 from infra.registry import list_models, register_model, register_passed, resolve_model
-from tests.flows.toy import PARAMS_YAML, commit_all, sh
+from tests.flows.toy import PARAMS_YAML, commit_all, reproduce, sh
 
 MODEL = Path("artifacts/train/a")
-
-
-def reproduce(root: Path) -> None:
-    environment = {**os.environ, "PATH": f"{sys.prefix}/bin:{os.environ['PATH']}"}
-    command = [sys.executable, "-m", "dvc", "repro", "--quiet", "train@a", "train@b"]
-    subprocess.run(command, cwd=root, env=environment, check=True, timeout=120)
-
-
-@pytest.fixture(scope="session")
-def trained_template(toy_template: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The toy with trained models, made once."""
-    root = tmp_path_factory.mktemp("trained") / "toy"
-    shutil.copytree(toy_template, root)
-    reproduce(root)
-    return root
-
-
-@pytest.fixture
-def trained(trained_template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The toy with trained models, and no git identity anywhere."""
-    toy = Path(shutil.copytree(trained_template, tmp_path / "toy"))
-    nowhere = toy / "work" / "home"
-    nowhere.mkdir(parents=True, exist_ok=True)
-    monkeypatch.setenv("HOME", str(nowhere))
-    monkeypatch.setenv("GIT_CONFIG_NOSYSTEM", "1")
-    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
-    monkeypatch.chdir(toy)
-    return toy
 
 
 def test_register_retrain_promote_resolve(trained: Path) -> None:

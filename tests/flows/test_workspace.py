@@ -43,6 +43,24 @@ def test_a_second_run_goes_on_in_the_same_workspace(toy: Path) -> None:
     assert load_params(place / "params.yaml")["train"]["lr"] == 0.01
 
 
+def test_models_that_training_starts_from_come_along(toy: Path) -> None:
+    last = toy / "data/start/last"
+    last.mkdir(parents=True)
+    (toy / "data/start/.gitignore").write_text("*\n!.gitignore\n")
+    (last / "weights").write_text("first")
+    variation = Variation(overrides=("start=data/start/last",))
+    place = prepare(toy, variation)
+    there = place / "data/start/last/weights"
+    assert there.samefile(last / "weights")  # 28 GB are not copied
+    assert sh(place, "git", "status", "--porcelain") == " M params.yaml\n"
+    (last / "weights").unlink()
+    (last / "weights").write_text("second")
+    (last / "more").write_text("new")
+    assert prepare(toy, variation) == place
+    assert there.read_text() == "second"
+    assert (place / "data/start/last/more").is_file()
+
+
 def test_mistakes_are_messages(toy: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no profile 'big': expected one of \['base'\]"):
         prepare(toy, Variation(profile="big"))

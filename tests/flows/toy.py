@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -62,6 +63,13 @@ def make_toy(root: Path) -> Path:
     sh(root, "git", "init", "--quiet")
     commit_all(root)
     return root
+
+
+def reproduce(root: Path) -> None:
+    """Train both toy models."""
+    environment = {**os.environ, "PATH": f"{sys.prefix}/bin:{os.environ['PATH']}"}
+    command = [sys.executable, "-m", "dvc", "repro", "--quiet", "train@a", "train@b"]
+    subprocess.run(command, cwd=root, env=environment, check=True, timeout=120)
 
 
 def commit_all(root: Path) -> None:

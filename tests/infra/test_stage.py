@@ -8,7 +8,16 @@ import pytest
 
 from infra.config import to_dict
 from infra.errors import ConfigError, DataError
-from infra.stage import EXIT_INTERRUPTED, EXIT_USER_ERROR, Context, Stage, main
+from infra.fingerprint import fingerprint
+from infra.stage import (
+    EXIT_INTERRUPTED,
+    EXIT_USER_ERROR,
+    ORIGIN_FILE,
+    Context,
+    Stage,
+    check_folders,
+    main,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,7 +126,8 @@ def test_variants_fill_in_paths() -> None:
         variant_inputs={"y": ("extra",)},
     )
     bound = stage.bind("y")
-    assert (bound.address, bound.inputs, bound.outputs, bound.lineage) == (
+    config = ToyConfig(seed=1, toy=ToyOptions())
+    assert (bound.address, bound.inputs(config), bound.outputs, bound.lineage) == (
         "toy@y",
         ("a/y", "extra"),
         ("b/y/m",),
@@ -127,3 +137,91 @@ def test_variants_fill_in_paths() -> None:
         stage.bind("z")
     with pytest.raises(ConfigError, match="expected no variant"):
         TOY.bind("x")
+
+
+# --- inputs that the config names
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StartOptions:
+    one: str = "artifacts/made"
+    other: str = "artifacts/made"
+
+    def __post_init__(self) -> None:
+        check_folders("toy.start", self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StartConfig:
+    seed: int
+    toy: StartOptions
+
+
+STARTING = dataclasses.replace(
+    TOY,
+    config=StartConfig,
+    run=lambda config, context: context.write_json(
+        "artifacts/toy/out.json", sorted(p.name for p in context.path(config.toy.one).iterdir())
+    ),
+    starts=lambda config, _variant: (config.toy.one, config.toy.other),
+)
+
+
+@pytest.fixture
+def starting(project: Path) -> Path:
+    (project / "params.yaml").write_text("seed: 1\ntoy: {one: data/start/a, other: data/start/a}\n")
+    (project / "data/start/a").mkdir(parents=True)
+    (project / "data/start/a/weights").write_text("first")
+    return project
+
+
+def lineage_of(project: Path) -> dict:
+    return json.loads((project / "artifacts/toy/lineage.json").read_text())
+
+
+def test_what_the_config_names_counts_as_an_input(starting: Path) -> None:
+    assert main(STARTING, []) == 0
+    first = lineage_of(starting)
+    assert first["inputs"] == {
+        "in.txt": fingerprint(starting / "in.txt"),
+        "data/start/a": fingerprint(starting / "data/start/a"),
+    }
+    assert first["starts"] == {"data/start/a": None}
+    (starting / "work/toy/state").write_text("of the first run")
+    assert main(STARTING, []) == 0
+    assert lineage_of(starting) == first
+    assert (starting / "work/toy/state").is_file()  # resumed in place
+
+    (starting / "data/start/a/weights").write_text("other")
+    (starting / "data/start/a" / ORIGIN_FILE).write_text('{"ref": "toy@v0.1.0"}')
+    assert main(STARTING, []) == 0
+    second = lineage_of(starting)
+    assert second["run_key"] != first["run_key"]
+    assert second["starts"] == {"data/start/a": {"ref": "toy@v0.1.0"}}
+    assert (starting / "work/toy.old/state").read_text() == "of the first run"
+
+
+def test_a_folder_that_is_not_there(starting: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(STARTING, ["toy.other=data/start/b"]) == EXIT_USER_ERROR
+    assert "`vlfoundry import SOURCE data/start/b` makes it" in capsys.readouterr().err
+    assert main(STARTING, ["toy.other=artifacts/toy"]) == EXIT_USER_ERROR
+    assert "toy makes artifacts/toy and cannot start from it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("/elsewhere/model", "expected a folder inside of the checkout"),
+        ("../model", "expected a folder inside of the checkout"),
+        ("..", "expected a folder inside of the checkout"),
+        (".", "expected a folder inside of the checkout"),
+        ("", "expected a folder inside of the checkout"),
+        ("s3://bucket/model", "expected a folder inside of the checkout"),
+        ("data/start/a/", "write it as 'data/start/a'"),
+        ("data/x/../start/a", "write it as 'data/start/a'"),
+    ],
+)
+def test_folders_are_inside_and_spelled_as_dvc_spells_them(path: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=rf"toy\.start\.one is .*{message}"):
+        StartOptions(one=path)
+    assert StartOptions(one="..data/start").one == "..data/start"

@@ -7,13 +7,17 @@ import dataclasses
 import functools
 import importlib
 import os
+import shutil
 from collections.abc import Set
 from pathlib import Path
 
 import pytest
 
+from flows.graph import load_graph
 from flows.recipes import with_profile
+from flows.workspace import Variation, yaml_text
 from infra.config import load_params
+from infra.git import git
 from infra.runkey import PACKAGES, import_closure
 from infra.stage import Bound, parameters_of
 
@@ -34,19 +38,19 @@ class Node:
     """outputs, metrics and plots included"""
 
 
-def read_nodes() -> dict[str, Node]:
+def read_nodes(root: Path = ROOT) -> dict[str, Node]:
     os.environ.setdefault("DVC_NO_ANALYTICS", "1")
     from dvc.dependency import ParamsDependency
     from dvc.repo import Repo
 
     nodes = {}
-    with Repo(str(ROOT)) as repo:
+    with Repo(str(root)) as repo:
         for stage in repo.index.stages:
             if not getattr(stage, "name", None):
                 continue  # a file that `dvc add` tracks
             params = [d for d in stage.deps if isinstance(d, ParamsDependency)]
             paths = {
-                Path(os.path.relpath(dep.fs_path, ROOT)).as_posix()
+                Path(os.path.relpath(dep.fs_path, root)).as_posix()
                 for dep in stage.deps
                 if not isinstance(dep, ParamsDependency)
             }
@@ -57,7 +61,7 @@ def read_nodes() -> dict[str, Node]:
                 data=frozenset(paths - code),
                 code=frozenset(code),
                 outs=frozenset(
-                    Path(os.path.relpath(out.fs_path, ROOT)).as_posix() for out in stage.outs
+                    Path(os.path.relpath(out.fs_path, root)).as_posix() for out in stage.outs
                 ),
             )
     return nodes
@@ -124,12 +128,70 @@ def test_parameters(nodes, stages) -> None:
 
 
 def test_data_that_is_read(nodes, stages) -> None:
-    fail_with(
-        {
-            name: differences("deps", set(stages[name].inputs), node.data)
-            for name, node in nodes.items()
-        }
-    )
+    fail_with(data_problems(nodes, stages, load_params(ROOT / "params.yaml")))
+
+
+def data_problems(nodes, stages, params) -> dict[str, list[str]]:
+    """Between what stages read with these parameters and what DVC fills in with the same."""
+    expected = {name: one.inputs(parameters_of(one.stage, params)) for name, one in stages.items()}
+    return {
+        name: differences("deps", set(expected[name]), node.data) for name, node in nodes.items()
+    }
+
+
+LAST = ("contrastive.start.model=data/start/last",)
+SAME = (  # each twice: DVC must not take that for a mistake
+    "generative.start={model: data/start/g, head: data/start/g}",
+    "sft.start.simple={vision: data/start/chat, language: data/start/chat}",
+    "sft.start.full={qllama: data/start/full, chat: data/start/full}",
+)
+
+
+@pytest.mark.parametrize(
+    ("variation", "upstream"),
+    [
+        (
+            Variation(),
+            {
+                "contrastive": ("pretrain_text", "shard"),
+                "generative": ("contrastive", "pretrain_text", "shard"),
+                "sft@simple": ("contrastive", "pretrain_text", "shard"),
+                "sft@full": ("generative", "sft@simple", "shard"),
+            },
+        ),
+        (
+            Variation(overrides=LAST),
+            {
+                "contrastive": ("shard",),
+                "generative": ("contrastive", "pretrain_text", "shard"),
+            },
+        ),
+        (
+            Variation(overrides=SAME),
+            {"generative": ("shard",), "sft@simple": ("shard",), "sft@full": ("shard",)},
+        ),
+        # A recipe's sections stand for themselves, and say nothing of folders.
+        (
+            Variation(profile="internvl-c", overrides=LAST),
+            {"contrastive": ("shard",), "sft@full": ("generative", "sft@simple", "shard")},
+        ),
+    ],
+    ids=["default", "last", "same", "recipe"],
+)
+def test_edges_follow_the_parameters(
+    stages, tmp_path: Path, variation: Variation, upstream: dict[str, tuple[str, ...]]
+) -> None:
+    params = variation.apply(ROOT)
+    for name in ("dvc.yaml", ".dvc/config", ".dvcignore"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(ROOT / name, tmp_path / name)
+    (tmp_path / "params.yaml").write_text(yaml_text(params), encoding="utf-8")
+    git(tmp_path, "init", "--quiet")
+    fail_with(data_problems(read_nodes(tmp_path), stages, params))
+    graph = load_graph(tmp_path)
+    assert {name: graph.node(name).upstream for name in upstream} == upstream
+    needed = graph.needed_for(("contrastive",))
+    assert ("pretrain_text" in needed) == (variation.overrides != LAST)
 
 
 def test_outputs(nodes, stages) -> None:

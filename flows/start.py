@@ -1,0 +1,174 @@
+"""Models as folders that training can start from: official ones, our own, registered ones.
+
+A folder made here says in `origin.json` where it came from; lineage reads that. A profile beside it
+holds its architecture and makes the stage that fits its kind go on from it.
+"""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from flows.recipes import PROFILES
+from flows.workspace import yaml_text
+from infra.config import to_dict
+from infra.errors import ConfigError, ModelError
+from infra.fingerprint import fingerprint
+from infra.registry import fetch_version, find_version
+from infra.stage import ORIGIN_FILE
+from models.internvl.folder import is_model_folder, read_config, refuse_overwriting
+
+ORIGIN_FORMAT = "vlfoundry.origin.v1"
+PROFILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+FITS = {
+    "text": ("contrastive.start.model", "generative.start.head", "sft.start.simple.language"),
+    "vision": ("sft.start.simple.vision",),
+    "internvl_c": ("contrastive.start.model",),
+    "internvl_g": ("generative.start.model", "generative.start.head", "sft.start.simple.vision"),
+    "chat_simple": ("sft.start.simple.vision", "sft.start.simple.language"),
+    "chat_full": ("sft.start.full.qllama", "sft.start.full.chat"),
+}
+"""what a profile sets: the stage that makes a model's kind goes on from it, and what came of
+stages before that one does not come into it"""
+
+
+def bring(
+    root: Path | None,
+    source: str,
+    target: Path,
+    *,
+    stage: str | None = None,
+    kind: str | None = None,
+    config_file: Path | None = None,
+    tower_config: Path | None = None,
+) -> list[str]:
+    """Make a model folder of an official one, one of ours or a registered one; what was done.
+
+    Args:
+        root: the checkout whose registry is asked and whose paths are named; None: there is none.
+        source: a path, or where nothing has it, a registered name.
+        target: a folder that is to be.
+        stage: of a registered model: take what this stage of the same run made ("sft@simple").
+        kind: as `models.internvl.convert.import_model` takes it, and the other two.
+
+    Raises:
+        ModelError: there is no such model, or it cannot be had as asked.
+    """
+    path = Path(source)
+    if path.exists() and stage:
+        raise ModelError(f"--stage is for registered names; {source} is a path, leave it out")
+    if path.exists() and not is_model_folder(path):
+        return _import(path, target, kind, config_file, tower_config)
+    asked = {"--kind": kind, "--config": config_file, "--tower-config": tower_config}
+    needless = [name for name, value in asked.items() if value is not None]
+    if needless:
+        raise ModelError(f"{source} is one of our models, copied as it is; leave out {needless}")
+    refuse_overwriting(target)
+    if path.exists():
+        return _copy(root, path, target)
+    if root is None:
+        raise ModelError(f"{source} does not exist, and registered names need a checkout to ask")
+    version = find_version(root, source)
+    made = f"artifacts/{stage.replace('@', '/')}/model" if stage else version.path
+    md5 = fetch_version(root, version, target, made)
+    _write_origin(target, ref=version.ref, commit=version.commit, path=made, md5=md5)
+    return [f"{made} of {version.ref} is in {target}, every file checked"]
+
+
+def describe(origin: dict[str, str] | None) -> str:
+    """What an origin says, in words."""
+    if origin is None:
+        return "nothing says where it came from"
+    if "ref" in origin:
+        return f"{origin['ref']} (commit {origin['commit'][:12]}, {origin['path']})"
+    if "imported" in origin:
+        return f"imported from {origin['imported']} ({origin['format_there']})"
+    return f"copy of {origin['folder']} (sha256 {origin['sha256'][:12]})"
+
+
+def new_profile(root: Path, name: str, target: Path) -> Path:
+    """Where the profile of a folder that is to be goes.
+
+    Raises:
+        ConfigError: it is there already, has no name of a file, or could not name the folder.
+    """
+    path = root / PROFILES / f"{name}.yaml"
+    if not PROFILE_NAME.fullmatch(name):
+        raise ConfigError(
+            f"--profile {name!r}: expected letters, digits, '.', '-' and '_', e.g. internvl_g"
+        )
+    if path.exists():
+        raise ConfigError(f"{PROFILES}/{name}.yaml is there already; name another profile")
+    if not target.resolve().is_relative_to(root.resolve()):
+        raise ConfigError(
+            f"a profile can only name folders inside of {root}, not {target}; expected e.g. "
+            "data/start/NAME"
+        )
+    return path
+
+
+def write_profile(root: Path, path: Path, target: Path) -> str:
+    """Write the profile of a model folder; the command that uses it."""
+    kind, config = read_config(target)
+    folder = target.resolve().relative_to(root.resolve()).as_posix()
+    content: dict[str, Any] = {"model": to_dict(config)}
+    for key in FITS[kind]:
+        *parents, leaf = key.split(".")
+        node = content
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = folder
+    stage = FITS[kind][0].split(".")
+    address = f"{stage[0]}@{stage[2]}" if stage[0] == "sft" else stage[0]
+    command = f"vlfoundry run --profile {path.stem} --stage {address}"
+    head = f"# On from {folder} ({kind}), in its own architecture. Not a published run.\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"{head}#   {command}\n{yaml_text(content)}", encoding="utf-8")
+    return command
+
+
+def _import(
+    source: Path,
+    target: Path,
+    kind: str | None,
+    config_file: Path | None,
+    tower_config: Path | None,
+) -> list[str]:
+    from models.internvl.convert import import_model
+
+    done = import_model(
+        source, target, kind=kind, config_file=config_file, tower_config=tower_config
+    )
+    _write_origin(target, imported=source.resolve().name, format_there=done.format)
+    said = [f"{source} ({done.format}) is the {done.kind} in {target}: {done.summary}"]
+    return [*said, *([f"left out: {', '.join(done.left_out)}"] if done.left_out else [])]
+
+
+def _copy(root: Path | None, source: Path, target: Path) -> list[str]:
+    """Appears when it is complete. What already says where it came from goes on saying that."""
+    part = target.with_name(f"{target.name}.{os.getpid()}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    shutil.copytree(source, part)
+    digest = fingerprint(source)
+    if fingerprint(part) != digest:
+        shutil.rmtree(part)
+        raise ModelError(f"{source} changed while it was copied; try again when it is at rest")
+    if not (part / ORIGIN_FILE).is_file():
+        _write_origin(part, folder=_place(root, source), sha256=digest)
+    part.rename(target)
+    return [f"{source} is in {target}, sha256 {digest[:12]}"]
+
+
+def _place(root: Path | None, folder: Path) -> str:
+    """Relative to the checkout; of a folder elsewhere its name alone."""
+    folder = folder.resolve()
+    if root and folder.is_relative_to(root.resolve()):
+        return folder.relative_to(root.resolve()).as_posix()
+    return folder.name
+
+
+def _write_origin(target: Path, **facts: str) -> None:
+    text = json.dumps({"format": ORIGIN_FORMAT, **facts}, indent=2, sort_keys=True)
+    (target / ORIGIN_FILE).write_text(text + "\n", encoding="utf-8")

@@ -1,0 +1,211 @@
+"""Folders that training starts from, where they say they are from, and the profiles beside them."""
+
+import importlib
+import shutil
+from pathlib import Path
+
+import pytest
+
+from flows.start import FITS, bring, describe, new_profile, write_profile
+from flows.workspace import Variation
+from infra.config import load_params, to_dict
+from infra.errors import ConfigError, DataError, ModelError
+from infra.fingerprint import fingerprint
+from infra.registry import register_model
+from infra.stage import ORIGIN_FILE, parameters_of, read_origin
+from models.internvl.config import PARTS, internvl
+from models.internvl.folder import read_config
+from models.internvl.start import RULES, plan_start
+from tests.flows.toy import reproduce
+from tests.starts import CONFIG, make_folder
+
+ROOT = Path(__file__).parents[2]
+MODEL = Path("artifacts/train/a")
+MADE = "artifacts/train/${item.kind}/model"
+STAGES = ("ingest", "pretrain_text", "contrastive", "generative", "sft", "evaluate", "report")
+
+
+def without_origin(folder: Path) -> dict[str, str]:
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != ORIGIN_FILE)
+    return {path.relative_to(folder).as_posix(): fingerprint(path) for path in files}
+
+
+# --- folders
+
+
+def test_a_registered_model_comes_whole_and_says_which_it_is(trained: Path) -> None:
+    version = register_model(trained, MODEL, promote="champion")
+    shutil.rmtree(trained / "artifacts")
+    target = trained / "data/start/champion"
+    said = bring(trained, "champion", target)
+    assert said == [f"{MODEL} of toy_a@v0.1.0 is in {target}, every file checked"]
+    assert sorted(without_origin(target)) == ["config.json", "weights"]
+    assert (target / "weights").read_text().startswith("train-a")
+    assert read_origin(target) == {
+        "format": "vlfoundry.origin.v1", "ref": "toy_a@v0.1.0", "path": str(MODEL),
+        "commit": version.commit, "md5": version.md5,
+    }  # fmt: skip
+    bring(trained, "toy_a@v0.1.0", trained / "data/start/again")
+    assert fingerprint(trained / "data/start/again") == fingerprint(target)  # the same run key
+
+    with pytest.raises(ModelError, match="champion is there already"):
+        bring(trained, "champion", target)
+    with pytest.raises(ModelError, match=r"no model 'nobody'.*registered: toy_a@v0\.1\.0"):
+        bring(trained, "nobody", trained / "data/start/x")
+    with pytest.raises(ModelError, match=r"copied as it is; leave out \['--kind'\]"):
+        bring(trained, "champion", trained / "data/start/x", kind="vision")
+    with pytest.raises(DataError, match="artifacts/pretrain_text/model is not a folder that dvc"):
+        bring(trained, "champion", trained / "data/start/x", stage="pretrain_text")
+    with pytest.raises(ModelError, match="registered names need a checkout"):
+        bring(None, "champion", trained / "data/start/x")
+    for cached in (trained / ".dvc/cache/files/md5").rglob("*"):
+        if cached.is_file() and cached.read_bytes().startswith(b"train-a"):
+            cached.chmod(0o644)
+            cached.write_text("rotten")
+    with pytest.raises(DataError, match="is damaged"):
+        bring(trained, "champion", trained / "data/start/x")
+    assert not (trained / "data/start/x").exists()
+
+
+def test_another_model_of_a_registered_run(trained: Path) -> None:
+    """What a team needs beside its champion: the text model that shares its tokenizer."""
+    dvc_yaml = trained / "dvc.yaml"
+    dvc_yaml.write_text(dvc_yaml.read_text().replace("artifacts/train/${item.kind}", MADE))
+    work = trained / "work.py"
+    work.write_text(work.read_text().replace("*sys.argv[1:])\nout", '*sys.argv[1:], "model")\nout'))
+    reproduce(trained)
+    register_model(trained, Path("artifacts/train/a/model"), promote="champion")
+    bring(trained, "champion", trained / "data/start/b", stage="train@b")
+    assert (trained / "data/start/b/weights").read_text().startswith("train-b")
+    origin = read_origin(trained / "data/start/b")
+    assert origin is not None
+    assert (origin["ref"], origin["path"]) == ("toy_a@v0.1.0", "artifacts/train/b/model")
+    with pytest.raises(ModelError, match="--stage is for registered names"):
+        bring(trained, str(trained / "data/start/b"), trained / "data/start/x", stage="train@b")
+
+
+def test_a_folder_of_ours_comes_whole_and_keeps_its_origin(tmp_path: Path) -> None:
+    made = make_folder(tmp_path / "artifacts/contrastive/model", "internvl_c")
+    digest = fingerprint(made)
+    bring(tmp_path, str(made), tmp_path / "data/start/one")
+    one = tmp_path / "data/start/one"
+    assert without_origin(one) == without_origin(made)
+    assert fingerprint(made) == digest
+    origin = read_origin(one)
+    assert describe(origin) == f"copy of artifacts/contrastive/model (sha256 {digest[:12]})"
+    bring(tmp_path, str(one), tmp_path / "data/start/two")
+    assert read_origin(tmp_path / "data/start/two") == origin
+    elsewhere = bring(tmp_path / "data", str(made), tmp_path / "three")
+    assert "three" in elsewhere[0]
+    origin = read_origin(tmp_path / "three")
+    assert origin is not None
+    assert origin["folder"] == "model"  # no word about this machine
+    assert sorted(p.name for p in (tmp_path / "data/start").iterdir()) == ["one", "two"]
+
+
+def test_official_weights_say_what_they_were(tmp_path: Path) -> None:
+    golden = ROOT / "tests/eval/golden/internvl_chat"
+    target = tmp_path / "data/start/chat"
+    said = bring(tmp_path, str(golden), target)
+    assert "(internvl_chat) is the chat_simple in" in said[0]
+    assert describe(read_origin(target)) == "imported from internvl_chat (internvl_chat)"
+    shutil.copytree(ROOT / "profiles", tmp_path / "profiles")
+    shutil.copyfile(ROOT / "params.yaml", tmp_path / "params.yaml")
+    write_profile(tmp_path, new_profile(tmp_path, "chat", target), target)
+    check_profile(tmp_path, "chat", target)
+
+
+# --- profiles
+
+
+def slots(kind: str, address: str) -> set[str]:
+    """What a profile sets of a stage's `start`."""
+    prefix = f"{address.replace('@', '.start.')}." if "@" in address else f"{address}.start."
+    return {key.removeprefix(prefix) for key in FITS[kind] if key.startswith(prefix)}
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    shutil.copyfile(ROOT / "params.yaml", tmp_path / "params.yaml")
+    return tmp_path
+
+
+def check_profile(root: Path, name: str, folder: Path) -> None:
+    """Every stage can be built with it, and those that it sets go on from the folder."""
+    params = Variation(profile=name).apply(root)
+    kind, config = read_config(folder)
+    relative = folder.relative_to(root).as_posix()
+    named = set()
+    for stage_name in STAGES:
+        stage = importlib.import_module(f"stages.{stage_name}").STAGE
+        built = parameters_of(stage, params)
+        for variant in stage.variants or (None,):
+            bound = stage.bind(variant)
+            if relative in bound.inputs(built):
+                named.add(bound.address)
+            if "model" in stage.parameters:
+                assert built.model == config
+    assert named == {address for address in RULES if slots(kind, address)}
+
+
+@pytest.mark.parametrize("kind", PARTS)
+def test_a_profile_goes_on_from_its_folder(checkout: Path, kind: str) -> None:
+    folder = make_folder(checkout / "data/start" / kind, kind)
+    path = new_profile(checkout, f"on-{kind}", folder)
+    command = write_profile(checkout, path, folder)
+    stage = FITS[kind][0].partition(".")[0]
+    assert command.startswith(f"vlfoundry run --profile on-{kind} --stage {stage}")
+    assert command in path.read_text("utf-8").splitlines()[1]
+    check_profile(checkout, f"on-{kind}", folder)
+    again = Variation(profile=f"on-{kind}", overrides=("seed=7",)).apply(checkout)
+    assert again["seed"] == 7
+    assert again["model"] == to_dict(CONFIG)
+
+
+def test_a_profile_may_hold_what_params_yaml_does_not_mention(checkout: Path) -> None:
+    """The 6B's: a language model of its own, drop path, a connector that is no pixel shuffle."""
+    from models.internvl.folder import write_config
+
+    folder = checkout / "data/start/big"
+    write_config(folder, "chat_full", internvl("paper"))
+    write_profile(checkout, new_profile(checkout, "big", folder), folder)
+    check_profile(checkout, "big", folder)
+
+
+@pytest.mark.parametrize("kind", PARTS)
+def test_what_profiles_set_is_what_stages_take(tmp_path: Path, kind: str) -> None:
+    make_folder(tmp_path / "start", kind)
+    for address, rule in RULES.items():
+        chosen = slots(kind, address)
+        assert chosen <= set(rule.takes)
+        if chosen:
+            make_folder(tmp_path / address, rule.kind)
+            make_folder(tmp_path / "text", "text")
+            make_folder(tmp_path / "c", "internvl_c")
+            rest = {"model": "c", "head": "text", "language": "text", "vision": "c"}
+            folders = {slot: rest.get(slot, address) for slot in rule.takes}
+            start = plan_start(address, CONFIG, folders | dict.fromkeys(chosen, "start"), tmp_path)
+            assert any(filling.folder == "start" for filling in start.fillings)
+
+
+def test_profiles_are_not_overwritten_and_can_be_named(checkout: Path) -> None:
+    folder = checkout / "data/start/c"
+    make_folder(folder, "internvl_c")
+    write_profile(checkout, new_profile(checkout, "c", folder), folder)
+    with pytest.raises(ConfigError, match=r"profiles/c\.yaml is there already"):
+        new_profile(checkout, "c", folder)
+    with pytest.raises(ConfigError, match="expected letters, digits"):
+        new_profile(checkout, "../c", folder)
+    with pytest.raises(ConfigError, match=r"folders inside of .*expected e\.g\. data/start/NAME"):
+        new_profile(checkout, "d", checkout.parent / "c")
+
+
+def test_a_recipe_starts_where_params_yaml_says(checkout: Path) -> None:
+    shutil.copytree(ROOT / "profiles", checkout / "profiles")
+    params = Variation(
+        profile="internvl-g", overrides=("generative.start.model=data/start/c",)
+    ).apply(checkout)
+    assert params["generative"]["start"]["model"] == "data/start/c"
+    assert params["generative"]["start"]["head"] == "artifacts/pretrain_text/model"
+    recipe = load_params(ROOT / "profiles/internvl-g.yaml")["generative"]
+    assert {k: v for k, v in params["generative"].items() if k != "start"} == recipe

@@ -1,0 +1,28 @@
+"""Model folders that have a config and names and shapes, and weights that are all zero."""
+
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from infra.config import build
+from models.internvl.config import InternVLConfig
+from models.internvl.folder import write_config
+from models.plan.weights import weights
+from tests.tiny import PARAMS
+
+CONFIG: InternVLConfig = build(InternVLConfig, PARAMS["model"])
+
+
+def make_folder(
+    folder: Path, kind: str, config: InternVLConfig = CONFIG, without: str | None = None
+) -> Path:
+    """A model folder of a kind, maybe without the weights whose names begin with `without`."""
+    write_config(folder, kind, config)
+    tensors = {
+        weight.name: np.zeros(weight.shape, np.float32)
+        for weight in weights(kind, config)
+        if without is None or not weight.name.startswith(without)
+    }
+    save_file(tensors, folder / "weights.safetensors")
+    return folder
