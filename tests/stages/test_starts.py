@@ -147,3 +147,22 @@ def test_another_content_is_another_run_and_the_same_is_the_same(project: Path) 
     assert "the old run lies in" not in again
     (project / folder / "origin.json").write_text('{"ref": "internvl_c@v0.1.0"}', "utf-8")
     assert "the old run lies in contrastive.old" in run_stage(project, "contrastive")
+
+
+@pytest.mark.parametrize("cut", ["pipeline: 2", "pipeline: 2\nvirtual_pipeline: 2"])
+def test_a_rank_fills_what_it_holds(
+    project: Path, monkeypatch: pytest.MonkeyPatch, cut: str
+) -> None:
+    """In a pipeline no rank holds every part, and under the interleaved schedule it has several."""
+    profile = project / "cut.yaml"
+    profile.write_text(f"ranks: 2\nthreads: 1\nmicro_batch_samples: 4\n{cut}\n", "utf-8")
+    monkeypatch.setenv("VLFOUNDRY_LAUNCHER", str(profile))
+    folder = moved(project, "sft/simple", "last")
+    params = one_step("sft@simple")
+    params["sft"]["start"] = {"simple": {"vision": folder, "language": folder}}
+    write_params(project, params)
+    run_stage(project, "sft", "variant=simple")
+    before, after = weights(project / folder), weights(project / "artifacts/sft/simple/model")
+    assert before.keys() == after.keys()
+    for name, weight in before.items():
+        np.testing.assert_allclose(after[name], weight, rtol=0, atol=1e-20, err_msg=name)
