@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -138,11 +139,12 @@ def _even(costs: Sequence[float], parts: int) -> list[int]:
     for group in range(1, parts + 1):
         row = {}
         for end in range(group, count - (parts - group) + 1):
-            row[end] = min(
-                (max(best[-1][start][0], totals[end] - totals[start]), start)
-                for start in best[-1]
-                if start < end
-            )
+            row[end] = (math.inf, 0)
+            for start in reversed([start for start in best[-1] if start < end]):
+                last = totals[end] - totals[start]
+                if last > row[end][0]:
+                    break  # from here on the last group only becomes dearer
+                row[end] = min(row[end], (max(best[-1][start][0], last), start))
         best.append(row)
     sizes, end = [], count
     for row in reversed(best[1:]):

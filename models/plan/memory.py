@@ -99,7 +99,6 @@ def step_seconds(work: Workload, layout: Layout, *, mfu: float, flops_per_s: flo
         mfu: share of `flops_per_s` that a busy rank reaches, recomputation counted as work.
         flops_per_s: peak of one rank's device.
     """
-    layout = layout
     busy = step_flops(work, layout) * work.batch_samples / (layout.ranks * mfu * flops_per_s)
     chunks = micro_batches(work, layout) * (layout.virtual_pipeline or 1)
     return busy * (1 + (layout.pipeline - 1) / chunks) * imbalance(work, layout)
