@@ -143,14 +143,17 @@ def import_(
     ] = None,
     profile: Annotated[
         str | None,
-        typer.Option(help="also write this file of profiles/, to train on from TARGET"),
+        typer.Option(
+            help="also write this file of profiles/, to train on from TARGET; of a registered "
+            "InternVL-C with the text model of its run (TARGET-text)"
+        ),
     ] = None,
 ) -> None:
     """Make a model folder of official weights, or of a model of ours, to train on from.
 
     Every tensor is accounted for, and kept in the type it has. Code in a pickle is never run.
     """
-    from flows.start import bring, new_profile, write_profile
+    from flows.start import bring, bring_text, new_profile, write_profile
 
     root = find_root() if profile else _root_or_none()
     path = new_profile(root, profile, target) if root and profile else None
@@ -160,7 +163,10 @@ def import_(
     for line in said:
         typer.echo(line)
     if root and path:
-        command = write_profile(root, path, target)
+        text = bring_text(root, source, target)
+        if text:
+            typer.echo(f"the text model of the same run is in {text}")
+        command = write_profile(root, path, target, text)
         typer.echo(f"profiles/{path.name} is written: {command}")
 
 

@@ -77,6 +77,16 @@ def bring(
     return [f"{made} of {version.ref} is in {target}, every file checked"]
 
 
+def bring_text(root: Path, source: str, target: Path) -> Path | None:
+    """The text model of a registered InternVL-C's own run, beside it: later stages need its head
+    and its language model, and it has the same tokenizer. None: `source` is no such model."""
+    if Path(source).exists() or read_config(target)[0] != "internvl_c":
+        return None
+    text = target.with_name(f"{target.name}-text")
+    bring(root, source, text, stage="pretrain_text")
+    return text
+
+
 def describe(origin: dict[str, str] | None) -> str:
     """What an origin says, in words."""
     if origin is None:
@@ -109,24 +119,33 @@ def new_profile(root: Path, name: str, target: Path) -> Path:
     return path
 
 
-def write_profile(root: Path, path: Path, target: Path) -> str:
-    """Write the profile of a model folder; the command that uses it."""
+def write_profile(root: Path, path: Path, target: Path, text: Path | None = None) -> str:
+    """Write the profile of a model folder, maybe with a text model for what the folder lacks; the
+    command that uses it."""
     kind, config = read_config(target)
-    folder = target.resolve().relative_to(root.resolve()).as_posix()
+    folder = _place(root, target)
     content: dict[str, Any] = {"model": to_dict(config)}
     for key in FITS[kind]:
-        *parents, leaf = key.split(".")
-        node = content
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[leaf] = folder
+        _set(content, key, folder)
     stage = FITS[kind][0].split(".")
     address = f"{stage[0]}@{stage[2]}" if stage[0] == "sft" else stage[0]
     command = f"vlfoundry run --profile {path.stem} --stage {address}"
+    if text:
+        command = f"vlfoundry run --profile {path.stem}"
+        for key in FITS["text"]:
+            if key not in FITS[kind]:
+                _set(content, key, _place(root, text))
     head = f"# On from {folder} ({kind}), in its own architecture. Not a published run.\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"{head}#   {command}\n{yaml_text(content)}", encoding="utf-8")
     return command
+
+
+def _set(content: dict[str, Any], key: str, value: str) -> None:
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        content = content.setdefault(parent, {})
+    content[leaf] = value
 
 
 def _import(

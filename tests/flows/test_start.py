@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.start import FITS, bring, describe, new_profile, write_profile
+from flows.start import FITS, bring, bring_text, describe, new_profile, write_profile
 from flows.workspace import Variation
 from infra.config import load_params, to_dict
 from infra.errors import ConfigError, DataError, ModelError
@@ -186,6 +186,32 @@ def test_what_profiles_set_is_what_stages_take(tmp_path: Path, kind: str) -> Non
             folders = {slot: rest.get(slot, address) for slot in rule.takes}
             start = plan_start(address, CONFIG, folders | dict.fromkeys(chosen, "start"), tmp_path)
             assert any(filling.folder == "start" for filling in start.fillings)
+
+
+def test_the_text_model_of_its_run_comes_with_a_champion(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What `--profile` of a registered InternVL-C sets: the stages after stage 1 too."""
+    folder = make_folder(checkout / "data/start/champion", "internvl_c")
+    asked = []
+    monkeypatch.setattr("flows.start.bring", lambda *given, stage: asked.append((*given, stage)))
+    text = bring_text(checkout, "champion", folder)
+    assert text == checkout / "data/start/champion-text"
+    assert asked == [(checkout, "champion", text, "pretrain_text")]
+    command = write_profile(checkout, new_profile(checkout, "weekly", folder), folder, text)
+    assert command == "vlfoundry run --profile weekly"
+    params = Variation(profile="weekly").apply(checkout)
+    assert params["contrastive"]["start"] == {"model": "data/start/champion"}
+    assert params["generative"]["start"] == {
+        "model": "artifacts/contrastive/model", "head": "data/start/champion-text",
+    }  # fmt: skip
+    assert params["sft"]["start"]["simple"] == {
+        "vision": "artifacts/contrastive/model", "language": "data/start/champion-text",
+    }  # fmt: skip
+
+    assert bring_text(checkout, str(folder), folder) is None  # a path: nobody knows its run
+    other = make_folder(checkout / "data/start/g", "internvl_g")  # has a head of its own
+    assert bring_text(checkout, "champion", other) is None
 
 
 def test_profiles_are_not_overwritten_and_can_be_named(checkout: Path) -> None:
