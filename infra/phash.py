@@ -14,6 +14,8 @@ HASH_SIDE = 32
 HASH_BITS = 8
 COLOUR_SIDE = 8
 GROUND = (255, 255, 255)
+DECIMALS = 6
+"""of coefficients, whose unit is a level of 255"""
 
 
 def perceptual_hash(images: np.ndarray) -> np.ndarray:
@@ -22,10 +24,12 @@ def perceptual_hash(images: np.ndarray) -> np.ndarray:
     The lowest 8x8 cosine coefficients of the 32x32 grey picture against their median (the usual
     pHash); the constant term takes no part in the median.
     """
-    grey = composite(images, GROUND).astype(np.float32) @ GREY
+    small = _shrink(composite(images, GROUND).astype(np.float32), HASH_SIDE)
     basis = _cosines()
-    low = basis @ _shrink(grey[..., None], HASH_SIDE)[..., 0] @ basis.T
-    low = low.reshape(len(images), -1)
+    low = basis @ (small.astype(np.float64) @ GREY.astype(np.float64)) @ basis.T
+    # A drawing that is its own mirror image has coefficients of zero: without this their signs, and
+    # with them a hash's bits, would be the rounding of whatever processor computes them.
+    low = low.reshape(len(images), -1).round(DECIMALS)
     bits = low > np.median(low[:, 1:], axis=1, keepdims=True)
     return np.packbits(bits, axis=1).view(">u8").astype(np.uint64)[:, 0]
 
@@ -85,6 +89,6 @@ def _shrink(planes: np.ndarray, side: int) -> np.ndarray:
 
 @functools.cache
 def _cosines() -> np.ndarray:
-    """The first 8 rows of the 32-point DCT-II. float32 [8, 32]."""
+    """The first 8 rows of the 32-point DCT-II. float64 [8, 32]."""
     k, x = np.arange(HASH_BITS)[:, None], np.arange(HASH_SIDE)[None]
-    return np.cos(np.pi * k * (2 * x + 1) / (2 * HASH_SIDE)).astype(np.float32)
+    return np.cos(np.pi * k * (2 * x + 1) / (2 * HASH_SIDE))

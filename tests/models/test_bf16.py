@@ -1,6 +1,7 @@
 """Mixed bf16, as on a GPU: weights and activations in bf16, losses, sums and main weights fp32."""
 
 import dataclasses
+import functools
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 import infra.backend
 from infra.backend import Layout
 from infra.backend.ranks import run_ranks
+from tests.models import test_layouts
 from tests.models.test_layouts import LAYOUTS, alone, curve, gradients
 
 
@@ -18,16 +20,40 @@ def in_bf16(fn, *args):
     return fn(*args)
 
 
+def with_rounded_weights(fn, *args):
+    """Weights that were rounded to bf16, and nothing else."""
+    made = test_layouts.build
+
+    def build(*given, **named):
+        model = made(*given, **named)
+        for parameter in model.parameters():
+            parameter.data.copy_(parameter.data.bfloat16())
+        return model
+
+    test_layouts.build = build
+    return fn(*args)
+
+
+@functools.cache
+def rounding(stage):
+    """How far gradients turn (1 - cosine) where nothing but the weights is rounded to bf16."""
+    _, expected, _ = alone(stage, Layout())
+    _, got, _ = run_ranks(with_rounded_weights, gradients, stage, Layout(), ranks=1)[0]
+    return 1 - _cosine(_flat(got), _flat(expected))
+
+
 @pytest.mark.parametrize("layout", ["TP1", "TP2+SP", "DP2", "PP2", "recompute"])
 @pytest.mark.parametrize("stage", ["contrastive", "generative", "full"])
 def test_gradients_point_where_those_of_fp32_do(stage, layout):
-    """Tensor parallelism adds halves up that were rounded to bf16; the rest rounds as one rank."""
+    """At most twice the angle that rounded weights alone turn them by: how large that is depends
+    on the stage and on the processor. Tensor parallelism also adds halves up that were rounded."""
     chosen = LAYOUTS[layout]
     terms, expected, _ = alone(stage, chosen)
     got_terms, got, _ = run_ranks(in_bf16, gradients, stage, chosen, ranks=chosen.ranks)[0]
     assert got_terms["loss"] == pytest.approx(terms["loss"], rel=0.01)
     assert got.keys() == expected.keys()
-    assert _cosine(_flat(got), _flat(expected)) > (0.985 if chosen.tensor > 1 else 0.998)
+    limit = 0.015 if chosen.tensor > 1 else 4 * rounding(stage)
+    assert 1 - _cosine(_flat(got), _flat(expected)) <= limit
 
 
 @pytest.mark.parametrize("stage", ["generative", "simple"])
@@ -46,7 +72,7 @@ def test_weights_learn_by_less_than_bf16_knows(tmp_path):
 
 
 def _flat(tensors):
-    return np.concatenate([tensors[name].ravel() for name in sorted(tensors)])
+    return np.concatenate([tensors[name].ravel() for name in sorted(tensors)]).astype(np.float64)
 
 
 def _cosine(a, b):
