@@ -5,6 +5,7 @@ The scenes show drawings of the set under test, so a model cannot have seen them
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +53,7 @@ def ask(
     Question i depends on (seed, kind, i) and the set alone, so that all models get the same ones.
     Raises DataError if the set has no drawing with a name in each language.
     """
-    usable = _usable(data, languages)
+    usable = _usable(data, tuple(languages))
     questions = []
     for index in range(count):
         rng = np.random.default_rng([seed, KINDS.index(kind), index])
@@ -155,7 +156,8 @@ def best_constant(
     return worth
 
 
-def _usable(data: DataFolder, languages: Sequence[str]) -> list[tuple[Picture, Drawing]]:
+@lru_cache(maxsize=2)  # the sets under test and of training, for every suite and the control
+def _usable(data: DataFolder, languages: tuple[str, ...]) -> list[tuple[Picture, Drawing]]:
     if not isinstance(data, ConceptSet):
         raise DataError(
             f"{data.folder} is a {data.kind}; questions on scenes need drawings with names, "

@@ -19,6 +19,7 @@ from models.common.megatron import (
     reduce_from_tensor_model_parallel_region,
 )
 from models.common.parallel import Part, checkpoint_metadata
+from models.common.precision import wide
 
 NormKind = Literal["rms", "layer"]
 
@@ -53,7 +54,7 @@ def _reciprocal_rms(x: Tensor, eps: float) -> Tensor:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm over the last axis: computed in fp32, cast back, then times the weight."""
+    """RMSNorm over the last axis: computed in fp32 or finer, cast back, then times the weight."""
     if kernels.use_kernels(x):
         from models.common.kernels.norms import rms_norm as fused
 
@@ -62,8 +63,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         if torch.is_grad_enabled():
             return _RMSNormFunction.apply(x, weight, eps)
         return torch.mul(x, _reciprocal_rms(x, eps)).mul_(weight)
-    wide = x.float()
-    unit = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    exact = wide(x)
+    unit = exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + eps)
     return unit.to(x.dtype) * weight
 
 
@@ -137,13 +138,13 @@ class FullWidthQKRMSNorm(Part):
         flat = x.reshape(*x.shape[:2], -1)
         if self.tp_group.size() == 1:
             return rms_norm(flat, self.weight, self.eps).view(x.shape)
-        wide = flat.float()
-        squares = wide.square().sum(-1, keepdim=True)
+        exact = wide(flat)
+        squares = exact.square().sum(-1, keepdim=True)
         # Summed over ranks forwards, and its gradient backwards: a plain all-gather here leaves
         # the other ranks' gradients out, silently.
         squares = reduce_from_tensor_model_parallel_region(squares, group=self.tp_group)
         squares = copy_to_tensor_model_parallel_region(squares, group=self.tp_group)
-        unit = wide * torch.rsqrt(squares / self.true_width + self.eps)
+        unit = exact * torch.rsqrt(squares / self.true_width + self.eps)
         return (unit.to(x.dtype) * self.weight).view(x.shape)
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):

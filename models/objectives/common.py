@@ -184,11 +184,6 @@ def in_one_go(objective: Objective, path: str, model: Any, batch: Batch) -> dict
     )
 
 
-def wide(numbers: Tensor) -> Tensor:
-    """At least fp32, which losses are computed in: bf16 knows a logit of 100 to 0.5."""
-    return numbers.to(torch.promote_types(numbers.dtype, torch.float32))
-
-
 def images_of(batch: Batch) -> dict[str, Tensor]:
     """What the vision tower reads of a batch, row by row."""
     return {name: batch[name] for name in ("pixels", "kept", "samples") if name in batch}

@@ -16,6 +16,7 @@ from torch.linalg import vecdot
 from infra.backend.parallel import text_peers
 from infra.errors import ConfigError
 from models.common.parallel import data_group
+from models.common.precision import wide
 from models.objectives.common import (
     Batch,
     Metrics,
@@ -24,7 +25,6 @@ from models.objectives.common import (
     gather_rows,
     images_of,
     scatter_rows,
-    wide,
 )
 from models.objectives.tiled import TwoWay, softplus_sum, two_way_logsumexp
 

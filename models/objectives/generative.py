@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy, pad
 
 from infra.errors import ConfigError
 from models.common.parallel import data_group
+from models.common.precision import wide
 from models.objectives.common import (
     Batch,
     Metrics,
@@ -23,7 +24,6 @@ from models.objectives.common import (
     images_of,
     max_over_ranks,
     sum_over_ranks,
-    wide,
 )
 from models.objectives.contrastive import ContrastiveConfig, info_nce
 from models.objectives.next_token import IGNORE, NextTokenConfig, mean_of, sums, totals

@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 from infra.errors import ModelError
 from models.common.packing import sample_of_token, split_packs
 from models.common.parallel import data_group
+from models.common.precision import wide
 from models.objectives.common import (
     Batch,
     Metrics,
@@ -25,7 +26,6 @@ from models.objectives.common import (
     images_of,
     split_rows,
     sum_over_ranks,
-    wide,
 )
 from models.tokenizer import IMG_CONTEXT_ID
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from models.objectives.common import Batch, Metrics, Objective, wide
+from models.common.precision import wide
+from models.objectives.common import Batch, Metrics, Objective
 from models.objectives.contrastive import ContrastiveConfig, info_nce
 
 
