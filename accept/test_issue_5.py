@@ -21,7 +21,7 @@ from tests.tiny import write_params
 pytestmark = pytest.mark.accept
 
 MINUTE = 60.0
-STARTS = int(os.environ.get("ACCEPT_STARTS", "2"))
+STARTS = int(os.environ.get("ACCEPT_STARTS", "8"))
 EVERYWHERE = {"first_layers": 0, "last_layers": 0}
 Record = Callable[[str, Any], None]
 
