@@ -189,7 +189,6 @@ def _fold(
     """Train on all other folds, score this one: (score columns, history)."""
     import torch
 
-    torch.set_num_threads(1)
     torch.manual_seed(hash64(config.seed, "bootstrap", number) % 2**63)
     model, history = _train(config, corpus, np.flatnonzero(fold != number), number)
     return _score(config, corpus, model, np.flatnonzero(fold == number)), history
