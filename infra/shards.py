@@ -11,9 +11,8 @@ import io
 import json
 import tarfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from infra.config import canonical_json
 from infra.errors import DataError
@@ -25,8 +24,7 @@ META_SUFFIX = ".json"
 BLOCK = 512
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sample:
+class Sample(NamedTuple):
     """One training sample as it stands in a shard."""
 
     key: str

@@ -148,6 +148,16 @@ def test_a_cut_shard_is_refused_by_name(folder):
     assert ShardSet(folder)[0] == make()[0]
 
 
+def test_more_shards_than_a_process_may_open_can_be_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(loader, "OPEN_SHARDS", 3)
+    write_shards(tmp_path, make(), samples_per_shard=1)
+    shards = ShardSet(tmp_path)
+    before = len(os.listdir("/proc/self/fd"))
+    assert shards.samples(range(COUNT)) == make()
+    assert len(os.listdir("/proc/self/fd")) == before + 3
+    assert [shards[i] for i in (22, 0, 21)] == [make()[i] for i in (22, 0, 21)]
+
+
 def test_a_folder_without_an_index_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"index\.json does not exist"):
         ShardSet(tmp_path)
