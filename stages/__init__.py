@@ -2,7 +2,7 @@
 
 Each process of a stage computes with one thread, unless OMP_NUM_THREADS says otherwise. With one
 for every core, stages that run side by side would get in each other's way (two evaluations on two
-cores: 108 s instead of 35), and last bits would depend on the machine. numpy and torch read the
+cores: 108 s instead of 35), and sums would be split by the number of cores. numpy and torch read the
 variable when they are imported, hence it is set before.
 """
 
