@@ -2,8 +2,8 @@
 
 Each process of a stage computes with one thread, unless OMP_NUM_THREADS says otherwise. With one
 for every core, stages that run side by side would get in each other's way (two evaluations on two
-cores: 108 s instead of 35), and sums would be split by the number of cores. numpy and torch read the
-variable when they are imported, hence it is set before.
+cores: 108 s instead of 35), and sums would be split by the number of cores. numpy and torch read
+the variable when they are imported, hence it is set before.
 """
 
 import os
