@@ -1,7 +1,7 @@
 """Layer 4: what happens in one step. One module a DVC stage.
 
 Each process of a stage computes with one thread, unless OMP_NUM_THREADS says otherwise. With one
-for every core, stages that run side by side would get in each other's way (two evaluations on two
+for every core, stages that run side by side get in each other's way (two evaluations on two
 cores: 108 s instead of 35), and sums would be split by the number of cores. numpy and torch read
 the variable when they are imported, hence it is set before.
 """

@@ -57,9 +57,9 @@ def test_killed_it_ends_with_the_same_bits(run_ranks, tmp_path, whole):
 def test_it_goes_on_in_another_layout(run_ranks, tmp_path, whole):
     """Two data-parallel ranks, or two tensor ranks from step 5 on: the scales are as far.
 
-    Steps 5 and 6 are what the scales and their history decide: they agree to 2e-7 on a Xeon, and are
-    off by 2.6 % at step 6 if the scales are lost, by 1.8 % if the history is. At step 7, FP8 rounds
-    in each layout's own way (1.1 % there; without FP8 all steps agree).
+    Steps 5 and 6 are what the scales and their history decide. On a Xeon they agree to 2e-7;
+    step 6 is 2.6 % off if the scales are lost, 1.8 % if the history is. At step 7, FP8 rounds in
+    each layout's own way (1.1 % there; without FP8 all steps agree).
     """
     run_ranks(lambda: train(tmp_path, CONFIG, stop=(0, 4)), ranks=2)
     moved = run_ranks(lambda: train(tmp_path, CONFIG, layout=TENSOR), ranks=2)[0]
