@@ -197,7 +197,8 @@ def test_gradients_may_be_expanded(recipe):
     """That of a sum has strides of 0."""
     x = torch.randn(16, 2, 32).transpose(0, 1).requires_grad_()
     Fp8Product(Fp8Config(recipe=recipe))(x, torch.ones(16, 32), None).sum().backward()
-    assert torch.equal(x.grad, torch.full_like(x, 16))
+    # Not equal: 16 / (57,344 x 448) is rounded before or after the sum, as the processor has it.
+    torch.testing.assert_close(x.grad, torch.full_like(x, 16))
 
 
 def test_what_is_lost_is_counted():
