@@ -8,7 +8,6 @@ permutation. A run killed on four ranks goes on on two with the same samples in 
 import bisect
 import contextlib
 import functools
-import itertools
 import math
 import mmap
 import os
@@ -33,10 +32,13 @@ TABLE_SAMPLES = 1 << 17
 """up to so many samples an epoch's order is a table; beyond, it is computed where it is needed"""
 ROUNDS = 8
 
-_FOUR = struct.Struct("=4q")
+_PLACE = struct.Struct("=5q")
+_new = tuple.__new__  # of a named tuple: a third faster than its own
 
 Span = tuple[int, int, int]
 """shard, first byte, number of bytes"""
+Place = tuple[int, int, int, int, int]
+"""of a sample: shard; first byte and number of bytes of its picture; the same of its JSON"""
 Pair = tuple[bytes, bytes]
 
 
@@ -60,14 +62,14 @@ class ShardSet(Sequence[Sample]):
         index = parse_index(_read_text(where, options), where)
         self._names: list[str] = [shard["name"] for shard in index["shards"]]
         counts = [len(shard["keys"]) for shard in index["shards"]]
-        self._first = [0, *itertools.accumulate(counts)]
         self._keys: list[str] = [key for shard in index["shards"] for key in shard["keys"]]
         tables = [np.asarray(s["offsets"], np.int64).reshape(-1, 4) for s in index["shards"]]
-        spans = np.concatenate(tables) if tables else np.empty((0, 4), np.int64)
-        self._packed = spans.tobytes()  # a row of it costs a third of a row of an array
-        self._spans = np.frombuffer(self._packed, np.int64).reshape(-1, 4)
-        if len(self._spans) != len(self._keys) or index["samples"] != len(self._keys):
+        if [len(table) for table in tables] != counts or index["samples"] != len(self._keys):
             raise DataError(f"{where}: counts disagree; run the shard stage again")
+        spans = np.concatenate([np.empty((0, 4), np.int64), *tables])
+        shards = np.repeat(np.arange(len(counts)), counts)
+        # Bytes: a row of them costs a third of a row of an array.
+        self._places = np.column_stack([shards, spans]).tobytes()
         self._pictures = [name for shard in index["shards"] for name in shard["pictures"]]
         self._digests = [shard["sha256"] for shard in index["shards"]]
         self._storage = _open_storage(
@@ -79,7 +81,11 @@ class ShardSet(Sequence[Sample]):
 
     def __getitem__(self, i: int) -> Sample:  # pyrefly: ignore[bad-override]
         image_bytes, meta = self.members(i)
-        return Sample(self._keys[i], image_bytes, self._parse(i, meta))
+        try:
+            parts = self._keys[i], image_bytes, orjson.loads(meta)
+            return _new(Sample, parts)  # pyrefly: ignore[bad-specialization]
+        except ValueError as error:
+            raise self._no_json(i, error) from error
 
     def __iter__(self) -> Iterator[Sample]:
         if isinstance(self._storage, _MappedShards):
@@ -96,7 +102,7 @@ class ShardSet(Sequence[Sample]):
         """
         spans: list[Span] = []
         for i in indices:
-            shard, (image_at, image_size, meta_at, meta_size) = self._locate(i)
+            shard, image_at, image_size, meta_at, meta_size = self._place(i)
             spans += [(shard, image_at, image_size), (shard, meta_at, meta_size)]
         parts = self._storage.read(spans)
         return [
@@ -106,14 +112,14 @@ class ShardSet(Sequence[Sample]):
 
     def metas(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         """Caption, language and so on of several samples, without touching the pictures."""
-        located = [self._locate(i) for i in indices]
-        parts = self._storage.read([(shard, at, size) for shard, (_, _, at, size) in located])
+        places = map(self._place, indices)
+        parts = self._storage.read([(shard, at, size) for shard, _, _, at, size in places])
         return [self._parse(i, part) for i, part in zip(indices, parts, strict=True)]
 
     def images(self, indices: Sequence[int]) -> list[bytes]:
         """The encoded pictures alone of several samples."""
-        located = [self._locate(i) for i in indices]
-        return self._storage.read([(shard, at, size) for shard, (at, size, _, _) in located])
+        places = map(self._place, indices)
+        return self._storage.read([(shard, at, size) for shard, at, size, _, _ in places])
 
     @functools.cached_property
     def pictures(self) -> np.ndarray:
@@ -125,22 +131,19 @@ class ShardSet(Sequence[Sample]):
 
     def members(self, i: int) -> Pair:
         """A sample as it stands in its shard: the encoded picture, and JSON."""
-        shard, spans = self._locate(i)
-        return self._storage.pair(shard, *spans)
+        return self._storage.pair(self._place(i))
 
     def image_bytes(self, i: int) -> bytes:
         """The encoded picture alone."""
-        shard, (start, size, _, _) = self._locate(i)
-        return self._storage.read([(shard, start, size)])[0]
+        return self.images([i])[0]
 
     def meta(self, i: int) -> dict[str, Any]:
         """Caption, language and so on alone, without touching the picture."""
-        shard, (_, _, start, size) = self._locate(i)
-        return self._parse(i, self._storage.read([(shard, start, size)])[0])
+        return self.metas([i])[0]
 
     def where(self, i: int) -> str:
         """A sample's shard, place in it and key, for messages."""
-        shard, (start, *_) = self._locate(i)
+        shard, start, *_ = self._place(i)
         return f"{self.folder}/{self._names[shard]} at byte {start} (sample {self._keys[i]!r})"
 
     @contextlib.contextmanager
@@ -163,26 +166,30 @@ class ShardSet(Sequence[Sample]):
         try:
             return orjson.loads(meta)
         except ValueError as error:
-            raise DataError(f"{self.where(i)}: its metadata is no JSON: {error}") from error
+            raise self._no_json(i, error) from error
+
+    def _no_json(self, i: int, error: ValueError) -> DataError:
+        return DataError(f"{self.where(i)}: its metadata is no JSON: {error}")
 
     def _chunks(self) -> Iterator[range]:
         """Samples in order, about READ_AHEAD_BYTES at a time."""
-        ends = np.cumsum(self._spans[:, 1] + self._spans[:, 3]) // READ_AHEAD_BYTES
+        places = np.frombuffer(self._places, np.int64).reshape(-1, 5)
+        ends = np.cumsum(places[:, 2] + places[:, 4]) // READ_AHEAD_BYTES
         breaks = np.flatnonzero(np.diff(ends)) + 1
         for start, stop in zip([0, *breaks], [*breaks, len(self)], strict=True):
             yield range(int(start), int(stop))
 
-    def _locate(self, i: int) -> tuple[int, tuple[int, ...]]:
+    def _place(self, i: int) -> Place:
         if not 0 <= i < len(self._keys):
             raise IndexError(f"sample {i} of {len(self._keys)}")
-        return bisect.bisect_right(self._first, i) - 1, _FOUR.unpack_from(self._packed, 32 * i)
+        return _PLACE.unpack_from(self._places, _PLACE.size * i)  # pyrefly: ignore[bad-return]
 
 
 class _Storage(Protocol):
     def read(self, spans: Sequence[Span]) -> list[bytes]: ...
 
-    def pair(self, shard: int, at: int, size: int, then_at: int, then_size: int) -> Pair:
-        """`read` of two spans of one shard, without a list of them."""
+    def pair(self, place: Place) -> Pair:
+        """`read` of a sample's two spans, without a list of them."""
         ...
 
 
@@ -201,7 +208,8 @@ class _MappedShards:
             for shard, start, size in spans
         ]
 
-    def pair(self, shard: int, at: int, size: int, then_at: int, then_size: int) -> Pair:
+    def pair(self, place: Place) -> Pair:
+        shard, at, size, then_at, then_size = place
         mapped = self._maps.get(shard) or self._map(shard)
         return mapped[at : at + size], mapped[then_at : then_at + then_size]
 
@@ -257,7 +265,8 @@ class _RemoteShards:
             result.append(contents[block][offset : offset + size])
         return result
 
-    def pair(self, shard: int, at: int, size: int, then_at: int, then_size: int) -> Pair:
+    def pair(self, place: Place) -> Pair:
+        shard, at, size, then_at, then_size = place
         first, second = self.read([(shard, at, size), (shard, then_at, then_size)])
         return first, second
 
