@@ -1,16 +1,17 @@
 """Reading shards: every sample once, in order and at random, against webdataset on the same files.
 
 Raw is both members as bytes; else the JSON is parsed. Pictures are not decoded: that is the same
-work for all. To resume is to read samples from three quarters of an epoch on, all opened anew.
+work for all. All are timed in turns. To resume is to read samples from three quarters of an epoch
+on, all opened anew.
 """
 
+import functools
 import importlib.util
 import itertools
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 from benchmarks.harness import Case, LeftOut, benchmark
 
@@ -18,11 +19,15 @@ SAMPLES = 4096
 PICTURE_BYTES = 32 << 10
 SAMPLES_PER_SHARD = 1024
 RESUMED = 32
+REPETITIONS = 11
+PEERS = ("webdataset, raw", "webdataset", "webdataset, resume")
+
+_case = functools.partial(Case, items=SAMPLES, unit="samples", repetitions=REPETITIONS)
 SEED = 0
 
 
 @benchmark("shards")
-def shards() -> Iterator[Case | LeftOut]:
+def shards() -> Iterator[LeftOut | tuple[Case, ...]]:
     """Samples a second out of a warm page cache."""
     import numpy as np
 
@@ -39,16 +44,16 @@ def shards() -> Iterator[Case | LeftOut]:
             for row in range(SAMPLES)
         )
         write_shards(folder, samples, SAMPLES_PER_SHARD)
-        yield from _webdataset(Path(folder))
-        yield from _ours(folder)
+        theirs: list[Case] = []
+        if importlib.util.find_spec("webdataset"):
+            theirs += _webdataset(Path(folder))
+        else:
+            reason = "webdataset is not installed; `make bench LOCK=bench`"
+            yield from (LeftOut(name=name, reason=reason) for name in PEERS)
+        yield *theirs, *_ours(folder)
 
 
-def _webdataset(folder: Path) -> Iterator[Case | LeftOut]:
-    names = ("webdataset, raw", "webdataset", "webdataset, resume")
-    if importlib.util.find_spec("webdataset") is None:
-        reason = "webdataset is not installed; `make bench LOCK=bench`"
-        yield from (LeftOut(name=name, reason=reason) for name in names)
-        return
+def _webdataset(folder: Path) -> Iterator[Case]:
     import webdataset
 
     urls = [str(path) for path in sorted(folder.glob("*.tar"))]
@@ -66,11 +71,12 @@ def _webdataset(folder: Path) -> Iterator[Case | LeftOut]:
             for sample in webdataset.WebDataset(urls, shardshuffle=False)
         )
 
-    counted = {"unit": "samples", "packages": ("webdataset",)}
-    yield Case(name=names[0], call=read_raw, items=SAMPLES, **counted)
-    yield Case(name=names[1], call=lambda: read(0, SAMPLES), items=SAMPLES, **counted)
+    case = functools.partial(_case, packages=("webdataset",))
+    raw, parsed, resume = PEERS
+    yield case(name=raw, call=read_raw)
+    yield case(name=parsed, call=lambda: read(0, SAMPLES))
     start = SAMPLES * 3 // 4
-    yield Case(name=names[2], call=lambda: read(start, start + RESUMED), items=RESUMED, **counted)
+    yield case(name=resume, call=lambda: read(start, start + RESUMED), items=RESUMED)
 
 
 def _ours(folder: str) -> Iterator[Case]:
@@ -79,11 +85,11 @@ def _ours(folder: str) -> Iterator[Case]:
     ours = ShardSet(folder)
     order = global_order(SAMPLES, SEED, 0).tolist()
     has_peer = importlib.util.find_spec("webdataset") is not None
-    counted: dict[str, Any] = {"unit": "samples", "packages": ("numpy", "fsspec")}
 
-    def case(name: str, call: Any, peer: str, items: int = SAMPLES) -> Case:
+    def case(name: str, call: Callable[[], int], peer: str, items: int = SAMPLES) -> Case:
         against = peer if has_peer else ""
-        return Case(name=name, call=call, items=items, against=against, **counted)
+        packages = ("numpy", "fsspec")
+        return _case(name=name, call=call, items=items, against=against, packages=packages)
 
     def resume() -> int:
         places = SampleStream(SAMPLES, SEED).indices(SAMPLES * 3 // 4, RESUMED)
