@@ -17,7 +17,14 @@ from infra.errors import UserError
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-__all__ = ["Layout", "ModelFacts", "device_literals", "install", "transformer_config"]
+__all__ = [
+    "Layout",
+    "ModelFacts",
+    "device_literals",
+    "install",
+    "plain_calls",
+    "transformer_config",
+]
 
 MEGATRON_VERSION = "0.19.2"
 # They advise callers of other versions, on every run: to compute a layout that is computed anyway,
@@ -85,6 +92,16 @@ def device_literals() -> contextlib.AbstractContextManager:
     from infra.backend.cpu import CudaLiteralsToCpu
 
     return CudaLiteralsToCpu()
+
+
+def plain_calls() -> contextlib.AbstractContextManager:
+    """Context inside `device_literals` for code that has no such literals, as models have not: it
+    calls torch directly, which spares a step of a small model a tenth of its time on a CPU."""
+    if install().kind == "cuda":
+        return contextlib.nullcontext()
+    import torch
+
+    return torch._C.DisableTorchFunction()
 
 
 def transformer_config(layout: Layout, device: Device | None = None, **fields) -> TransformerConfig:

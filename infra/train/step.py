@@ -13,12 +13,13 @@ Limited Setup", 2021), and the paper's batch of 164K needs no more memory than o
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from infra.backend import Layout, device_literals, install
+from infra.backend import Layout, device_literals, install, plain_calls
 from infra.backend.parallel import SoloGroup
 from infra.errors import LayoutError
 from infra.train.mfu import FlopCounter
@@ -76,7 +77,7 @@ class Engine:
         """
         self._forget_tokens()
         if not hasattr(self._objective, "paths"):
-            with self._watch.phase("forward"):
+            with self._computing("forward"):
                 loss, terms = self._objective(self._chunks[0], batch)
             self._learn(loss)
             return self._agree({"loss": loss.detach(), **terms})
@@ -123,8 +124,14 @@ class Engine:
                 if hasattr(module, "tokens_seen"):
                     module.tokens_seen = 0
 
+    @contextlib.contextmanager
+    def _computing(self, phase: str) -> Iterator[None]:
+        """A phase in which nothing but our models computes."""
+        with self._watch.phase(phase), plain_calls():
+            yield
+
     def _learn(self, loss: Any) -> None:
-        with self._watch.phase("backward"):
+        with self._computing("backward"):
             loss.backward()
 
     def forward(self, batch: Any) -> Terms:
@@ -209,7 +216,7 @@ class Engine:
     def _coupled(self, batch: Any, plans: dict[str, Any]) -> Rows:
         if self._parts == 1 and not self._pipelined:
             outputs: Rows = {}
-            with self._watch.phase("forward"):
+            with self._computing("forward"):
                 for path, plan in plans.items():
                     outputs |= plan.assemble(
                         [self._finish(path, self._run(path, part), part) for part in plan.batches]
@@ -237,7 +244,7 @@ class Engine:
                     for name in [n for n, value in rows.items() if value.is_floating_point()]:
                         rows[name] = rows[name].detach().requires_grad_()
                 outputs |= plan.assemble(leaves[path])
-            with self._watch.phase("forward"):
+            with self._computing("forward"):
                 loss, terms = self._objective.loss(self._last_chunk, outputs, batch)
             self._learn(loss)
             result = {"loss": loss.detach(), **terms}
@@ -310,14 +317,14 @@ class Engine:
 
         if not self._pipelined:
             for part in plan.batches:
-                with self._watch.phase("forward"):
+                with self._computing("forward"):
                     loss = end(self._chunks[0], one(self._chunks[0], {}, part), part)
                 if not forward_only:
                     self._learn(loss)
             return
 
         def timed(chunk: Any, state: Rows, part: Any) -> Rows:
-            with self._watch.phase("forward"):
+            with self._computing("forward"):
                 return one(chunk, state, part)
 
         # What is not forward is backward, and waiting for the stages beside this one.
