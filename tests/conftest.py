@@ -1,7 +1,9 @@
 """Shared by all tests: one process imports torch and Megatron, and forks every test's ranks."""
 
+import fcntl
 import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 # Before anything imports torch. Also for the processes that tests start.
@@ -13,6 +15,11 @@ if not Path("/dev/nvidiactl").exists():
 
 import pytest
 
+import infra.train.mfu
+
+# Every run begins by measuring what it could do at best: a third of a second for each rank.
+infra.train.mfu.GEMM_SIDE = 128
+
 
 @pytest.fixture(scope="session")
 def run_ranks():
@@ -22,3 +29,28 @@ def run_ranks():
 
     install()
     return functools.partial(run_ranks, timeout_s=120)
+
+
+@pytest.fixture(scope="session")
+def made_once(
+    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Callable[[str, Callable[[Path], object]], Path]:
+    """`made_once(name, make)`: a folder that is made by whichever test process asks first, and that
+    all of them read."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if hasattr(request.config, "workerinput") else base
+
+    def once(name: str, make: Callable[[Path], object]) -> Path:
+        folder, done = shared / name, shared / f"{name}.done"
+        with (shared / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            try:
+                if not done.exists():
+                    folder.mkdir()
+                    make(folder)
+                    done.touch()
+            finally:
+                fcntl.flock(lock, fcntl.LOCK_UN)  # forked processes may still hold it open
+        return folder
+
+    return once

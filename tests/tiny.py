@@ -6,6 +6,7 @@ Its stages run as in the repository, of whose sources it has a copy: as processe
 """
 
 import dataclasses
+import gc
 import importlib
 import os
 import shutil
@@ -47,13 +48,13 @@ PARAMS: dict[str, Any] = {
     },
     "pretrain_text": {"conversation_share": 0.5, "train": {**_TRAIN, "steps": 4}},
     "contrastive": {
-        "captions": 2, "masked_px": 48, "train": {**_TRAIN, "steps": 16, "save_every_steps": 4},
+        "captions": 2, "masked_px": 48, "train": {**_TRAIN, "steps": 8, "save_every_steps": 2},
     },
-    "generative": {"train": {**_TRAIN, "steps": 8, "save_every_steps": 2}},
+    "generative": {"train": {**_TRAIN, "steps": 6, "save_every_steps": 2}},
     "sft": {
         "trainable": ["sft", "vision"],
         "train": {
-            key: {**_TRAIN, "steps": 8, "save_every_steps": 2} for key in ("simple", "full")
+            key: {**_TRAIN, "steps": 6, "save_every_steps": 2} for key in ("simple", "full")
         },
     },
 }  # fmt: skip
@@ -169,9 +170,11 @@ def start_fork(root: Path, stage: str, *arguments: str) -> Running:
     definition = importlib.import_module(f"stages.{stage}").STAGE
     sys.stdout.flush()
     sys.stderr.flush()
+    gc.freeze()  # its collector would touch, and so copy, every page that has an object
     pid = os.fork()
     if pid == 0:
         _be_stage(root, definition, arguments, log)
+    gc.unfreeze()
     ended: list[int] = []
 
     def collect() -> int | None:

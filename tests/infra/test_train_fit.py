@@ -39,7 +39,7 @@ def test_history_and_files(uninterrupted):
     assert lines[-1].startswith("step 6/6  loss")
 
 
-@pytest.mark.parametrize("step", [1, 3, 5])
+@pytest.mark.parametrize("step", [1, 4])
 def test_killed_run_goes_on_bit_identical(run_ranks, tmp_path, uninterrupted, step):
     def crash():
         return _train(tmp_path, kill=(1, step))

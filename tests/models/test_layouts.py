@@ -293,29 +293,34 @@ def curve(stage: str, layout: Layout, work: Path, steps: int, optimizer: str = "
     return [row["loss"] for row in result.history], weights
 
 
-@pytest.mark.parametrize("layout", ["TP2+SP", "PP2 interleaved", "DP2", "TP2xPP2"])
-@pytest.mark.parametrize("stage", ["contrastive", "generative", "full"])
+@pytest.mark.parametrize(
+    ("stage", "layout"),
+    [
+        ("contrastive", "TP2xPP2"),
+        ("contrastive", "DP2"),
+        ("generative", "PP2 interleaved"),
+        ("generative", "TP2+SP"),
+        ("full", "TP2xPP2"),
+    ],
+)
 def test_loss_curves_agree(stage, layout, tmp_path):
-    """`make accept ISSUE=4` goes 20 steps in every layout."""
-    loss_curves_agree(stage, LAYOUTS[layout], tmp_path, steps=5)
+    """`make accept ISSUE=4` goes 20 steps with every objective in every layout."""
+    loss_curves_agree(stage, LAYOUTS[layout], tmp_path, steps=4)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "stable_adamw"])
 def test_loss_curves_agree_where_each_tower_has_its_own_layout(tmp_path, optimizer):
     chosen = APART["TP2xDP2+SP, text 1"]
-    loss_curves_agree("contrastive", chosen, tmp_path, steps=5, optimizer=optimizer)
+    loss_curves_agree("contrastive", chosen, tmp_path, steps=4, optimizer=optimizer)
 
 
-@pytest.mark.parametrize(
-    "layouts", [("TP2, text 1", "TP1"), ("TP1", "TP4, text 2")], ids=" to ".join
-)
-def test_goes_on_where_each_tower_has_its_own_layout(tmp_path, layouts):
-    """The optimizer's state of the text tower is another rank's part in each."""
-    first, second = ({**LAYOUTS, **APART}[name] for name in layouts)
-    whole, expected = run_ranks(curve, "contrastive", first, tmp_path, 5, ranks=first.ranks)[0]
-    for step in (4, 5):
-        shutil.rmtree(tmp_path / f"checkpoints/step-{step:08d}")
-    losses, got = run_ranks(curve, "contrastive", second, tmp_path, 5, ranks=second.ranks)[0]
+def test_goes_on_where_each_tower_has_its_own_layout(tmp_path):
+    """The optimizer's state of the text tower is another rank's part in each. The way there is in
+    `make accept ISSUE=4`; this is the way back."""
+    first, second = APART["TP2, text 1"], LAYOUTS["TP1"]
+    whole, expected = run_ranks(curve, "contrastive", first, tmp_path, 4, ranks=first.ranks)[0]
+    shutil.rmtree(tmp_path / "checkpoints/step-00000004")
+    losses, got = run_ranks(curve, "contrastive", second, tmp_path, 4, ranks=second.ranks)[0]
     assert losses[:2] == whole[:2]
     assert losses == pytest.approx(whole, rel=1e-5)
     assert worst_difference(got, expected) <= 1e-4

@@ -49,6 +49,7 @@ TRAINING_IMPORTS = (
     "models.preprocess",
     "safetensors.torch",
     "tokenizers",
+    "torch._dynamo",
     "torch.utils.flop_counter",
 )
 
@@ -70,15 +71,16 @@ def funnel_params() -> dict:
 
 
 @pytest.fixture(scope="session")
-def funnel(tmp_path_factory) -> Path:
+def funnel(made_once) -> Path:
     """A workspace in which the funnel has run; tests read it and must not change it."""
     import importlib
 
-    root = tmp_path_factory.mktemp("funnel")
-    (root / "data").symlink_to(ROOT / "data")
-    for name in FUNNEL:
-        run_stage(importlib.import_module(f"stages.{name}").STAGE, root)
-    return root
+    def make(root: Path) -> None:
+        (root / "data").symlink_to(ROOT / "data")
+        for name in FUNNEL:
+            run_stage(importlib.import_module(f"stages.{name}").STAGE, root)
+
+    return made_once("funnel", make)
 
 
 @pytest.fixture(scope="session")
@@ -96,17 +98,13 @@ def warm(run_ranks) -> None:
 
 
 @pytest.fixture(scope="session")
-def trained(warm, tmp_path_factory) -> Path:
+def trained(warm, made_once) -> Path:
     """A tiny project in which all training stages have run; tests read it, and copy to change."""
     from tests.tiny import make_project, run_stage
 
-    root = make_project(tmp_path_factory.mktemp("trained"))
-    for stage, *arguments in TRAINING:
-        run_stage(root, stage, *arguments)
-    return root
+    def make(root: Path) -> None:
+        make_project(root)
+        for stage, *arguments in TRAINING:
+            run_stage(root, stage, *arguments)
 
-
-@pytest.fixture(scope="session")
-def training_stages() -> tuple[tuple[str, ...], ...]:
-    """Stage and arguments of each training stage, in order."""
-    return TRAINING
+    return made_once("trained", make)

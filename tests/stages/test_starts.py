@@ -90,8 +90,9 @@ def test_stage_1_goes_on_where_it_was(warm, tmp_path: Path) -> None:
         key: default[key] for key in ("model", "contrastive", "languages")
     }
     params["pretrain_text"]["train"]["steps"] = 1
+    params["contrastive"]["captions"] = 2
     train = params["contrastive"]["train"]
-    train |= {"steps": 50, "batch_samples": 16, "warmup_steps": 5}
+    train |= {"steps": 30, "batch_samples": 16, "warmup_steps": 5}
     make_project(tmp_path, params, concepts=8)
     run_stage(tmp_path, "pretrain_text")
     run_stage(tmp_path, "contrastive")

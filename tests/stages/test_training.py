@@ -80,12 +80,12 @@ def test_a_stage_makes_a_model_a_history_and_its_lineage(trained: Path, folder: 
     assert lineage["outputs"][f"artifacts/{folder}/history.json"] == made["history.json"]
 
 
-def test_a_second_run_makes_the_same_bytes(
-    trained: Path, tmp_path: Path, training_stages: tuple[tuple[str, ...], ...]
-) -> None:
-    again = copied(trained, tmp_path / "again", without=("work", *MADE_FOLDERS))
-    for stage, *arguments in training_stages:
-        run_stage(again, stage, *arguments)
+@pytest.mark.parametrize("folder", ["pretrain_text", "sft/full"])
+def test_a_second_run_makes_the_same_bytes(trained: Path, tmp_path: Path, folder: str) -> None:
+    """Those of the other stages are compared after kills (test_crash.py)."""
+    again = copied(trained, tmp_path / "again", without=("work", f"artifacts/{folder}"))
+    stage, _, variant = folder.partition("/")
+    run_stage(again, stage, *([f"variant={variant}"] if variant else []))
     assert artifacts(again, "") == artifacts(trained, "")
 
 
@@ -213,7 +213,7 @@ def until_a_checkpoint(root: Path, running: Running) -> Running:
 def test_killed_and_unchanged_it_resumes_killed_and_changed_it_starts_clean(
     trained: Path, ready: Path, tmp_path: Path
 ) -> None:
-    running = until_a_checkpoint(ready, start_process(ready, "contrastive"))
+    running = until_a_checkpoint(ready, start_fork(ready, "contrastive"))
     assert len(running.ranks()) == 2
     running.kill_9()
     changed = copied(ready, tmp_path / "changed")
@@ -221,7 +221,7 @@ def test_killed_and_unchanged_it_resumes_killed_and_changed_it_starts_clean(
     resumed = start_process(ready, "contrastive")
     assert resumed.wait() == 0, resumed.output
     done = record(ready)["resumed_from"]
-    assert 4 <= done < STEPS
+    assert 2 <= done < STEPS
     assert f"going on after step {done} of {STEPS}" in resumed.output
     assert not (ready / "work/contrastive.old").exists()
     assert artifacts(ready, "contrastive") == artifacts(trained, "contrastive")
