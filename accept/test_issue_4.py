@@ -15,7 +15,15 @@ import pytest
 
 from accept.crash import Target, besiege
 from infra.stage import EXIT_INTERRUPTED
-from tests.models.test_layouts import APART, STAGES, loss_curves_agree
+from tests.models.test_layouts import (
+    APART,
+    GRADIENTS,
+    PACKED,
+    STAGES,
+    gradients_are_those_of_one_rank,
+    loss_curves_agree,
+    packed_gradients_are_those_of_padded_rows,
+)
 from tests.models.test_layouts import LAYOUTS as MATRIX
 from tests.stages.conftest import TRAINING, TRAINING_IMPORTS
 from tests.tiny import LIMIT_S, PARAMS, artifacts, make_project, run_stage, start_fork
@@ -159,6 +167,16 @@ def test_a_stopped_run_goes_on_in_another_layout(
     record_property("resumed_from", done)
     record_property("worst_relative_difference", worst)
     assert worst <= 1e-5
+
+
+@pytest.mark.parametrize(("stage", "layout"), GRADIENTS)
+def test_gradients_are_those_of_one_rank(stage: str, layout: str) -> None:
+    gradients_are_those_of_one_rank(stage, MATRIX[layout])
+
+
+@pytest.mark.parametrize(("stage", "layout"), PACKED)
+def test_packed_gradients_are_those_of_padded_rows(stage: str, layout: str) -> None:
+    packed_gradients_are_those_of_padded_rows(stage, MATRIX[layout])
 
 
 @pytest.mark.parametrize("layout", MATRIX)

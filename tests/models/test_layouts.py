@@ -148,14 +148,17 @@ def alone(stage: str, layout: Layout):
     return _alone[stage, same]
 
 
-@pytest.mark.parametrize(
-    ("stage", "layout"),
-    [
-        *itertools.product(STAGES, LAYOUTS),
-        *itertools.product(["sigmoid"], ["PP2 interleaved", "DP2+micro-batches", "TP2xPP2+SP"]),
-    ],
-)
+GRADIENTS = [
+    *itertools.product(STAGES, LAYOUTS),
+    *itertools.product(["sigmoid"], ["PP2 interleaved", "DP2+micro-batches", "TP2xPP2+SP"]),
+]
+PACKED = [*itertools.product(["text", "simple", "full"], LAYOUTS)]
+assert len(LAYOUTS) % 2, "or every second cell would leave out every second layout"
+
+
+@pytest.mark.parametrize(("stage", "layout"), GRADIENTS[::2])
 def test_gradients_are_those_of_one_rank(stage, layout):
+    """The other cells are in `make accept ISSUE=4`."""
     gradients_are_those_of_one_rank(stage, LAYOUTS[layout])
 
 
@@ -194,10 +197,13 @@ def packed(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {**made, **images, "labels": labels, "tiles": torch.ones(len(ids), dtype=torch.long)}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("stage", ["text", "simple", "full"])
+@pytest.mark.parametrize(("stage", "layout"), PACKED[1::2])
 def test_packed_gradients_are_those_of_padded_rows(stage, layout):
-    chosen = LAYOUTS[layout]
+    """The other cells are in `make accept ISSUE=4`."""
+    packed_gradients_are_those_of_padded_rows(stage, LAYOUTS[layout])
+
+
+def packed_gradients_are_those_of_padded_rows(stage: str, chosen: Layout) -> None:
     terms, expected, _ = alone(stage, Layout())
     got_terms, got, _ = run_ranks(gradients, stage, chosen, packed, ranks=chosen.ranks)[0]
     assert got_terms == pytest.approx(terms, rel=1e-5)
@@ -297,10 +303,9 @@ def curve(stage: str, layout: Layout, work: Path, steps: int, optimizer: str = "
     ("stage", "layout"),
     [
         ("contrastive", "TP2xPP2"),
-        ("contrastive", "DP2"),
         ("generative", "PP2 interleaved"),
         ("generative", "TP2+SP"),
-        ("full", "TP2xPP2"),
+        ("full", "DP2"),
     ],
 )
 def test_loss_curves_agree(stage, layout, tmp_path):

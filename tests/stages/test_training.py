@@ -24,7 +24,6 @@ from tests.tiny import (
     make_project,
     run_stage,
     start_fork,
-    start_process,
     write_params,
 )
 
@@ -218,11 +217,10 @@ def test_killed_and_unchanged_it_resumes_killed_and_changed_it_starts_clean(
     running.kill_9()
     changed = copied(ready, tmp_path / "changed")
 
-    resumed = start_process(ready, "contrastive")
-    assert resumed.wait() == 0, resumed.output
+    resumed = run_stage(ready, "contrastive")
     done = record(ready)["resumed_from"]
     assert 2 <= done < STEPS
-    assert f"going on after step {done} of {STEPS}" in resumed.output
+    assert f"going on after step {done} of {STEPS}" in resumed
     assert not (ready / "work/contrastive.old").exists()
     assert artifacts(ready, "contrastive") == artifacts(trained, "contrastive")
 

@@ -64,7 +64,6 @@ def _count_calls() -> dict[str, int]:
 
 
 LAYOUTS = {
-    "TP1": Layout(),
     "TP1 recompute": Layout(recompute=True),
     "TP2+SP": Layout(tensor=2, sequence_parallel=True),
 }
