@@ -21,9 +21,9 @@ SAMPLES_PER_SHARD = 1024
 RESUMED = 32
 REPETITIONS = 11
 PEERS = ("webdataset, raw", "webdataset", "webdataset, resume")
+SEED = 0
 
 _case = functools.partial(Case, items=SAMPLES, unit="samples", repetitions=REPETITIONS)
-SEED = 0
 
 
 @benchmark("shards")

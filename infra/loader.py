@@ -33,7 +33,7 @@ TABLE_SAMPLES = 1 << 17
 ROUNDS = 8
 
 _PLACE = struct.Struct("=5q")
-_new = tuple.__new__  # of a named tuple: a third faster than its own
+_new = tuple.__new__  # a named tuple's own is a call of Python more
 
 Span = tuple[int, int, int]
 """shard, first byte, number of bytes"""
@@ -81,11 +81,8 @@ class ShardSet(Sequence[Sample]):
 
     def __getitem__(self, i: int) -> Sample:  # pyrefly: ignore[bad-override]
         image_bytes, meta = self.members(i)
-        try:
-            parts = self._keys[i], image_bytes, orjson.loads(meta)
-            return _new(Sample, parts)  # pyrefly: ignore[bad-specialization]
-        except ValueError as error:
-            raise self._no_json(i, error) from error
+        parts = self._keys[i], image_bytes, self._parse(i, meta)
+        return _new(Sample, parts)  # pyrefly: ignore[bad-specialization]
 
     def __iter__(self) -> Iterator[Sample]:
         if isinstance(self._storage, _MappedShards):
@@ -166,10 +163,7 @@ class ShardSet(Sequence[Sample]):
         try:
             return orjson.loads(meta)
         except ValueError as error:
-            raise self._no_json(i, error) from error
-
-    def _no_json(self, i: int, error: ValueError) -> DataError:
-        return DataError(f"{self.where(i)}: its metadata is no JSON: {error}")
+            raise DataError(f"{self.where(i)}: its metadata is no JSON: {error}") from error
 
     def _chunks(self) -> Iterator[range]:
         """Samples in order, about READ_AHEAD_BYTES at a time."""

@@ -24,6 +24,7 @@ from tests.tiny import (
     make_project,
     run_stage,
     start_fork,
+    start_process,
     write_params,
 )
 
@@ -217,7 +218,8 @@ def test_killed_and_unchanged_it_resumes_killed_and_changed_it_starts_clean(
     running.kill_9()
     changed = copied(ready, tmp_path / "changed")
 
-    resumed = run_stage(ready, "contrastive")
+    # As a user's: a process of its own, which imports everything anew.
+    resumed = run_stage(ready, "contrastive", start=start_process)
     done = record(ready)["resumed_from"]
     assert 2 <= done < STEPS
     assert f"going on after step {done} of {STEPS}" in resumed
