@@ -17,11 +17,14 @@ from accept.crash import Target, besiege
 from infra.stage import EXIT_INTERRUPTED
 from tests.models.test_layouts import (
     APART,
+    BY_THREES,
+    EXACT,
     GRADIENTS,
     PACKED,
     STAGES,
     gradients_are_those_of_one_rank,
     loss_curves_agree,
+    micro_batches_and_data_ranks_are_exact,
     packed_gradients_are_those_of_padded_rows,
 )
 from tests.models.test_layouts import LAYOUTS as MATRIX
@@ -179,12 +182,20 @@ def test_packed_gradients_are_those_of_padded_rows(stage: str, layout: str) -> N
     packed_gradients_are_those_of_padded_rows(stage, MATRIX[layout])
 
 
+@pytest.mark.parametrize(("stage", "layout"), EXACT)
+def test_micro_batches_and_data_ranks_are_exact(stage: str, layout: str) -> None:
+    micro_batches_and_data_ranks_are_exact(stage, BY_THREES[layout])
+
+
 @pytest.mark.parametrize("layout", MATRIX)
 @pytest.mark.parametrize("stage", STAGES)
 def test_loss_curves_agree(stage: str, layout: str, tmp_path: Path) -> None:
     loss_curves_agree(stage, MATRIX[layout], tmp_path, steps=20)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "stable_adamw"])
 @pytest.mark.parametrize("layout", APART)
-def test_loss_curves_agree_where_each_tower_has_its_own_layout(layout: str, tmp_path: Path) -> None:
-    loss_curves_agree("contrastive", APART[layout], tmp_path, steps=20)
+def test_loss_curves_agree_where_each_tower_has_its_own_layout(
+    layout: str, optimizer: str, tmp_path: Path
+) -> None:
+    loss_curves_agree("contrastive", APART[layout], tmp_path, steps=20, optimizer=optimizer)

@@ -17,6 +17,7 @@ from accept.clone import ROOT, fresh_clone
 from accept.meter import measure
 from benchmarks.harness import commit
 from infra.config import load_params
+from tests.models.test_bf16 import CELLS, gradients_point_where_those_of_fp32_do
 from tests.tiny import write_params
 
 pytestmark = pytest.mark.accept
@@ -85,6 +86,11 @@ def test_gradients_point_where_those_of_fp32_do(clone: Path, record_property: Re
     record_property("gradient_cosines", found["gradient_cosines"])
     record_property("relative_gap", found["relative_gap"])
     assert min(found["gradient_cosines"].values()) > 0.99
+
+
+@pytest.mark.parametrize(("stage", "layout"), CELLS)
+def test_gradients_in_bf16_point_where_those_of_fp32_do(stage: str, layout: str) -> None:
+    gradients_point_where_those_of_fp32_do(stage, layout)
 
 
 def test_kills_at_any_moment_do_not_change_a_bit_of_delayed_scaling(

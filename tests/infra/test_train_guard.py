@@ -70,8 +70,7 @@ def test_rollback_is_a_run_that_never_saw_the_batches(run_ranks, tmp_path, rolle
     assert rolled_back[0][0].history == expected[0].history
 
 
-@pytest.mark.parametrize("config", [SKIP, ROLLBACK], ids=["skip", "rollback"])
-@pytest.mark.parametrize("batch", [3, 6])
+@pytest.mark.parametrize(("config", "batch"), [(SKIP, 3), (ROLLBACK, 6)], ids=["skip", "rollback"])
 def test_killed_it_decides_alike(run_ranks, tmp_path, skipped, rolled_back, config, batch):
     def crash():
         return tower.train(tmp_path, config, poison=NAN, kill=(1, batch))
