@@ -172,6 +172,8 @@ class _Crew:
 
     def __init__(self) -> None:
         self.asked_at: float | None = None
+        self.wakeup: int | None = None
+        """readable when a signal has come"""
         self._members: list[_Member] = []
 
     def start(
@@ -230,7 +232,9 @@ class _Crew:
         with selectors.DefaultSelector() as selector:
             for member in self._members:
                 selector.register(member.pipe, selectors.EVENT_READ, member)
-            while selector.get_map():
+            if self.wakeup is not None:
+                selector.register(self.wakeup, selectors.EVENT_READ)
+            while any(member.exit_code is None for member in self._members):
                 left = deadline - time.monotonic()
                 ready = selector.select(None if math.isinf(left) else max(0.0, left))
                 if not ready and not any(member.failed for member in self._members):
@@ -239,6 +243,8 @@ class _Crew:
                     return
                 for key, _ in ready:
                     chunk = os.read(key.fd, 1 << 20)
+                    if key.data is None:  # a signal, whose handler has run by now
+                        continue
                     key.data.received += chunk
                     if not chunk:
                         selector.unregister(key.fd)
@@ -285,6 +291,7 @@ def _be_rank(
         if os.getppid() != parent:  # it was gone before we could ask
             os._exit(EXIT_FAILED)
         _this_rank = rank
+        signal.set_wakeup_fd(-1)  # it is the parent's
         for signum in STOP_SIGNALS:
             signal.signal(signum, _on_signal)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
@@ -333,9 +340,17 @@ def _forward_signals(crew: _Crew) -> Iterator[None]:
             raise KeyboardInterrupt
         crew.signal(signal.SIGTERM)
 
+    # Else one that comes in the instant before the parent begins to wait, or that another thread
+    # receives, would not be seen until a rank ends.
+    crew.wakeup, waker = os.pipe()
+    os.set_blocking(waker, False)
+    before_waker = signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
     before = {signum: signal.signal(signum, forward) for signum in STOP_SIGNALS}
     try:
         yield
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
+        signal.set_wakeup_fd(before_waker)
+        os.close(waker)
+        os.close(crew.wakeup)

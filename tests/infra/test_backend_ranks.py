@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 
 import numpy as np
@@ -128,6 +129,19 @@ def test_signal_ends_ranks_that_have_nothing_to_save(run_ranks):
 
     with pytest.raises(KeyboardInterrupt):
         run_ranks(work, ranks=2)
+
+
+def test_a_signal_that_another_thread_receives_is_not_waited_on(run_ranks):
+    """Nothing interrupts the parent's wait then; so it is too with a signal just before it."""
+
+    def to_myself():
+        signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+
+    began = time.monotonic()
+    threading.Timer(0.5, to_myself).start()
+    with pytest.raises(KeyboardInterrupt):
+        run_ranks(lambda: time.sleep(30), ranks=2)
+    assert time.monotonic() - began < 20
 
 
 def test_fork_after_a_process_group_is_refused(run_ranks, monkeypatch):

@@ -1,4 +1,4 @@
-"""Each of the three objectives, killed with -9 at random moments, ends with the same bytes."""
+"""Each of the three objectives, killed with -9 at a random moment, ends with the same bytes."""
 
 import shutil
 from pathlib import Path
@@ -10,11 +10,10 @@ from tests.tiny import artifacts, start_fork
 
 
 @pytest.mark.parametrize(
-    ("stage", "variant", "kills"),
-    [("contrastive", "", 2), ("generative", "", 1), ("sft", "simple", 1)],
+    ("stage", "variant"), [("contrastive", ""), ("generative", ""), ("sft", "simple")]
 )
-def test_kills_do_not_change_a_bit(
-    trained: Path, tmp_path: Path, stage: str, variant: str, kills: int
+def test_a_kill_does_not_change_a_bit(
+    trained: Path, tmp_path: Path, stage: str, variant: str
 ) -> None:
     """`make accept ISSUE=4` kills 25 times."""
     target = Target(
@@ -22,7 +21,7 @@ def test_kills_do_not_change_a_bit(
         stage=stage, variant=variant, start=start_fork,
     )  # fmt: skip
     target.clear()
-    siege = besiege(target, kills=kills, seed=sum(map(ord, stage)))
-    assert len(siege.kills) == kills
+    siege = besiege(target, kills=1, seed=sum(map(ord, stage)))
+    assert len(siege.kills) == 1
     assert siege.same, siege
     assert artifacts(target.root, target.made) == artifacts(trained, target.made)
