@@ -16,9 +16,9 @@ import pytest
 from accept.crash import Target, besiege
 from infra.stage import EXIT_INTERRUPTED
 from tests.models.test_layouts import (
+    ALL_STAGES,
     APART,
-    BY_THREES,
-    EXACT,
+    DATA_LAYOUTS,
     GRADIENTS,
     PACKED,
     STAGES,
@@ -182,9 +182,10 @@ def test_packed_gradients_are_those_of_padded_rows(stage: str, layout: str) -> N
     packed_gradients_are_those_of_padded_rows(stage, MATRIX[layout])
 
 
-@pytest.mark.parametrize(("stage", "layout"), EXACT)
+@pytest.mark.parametrize("layout", DATA_LAYOUTS)
+@pytest.mark.parametrize("stage", ALL_STAGES)
 def test_micro_batches_and_data_ranks_are_exact(stage: str, layout: str) -> None:
-    micro_batches_and_data_ranks_are_exact(stage, BY_THREES[layout])
+    micro_batches_and_data_ranks_are_exact(stage, DATA_LAYOUTS[layout])
 
 
 @pytest.mark.parametrize("layout", MATRIX)
