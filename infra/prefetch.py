@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from infra.errors import UserError
@@ -31,7 +31,7 @@ class Prefetch:
 
     def __init__(self, batch_at: Callable[[int], Any], *, steps: int, workers: int) -> None:
         self._batch_at, self._steps, self._workers = batch_at, steps, workers
-        self._batches: Iterator[Any] = iter(())
+        self._batches: Any = None
         self._last: tuple[int, Any] = (-1, None)
         self._next = -1
 
@@ -41,14 +41,30 @@ class Prefetch:
         if step == self._last[0]:  # after a dry run
             return self._last[1]
         if step != self._next:
+            self.close()
             self._batches = self._start(step)
-        batch = next(self._batches)
-        if isinstance(batch, _Failed):
-            raise batch.error
+        try:
+            batch = next(self._batches)
+            if isinstance(batch, _Failed):
+                raise batch.error
+        except BaseException:
+            self.close()
+            raise
         self._last, self._next = (step, batch), step + 1
         return batch
 
-    def _start(self, first: int) -> Iterator[Any]:
+    def close(self) -> None:
+        """End the workers; the next call starts others.
+
+        A DataLoader waits for them when it is collected, which an exception's traceback puts off
+        until any thread collects garbage: one of the threads that would tell the workers to end, if
+        it comes badly, and then everything waits for torch's five seconds a worker.
+        """
+        if self._batches is not None:
+            self._batches._shutdown_workers()
+        self._batches, self._next = None, -1
+
+    def _start(self, first: int) -> Any:
         import torch
         from torch.utils.data import DataLoader
 

@@ -126,6 +126,7 @@ def test_a_damaged_sample_is_named(shards, tmp_path, workers):
 
     with pytest.raises(DataError, match=r"00002\.tar at byte 512 \(sample '014'\): .* no readable"):
         list(map(batches, range(STEPS)))
+    assert not psutil.Process().children()
 
 
 def test_another_mistake_keeps_its_traceback():
@@ -134,12 +135,14 @@ def test_another_mistake_keeps_its_traceback():
 
     with pytest.raises(KeyError, match=r"return \{\}"):
         Prefetch(batch_at, steps=3, workers=1)(0)
+    assert not psutil.Process().children()
 
 
 def test_a_worker_that_is_killed_is_an_error():
     batches = Prefetch(lambda _: os.kill(os.getpid(), signal.SIGKILL), steps=3, workers=1)
     with pytest.raises(RuntimeError, match=r"killed by signal|exited unexpectedly"):
         batches(0)
+    assert not psutil.Process().children()
 
 
 def test_no_worker_outlives_a_process_that_is_killed():
