@@ -77,6 +77,7 @@ def install() -> Device:
         cpu.install_cuda_stand_ins()
         cpu.install_adam()
         cpu.install_results_queue()
+        cpu.install_gloo()
     _installed = device
     return device
 

@@ -10,11 +10,13 @@ from typing import Any
 from infra.backend import install
 from infra.backend.layout import Layout
 from infra.backend.ranks import Rank, forbid_forks, this_rank
+from infra.devices import Device
 from infra.fp8 import Fp8Config
 
 # One rendezvous store a rank, kept for as long as it lives, and how many worlds met there.
 _store: Any = None
 _worlds = 0
+_left_open: list[Any] = []
 _layout: Layout | None = None
 _fp8: Fp8Config | None = None
 _text_peers: Any = None
@@ -72,7 +74,7 @@ def parallel(layout: Layout, *, seed: int = 0, fp8: Fp8Config | None = None) -> 
     layout.check(ranks=rank.count if rank else 1)
     if device.kind == "cuda":
         _pick_gpu(rank)
-    _join(rank, device.process_group)
+    _join(rank, _backend(device))
     try:
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=layout.tensor,
@@ -91,6 +93,10 @@ def parallel(layout: Layout, *, seed: int = 0, fp8: Fp8Config | None = None) -> 
     finally:
         _layout = _fp8 = _text_peers = None
         parallel_state.destroy_model_parallel()
+        if rank is not None and device.kind == "cpu":
+            # To close one waits for gloo's thread, a quarter of a second for all. The rank has
+            # nothing to do any more than to end, which closes them too.
+            _left_open.extend(dist.distributed_c10d._world.pg_map)
         # Megatron's own teardown forgets its groups but leaves them open; this closes them all.
         dist.destroy_process_group()
 
@@ -121,6 +127,14 @@ def _groups_of_text(layout: Layout) -> Any:
             if dist.get_rank() in ranks:
                 mine = group
     return mine
+
+
+def _backend(device: Device) -> str:
+    if device.kind == "cpu":
+        from infra.backend.cpu import GLOO
+
+        return GLOO
+    return device.process_group
 
 
 def _join(rank: Rank | None, backend: str) -> None:

@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -52,6 +53,31 @@ def test_collectives_over_gloo(run_ranks):
         return total.item(), torch.get_num_threads()
 
     assert run_ranks(work, ranks=2) == [(3.0, 1), (3.0, 1)]
+
+
+def test_a_rank_joins_and_leaves_as_many_worlds_as_it_likes(run_ranks):
+    """Whose groups share one device: their threads would be dozens otherwise."""
+
+    def work():
+        import torch
+
+        from infra.backend import Layout
+        from infra.backend.parallel import parallel
+
+        sums = []
+        for layout in (Layout(data=2), Layout(tensor=2), Layout(pipeline=2)) * 2:
+            with parallel(layout):
+                total = torch.tensor([float(this_rank().index + 1)])
+                torch.distributed.all_reduce(total)
+                sums.append(total.item())
+            assert not torch.distributed.is_initialized()
+        threads = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+        return sums, threads
+
+    for sums, threads in run_ranks(work, ranks=2):
+        assert sums == [3.0] * 6
+        named_as_the_rank = [name for name in threads if name.startswith("rank")]
+        assert len(named_as_the_rank) == 2, threads  # it itself, and the device's
 
 
 def test_failure_shows_its_traceback_and_ends_the_others(run_ranks, tmp_path):
