@@ -1,6 +1,7 @@
 """Recipes are the published runs, build what runs, and can be planned; so can stages."""
 
 import dataclasses
+import functools
 import importlib
 import subprocess
 import sys
@@ -27,7 +28,8 @@ from models.llama.config import llama
 from tests.cpu import least_cpu_s
 
 ROOT = Path(__file__).parents[2]
-NAMES = sorted(recipes(ROOT))
+RECIPES = recipes(ROOT)
+NAMES = sorted(RECIPES)
 # batch, steps, lr, betas, weight decay, warm-up (steps, or a ratio); None: not published
 PUBLISHED = {
     "internvl-c": (163_840, 175_000, 1e-3, (0.9, 0.95), 0.1, 5_000),
@@ -78,12 +80,16 @@ RUNS = {
 }
 
 
+@functools.cache
 def parameters(name: str) -> dict:
     return with_profile(load_params(ROOT / "params.yaml"), ROOT, name)
 
 
+job_of = functools.cache(functools.partial(find_job, ROOT))
+
+
 def train_of(name: str) -> TrainConfig:
-    stage, _, variant = recipes(ROOT)[name].stage.partition("@")
+    stage, _, variant = RECIPES[name].stage.partition("@")
     train = parameters(name)[stage]["train"]
     return build(TrainConfig, train[variant] if variant else train)
 
@@ -94,15 +100,15 @@ def test_every_recipe_is_held_against_the_published_numbers():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_recipe_builds_what_its_stage_reads(name):
-    stage, _, _ = recipes(ROOT)[name].stage.partition("@")
+    stage, _, _ = RECIPES[name].stage.partition("@")
     if stage == "retrieval":
-        assert "none yet" in command(name, recipes(ROOT)[name])
+        assert "none yet" in command(name, RECIPES[name])
         return
     config = importlib.import_module(f"stages.{stage}").STAGE.config
     known = {field.name for field in dataclasses.fields(config)}
     built = build(config, {k: v for k, v in parameters(name).items() if k in known})
     assert build(TrainConfig, dataclasses.asdict(train_of(name)))
-    assert built.model == find_job(ROOT, name).heaviest.config
+    assert built.model == job_of(name).heaviest.config
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -123,7 +129,7 @@ def test_numbers_of_the_optimizer_are_the_published_ones(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_size_and_length_of_the_run_are_the_published_ones(name):
     millions, drop_path, tokens, billions = RUNS[name]
-    work, train = find_job(ROOT, name).heaviest, train_of(name)
+    work, train = job_of(name).heaviest, train_of(name)
     assert train.samples / 1e6 == pytest.approx(millions, rel=0.001)
     assert work.config.vision.drop_path == drop_path
     assert tokens is None or work.text_tokens == tokens
@@ -132,7 +138,7 @@ def test_size_and_length_of_the_run_are_the_published_ones(name):
 
 
 def test_stage_1_masks_half_of_196_px_and_ends_with_half_a_billion_samples_at_224_px():
-    masked, rest = find_job(ROOT, "internvl-c").parts
+    masked, rest = job_of("internvl-c").parts
     assert (masked.config.vision.image_px, masked.vision_tokens) == (196, 1 + 98)
     assert (rest.config.vision.image_px, rest.vision_tokens) == (224, 257)
     assert rest.steps * rest.batch_samples == pytest.approx(0.5e9, rel=0.001)
@@ -142,7 +148,7 @@ def test_stage_1_masks_half_of_196_px_and_ends_with_half_a_billion_samples_at_22
 
 
 def test_a_recipe_s_model_is_its_flavour_s_and_not_that_of_params_yaml():
-    config = find_job(ROOT, "chat-v1.5-40b-pretrain").heaviest.config
+    config = job_of("chat-v1.5-40b-pretrain").heaviest.config
     assert config.chat == llama("yi-34b")
     assert config.connector == internvl("chat-v1.5-26b").connector
     generative = parameters("internvl-g")["generative"]
@@ -152,7 +158,7 @@ def test_a_recipe_s_model_is_its_flavour_s_and_not_that_of_params_yaml():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_recipe_fits_the_machine_that_it_names(name):
-    job = find_job(ROOT, name)
+    job = job_of(name)
     machine = machine_of(job.recipe.machine.gpus, job.recipe.machine.memory, 0.4, 989.0)
     best = make_plan(job, machine).best
     assert best is not None
@@ -173,7 +179,7 @@ def test_showing_a_recipe_says_command_cost_memory_and_what_is_ours():
 
 
 def test_cost_is_flops_over_what_the_machine_does():
-    job = find_job(ROOT, "internvl-g")
+    job = job_of("internvl-g")
     one, other = (gpu_hours(job, machine_of(1, 80, mfu, 989.0)) for mfu in (0.4, 0.2))
     assert one == pytest.approx(job.flops / (0.4 * 989e12) / 3600)
     assert other == pytest.approx(2 * one)
@@ -197,7 +203,7 @@ def test_every_training_stage_of_params_yaml_can_be_planned(address):
 
 
 def test_profile_and_assignments_change_the_plan():
-    plain = find_job(ROOT, "contrastive")
+    plain = job_of("contrastive")
     changed = find_job(ROOT, "contrastive", profile="base", overrides=("contrastive.captions=1",))
     assert changed.heaviest.config.vision.width == 384
     assert (plain.heaviest.captions, changed.heaviest.captions) == (4, 1)
