@@ -24,7 +24,8 @@ class Rule:
     above_untrained_by_stderr: float | None = None
     """Lead over the untrained control, in standard errors of the difference."""
     better_than_baseline_by_stderr: float | None = None
-    """Lead over the model that training started from, if it started from one; 0 means no worse."""
+    """Lead over an earlier model on the same items, where `evaluate.baseline` names one, in
+    standard errors of the difference; 0 means no worse."""
 
     def __post_init__(self) -> None:
         if not self.conditions():
@@ -57,7 +58,7 @@ class Check:
     """The decision in words."""
 
 
-def decide(rule: Rule, scores: Mapping[str, Score], baseline: Mapping[str, Score]) -> list[Check]:
+def decide(rule: Rule, scores: Mapping[str, Score]) -> list[Check]:
     """The checks of one rule. A score that is missing fails; a missing baseline does not."""
     score = scores.get(rule.score)
     if score is None:
@@ -67,14 +68,9 @@ def decide(rule: Rule, scores: Mapping[str, Score], baseline: Mapping[str, Score
         "at_least": _at_least,
         "above_chance": _above_chance,
         "above_untrained_by_stderr": _above_untrained,
+        "better_than_baseline_by_stderr": _above_baseline,
     }
-    checks = []
-    for name in rule.conditions():
-        if name == "better_than_baseline_by_stderr":
-            checks.append(_above_baseline(rule, score, baseline))
-        else:
-            checks.append(deciders[name](rule, score))
-    return checks
+    return [deciders[name](rule, score) for name in rule.conditions()]
 
 
 def _at_least(rule: Rule, score: Score) -> Check:
@@ -108,16 +104,13 @@ def _above_untrained(rule: Rule, score: Score) -> Check:
     return _lead(rule, name, score.value, score.untrained, spread, margin, "the untrained control")
 
 
-def _above_baseline(rule: Rule, score: Score, baseline: Mapping[str, Score]) -> Check:
+def _above_baseline(rule: Rule, score: Score) -> Check:
     name, margin = "better_than_baseline_by_stderr", rule.better_than_baseline_by_stderr
     assert margin is not None
-    other = baseline.get(rule.score)
-    if other is None:
-        return _check(
-            rule, name, score.value, None, True, "training started from scratch: no baseline"
-        )
-    spread = math.hypot(_spread(score.stderr, score.n), _spread(other.stderr, other.n))
-    return _lead(rule, name, score.value, other.value, spread, margin, "the start model")
+    if score.baseline is None:
+        return _check(rule, name, score.value, None, True, "there is no baseline to compare with")
+    spread = _spread(score.baseline_lead_stderr, score.n)
+    return _lead(rule, name, score.value, score.baseline, spread, margin, "the baseline")
 
 
 def _lead(

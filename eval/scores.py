@@ -45,8 +45,14 @@ class Score:
     """What the same model with fresh random weights reaches, once it is measured."""
     untrained_stderr: float | None = None
     """Standard error of `untrained`."""
+    baseline: float | None = None
+    """What an earlier model reaches on the same items, where one is compared with."""
+    baseline_lead_stderr: float | None = None
+    """Standard error of `value - baseline`, from the difference of each item."""
     items: str = ""
     """Path of the per-item file, relative to the folder of the score file."""
+    by_item: tuple[float, ...] = dataclasses.field(default=(), repr=False, compare=False)
+    """What `value` is the mean of; empty where the score was read from a file."""
 
     @property
     def key(self) -> str:
@@ -88,6 +94,7 @@ def mean_score(
         chance=_rounded(chance),
         reference=_rounded(reference),
         items=items,
+        by_item=tuple(numbers),
     )
 
 
@@ -104,6 +111,22 @@ def with_untrained(scores: Iterable[Score], control: Iterable[Score]) -> list[Sc
     ]
 
 
+def with_baseline(scores: Iterable[Score], earlier: Iterable[Score]) -> list[Score]:
+    """The scores, each beside the same score of an earlier model on the same items.
+
+    Both must come from the same data and setting in this process: items are compared one by one.
+    """
+    found = {score.key: score for score in earlier}
+    return [_beside(score, found[score.key]) if score.key in found else score for score in scores]
+
+
+def _beside(score: Score, earlier: Score) -> Score:
+    leads = [ours - theirs for ours, theirs in zip(score.by_item, earlier.by_item, strict=True)]
+    return dataclasses.replace(
+        score, baseline=earlier.value, baseline_lead_stderr=_rounded(standard_error(leads))
+    )
+
+
 def write_scores(
     file: Path,
     scores: Iterable[Score],
@@ -111,18 +134,30 @@ def write_scores(
     model: dict[str, Any],
     data: dict[str, Any],
     not_applicable: dict[str, str] | None = None,
+    baseline: dict[str, Any] | None = None,
 ) -> None:
-    """Write `scores.json`; `not_applicable` gives the reason for each suite that was not run."""
+    """Write `scores.json`.
+
+    Args:
+        not_applicable: the reason for each suite that was not run.
+        baseline: which earlier model the scores stand beside, if any.
+    """
     document = {
         "format": FORMAT,
         "model": model,
         "data": data,
         "not_applicable": not_applicable or {},
-        "scores": [dataclasses.asdict(score) for score in scores],
+        "baseline": baseline,
+        "scores": [_entry(score) for score in scores],
     }
     file.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(document, sort_keys=True, indent=2, ensure_ascii=False) + "\n"
     file.write_text(text, encoding="utf-8")
+
+
+def _entry(score: Score) -> dict[str, Any]:
+    entry = dataclasses.asdict(score)
+    return {key: value for key, value in entry.items() if key != "by_item"}  # the items have it
 
 
 def read_document(file: Path) -> dict[str, Any]:

@@ -83,7 +83,9 @@ def score_rows(root: Path) -> list[dict[str, Any]]:
     rows = []
     for path in sorted((root / "artifacts" / "evaluate").glob("*/scores.json")):
         for score in json.loads(path.read_text("utf-8"))["scores"]:
-            shown = ("suite", "name", "lang", "value", "stderr", "n", "chance", "untrained")
+            shown = (
+                "suite", "name", "lang", "value", "stderr", "n", "chance", "untrained", "baseline",
+            )  # fmt: skip
             rows.append({"model": path.parent.name} | {key: score.get(key) for key in shown})
     return rows
 

@@ -13,6 +13,7 @@ from flows.server import Server, prefect_environment, server
 from flows.terminal import Terminal, summary_table
 from flows.workspace import Variation, prepare
 from infra.errors import UserError
+from infra.stage import START_FOLDER
 
 EXIT_FAILED = 1
 EXIT_CANCELLED = 130
@@ -117,12 +118,19 @@ def finish(root: Path) -> list[str]:
 
     lines: list[str] = []
     try:
-        version = register_passed(root)
+        passed = register_passed(root)
     except UserError as error:
         lines.append(f"the model was NOT registered: {error}")
     else:
-        if version:
+        if passed:
+            version, unseen = passed
             lines.append(f"champion: {version.ref} (`vlfoundry models` lists all)")
+            if unseen:
+                lines.append(
+                    f"NOTE: the gate did not compare it with {unseen.ref}, which it replaces; "
+                    f"`vlfoundry import {unseen.ref} {START_FOLDER}/{unseen.ref} --profile NAME` "
+                    "makes a profile whose runs are compared with it"
+                )
     if (root / REPORT_DATA).is_file() and not (root / REPORT_PAGE).is_file():
         from eval.report.page import render
 

@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from eval.variants import MODELS
 from flows.recipes import PROFILES
 from flows.workspace import yaml_text
 from infra.config import to_dict
@@ -121,12 +122,14 @@ def new_profile(root: Path, name: str, target: Path) -> Path:
 
 def write_profile(root: Path, path: Path, target: Path, text: Path | None = None) -> str:
     """Write the profile of a model folder, maybe with a text model for what the folder lacks; the
-    command that uses it."""
+    command that uses it. What is made from the folder is compared with it."""
     kind, config = read_config(target)
     folder = _place(root, target)
     content: dict[str, Any] = {"model": to_dict(config)}
     for key in FITS[kind]:
         _set(content, key, folder)
+    if kind in MODELS:
+        _set(content, f"evaluate.baseline.{kind}", folder)
     stage = FITS[kind][0].split(".")
     address = f"{stage[0]}@{stage[2]}" if stage[0] == "sft" else stage[0]
     command = f"vlfoundry run --profile {path.stem} --stage {address}"

@@ -145,15 +145,25 @@ def register_model(root: Path, folder: Path, *, promote: str | None = None) -> V
     return version
 
 
-def register_passed(root: Path) -> Version | None:
-    """Register the model that the gate passed, as champion; None if it passed none."""
+def register_passed(root: Path) -> tuple[Version, Version | None] | None:
+    """Register the model that the gate passed, as champion.
+
+    Returns:
+        It, and the champion that it replaces if the gate has not compared the two; None if the gate
+        passed none.
+    """
     decision = root / GATE_DECISION
     if not decision.is_file():
         return None
     gate = json.loads(decision.read_text("utf-8"))
     if not gate["passed"]:
         return None
-    return register_model(root, Path(gate["model"]), promote=CHAMPION)
+    name = model_kind(root / gate["model"])
+    before = [v for v in list_models(root) if v.name == name and CHAMPION in v.stages]
+    version = register_model(root, Path(gate["model"]), promote=CHAMPION)
+    compared = (gate.get("baseline") or {}).get("name")
+    unseen = [v for v in before if v.ref not in (version.ref, compared)]
+    return version, unseen[-1] if unseen else None
 
 
 def resolve_model(ref: str | Path, root: Path | None = None) -> Path:

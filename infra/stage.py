@@ -57,7 +57,8 @@ class Stage:
     variant_inputs: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     """Further inputs that only some variants read."""
     starts: Callable[[Any, str | None], tuple[str, ...]] = lambda _config, _variant: ()
-    """Further inputs, which the config names: model folders that the stage starts from."""
+    """Further inputs, which the config names: model folders that the stage starts from or compares
+    with."""
 
     @property
     def parameters(self) -> tuple[str, ...]:

@@ -1,23 +1,27 @@
-"""Score one model on drawings that training never saw, beside its untrained twin.
+"""Score one model on drawings that training never saw, beside its untrained twin and its baseline.
 
 The twin has the same configuration and fresh random weights: what it reaches is what the task gives
-away for nothing. Every suite that the model's kind can do is run; the others are listed with the
-reason.
+away for nothing. A baseline is an earlier model, say the champion, on the very same items: its old
+scores would be of other classes and drawings. Every suite that the model's kind can do is run; the
+others are listed with the reason.
 """
 
+import dataclasses
 import shutil
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from eval.datasets import ConceptSet, read_concept_set
 from eval.embedding import Setting
 from eval.reference import NearestPicture
 from eval.run import choose_languages, model_facts, score_model
-from eval.scores import with_untrained, write_scores
+from eval.scores import with_baseline, with_untrained, write_scores
 from eval.suites import NEEDS
 from eval.variants import MODELS
 from infra.errors import ConfigError
 from infra.progress import Progress
-from infra.stage import Context, Stage, main
+from infra.stage import Context, Stage, check_folders, main, read_origin
 from infra.tables import read_table
 
 DATA = "data"
@@ -25,6 +29,23 @@ CLASSES = "artifacts/ingest/classes.parquet"
 RECORDS = "artifacts/ingest/records.parquet"
 ARTWORK = ("emojitwo", "fluent", "fluent_flat", "fxemoji", "noto", "noto_v1", "twemoji")
 UNTRAINED_SEED_OFFSET = 1_000_003
+
+
+@dataclass(frozen=True, kw_only=True)
+class Baselines:
+    """An earlier model to compare each kind with; its own folder stands for none."""
+
+    internvl_c: str = MODELS["internvl_c"]
+    """Model folder."""
+    internvl_g: str = MODELS["internvl_g"]
+    """Model folder."""
+    chat_simple: str = MODELS["chat_simple"]
+    """Model folder."""
+    chat_full: str = MODELS["chat_full"]
+    """Model folder."""
+
+    def __post_init__(self) -> None:
+        check_folders("evaluate.baseline", self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +58,8 @@ class EvaluateConfig:
     """Suites to run as far as the model's kind allows."""
     scenes: int = 200
     """Questions of each kind on composed scenes."""
+    baseline: Baselines = dataclasses.field(default_factory=Baselines)
+    """What each model is compared with."""
 
     def __post_init__(self) -> None:
         unknown = sorted(set(self.suites) - set(NEEDS))
@@ -57,8 +80,16 @@ class Config:
     evaluate: EvaluateConfig
 
 
+def baseline_of(config: Config, variant: str | None) -> tuple[str, ...]:
+    """The folder of the variant's baseline, if it has one."""
+    assert variant
+    folder = getattr(config.evaluate.baseline, variant)
+    return () if folder == MODELS[variant] else (folder,)
+
+
 def run(config: Config, context: Context) -> None:
-    """Score the trained model and its twin; write the scores and the trained model's items."""
+    """Score the trained model, its twin and its baseline; write the scores, and the items of the
+    first and the last."""
     from models.internvl.load import load_model
 
     assert context.variant
@@ -70,12 +101,18 @@ def run(config: Config, context: Context) -> None:
         f"{len(held_out)} of them held out; {len(train)} training drawings as reference"
     )
     nearest = NearestPicture(train, data)
-    model_folder = context.path(MODELS[context.variant])
-    results = {}
-    with Progress(2, unit="models", label=f"evaluate {context.variant}") as progress:
-        for name, seed in (("trained", None), ("untrained", config.seed + UNTRAINED_SEED_OFFSET)):
+    made = context.path(MODELS[context.variant])
+    items = context.output(f"{folder}/items")
+    runs: list[tuple[str, Path, int | None, Path]] = [
+        ("trained", made, None, items),
+        ("untrained", made, config.seed + UNTRAINED_SEED_OFFSET, context.work / "items"),
+    ]
+    baseline = baseline_of(config, context.variant)
+    runs += [("baseline", context.path(path), None, items / "baseline") for path in baseline]
+    results, facts = {}, {}
+    with Progress(len(runs), unit="models", label=f"evaluate {context.variant}") as progress:
+        for name, model_folder, seed, kept in runs:
             model = load_model(model_folder, untrained_seed=seed)
-            kept = context.output(f"{folder}/items") if seed is None else context.work / "items"
             shutil.rmtree(kept, ignore_errors=True)  # no item of an earlier run may stay
             setting = Setting(
                 languages=languages,
@@ -90,16 +127,26 @@ def run(config: Config, context: Context) -> None:
             results[name] = score_model(
                 model, data, setting, suites=config.evaluate.suites, log=context.log
             )
-            facts = model_facts(model, model_folder)
+            facts[name] = model_facts(model, model_folder)
             progress.update()
     scores, not_applicable = results["trained"]
+    scores = with_untrained(scores, results["untrained"][0])
+    if baseline:
+        scores = with_baseline(scores, results["baseline"][0])
     write_scores(
         context.output(f"{folder}/scores.json"),
-        with_untrained(scores, results["untrained"][0]),
-        model={**facts, "folder": MODELS[context.variant]},
+        scores,
+        model={**facts["trained"], "folder": MODELS[context.variant]},
         data=data.facts(),
         not_applicable=not_applicable,
+        baseline=_named(context, baseline[0], facts["baseline"]) if baseline else None,
     )
+
+
+def _named(context: Context, folder: str, facts: dict[str, Any]) -> dict[str, Any]:
+    """Facts of a baseline, with the name that people know it by."""
+    origin = read_origin(context.path(folder)) or {}
+    return {**facts, "folder": folder, "name": origin.get("ref", folder)}
 
 
 def read_sets(config: Config, context: Context) -> tuple[ConceptSet, ConceptSet, frozenset[str]]:
@@ -135,6 +182,7 @@ STAGE = Stage(
     run=run,
     variants=tuple(MODELS),
     variant_inputs={variant: (folder,) for variant, folder in MODELS.items()},
+    starts=baseline_of,
 )
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
 """Decide whether the run's models may be promoted, rule by rule, with a reason for each.
 
 A rule looks at one score of one model: its value, its distance from chance, from the untrained
-control, and from the model that training started from. All rules must hold.
+control, and from an earlier model on the same items. All rules must hold.
 """
 
 import dataclasses
 from dataclasses import dataclass
 
 from eval.rules import Check, Rule, decide
-from eval.scores import Score, read_document, read_scores
+from eval.scores import read_document, read_scores
 from eval.variants import MODELS, scores_file
 from infra.errors import ConfigError
 from infra.stage import Context, Stage, main
@@ -25,11 +25,9 @@ class GateConfig:
     """Kind of the model that is promoted if all rules hold."""
     rules: tuple[Rule, ...]
     """What must hold."""
-    baseline: dict[str, str] = dataclasses.field(default_factory=dict)
-    """Kind of model to the score file of the model that training started from; empty: none."""
 
     def __post_init__(self) -> None:
-        named = {self.candidate, *self.baseline, *(rule.variant for rule in self.rules)}
+        named = {self.candidate, *(rule.variant for rule in self.rules)}
         unknown = sorted(named - set(MODELS))
         if unknown:
             raise ConfigError(f"gate: no model {unknown}; there are {list(MODELS)}")
@@ -47,18 +45,19 @@ class Config:
 def run(config: Config, context: Context) -> None:
     """Check every rule and write the decision. A failed gate is a result, not an error."""
     gate = config.gate
-    scores = {variant: _by_key(context, scores_file(variant)) for variant in MODELS}
-    baseline = {variant: _by_key(context, file) for variant, file in gate.baseline.items()}
-    checks = [
-        check
-        for rule in gate.rules
-        for check in decide(rule, scores[rule.variant], baseline.get(rule.variant, {}))
-    ]
+    files = {variant: context.path(scores_file(variant)) for variant in MODELS}
+    scores = {
+        variant: {score.key: score for score in read_scores(file)}
+        for variant, file in files.items()
+    }
+    checks = [check for rule in gate.rules for check in decide(rule, scores[rule.variant])]
     passed = all(check.passed for check in checks)
     for check in checks:
         context.log(_line(check))
     context.log(f"gate: {gate.candidate} {'passed' if passed else 'did not pass'}")
-    document = read_document(context.path(scores_file(gate.candidate)))
+    document = read_document(files[gate.candidate])
+    baseline = document.get("baseline")
+    context.log(f"baseline: {baseline['name'] if baseline else 'none'}")
     context.write_json(
         OUT,
         {
@@ -67,14 +66,11 @@ def run(config: Config, context: Context) -> None:
             "candidate": gate.candidate,
             "model": MODELS[gate.candidate],
             "fingerprint": document["model"]["fingerprint"],
+            "baseline": baseline,
             "reasons": [_line(check) for check in checks if not check.passed],
             "checks": [dataclasses.asdict(check) for check in checks],
         },
     )
-
-
-def _by_key(context: Context, file: str) -> dict[str, Score]:
-    return {score.key: score for score in read_scores(context.path(file))}
 
 
 def _line(check: Check) -> str:

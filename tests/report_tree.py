@@ -23,6 +23,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 LANGUAGES = ("en", "zh", "ja", "ar", "it")
 CLASSES = 60
 SCENES = 40
+EARLIER = "data/start/earlier"
 SEED = 3
 RECORD = {
     "wall_s": 61.2,
@@ -41,8 +42,9 @@ RECORD = {
 class HalfTaught(Guesser):
     """Right about as often as a small model after some minutes: truth mixed with noise."""
 
-    def __init__(self, kind: str, data: ConceptSet) -> None:
+    def __init__(self, kind: str, data: ConceptSet, share: float = 0.34) -> None:
         super().__init__(kind, width=len(data.drawn))
+        self._share = share
         self._column: dict[object, int] = {}
         for picture, image in zip(data.pictures, data.squares(self.image_size), strict=True):
             place = data.drawn.index(picture.concept)
@@ -65,7 +67,7 @@ class HalfTaught(Guesser):
     def _vector(self, data: bytes) -> np.ndarray:
         vector = super()._vector(data)
         if data in self._column:
-            vector[self._column[data]] += 0.34
+            vector[self._column[data]] += self._share
         return vector / np.linalg.norm(vector)
 
     def generate(self, images, prompts, max_new_tokens):
@@ -217,10 +219,13 @@ def _histories(root: Path) -> None:
 def _evaluate(root: Path, data: ConceptSet) -> None:
     import stages.evaluate as stage
 
-    for folder in MODELS.values():
+    for folder in (*MODELS.values(), EARLIER):
         _write(root / folder / "config.json", {})
+    _write(root / EARLIER / "origin.json", {"ref": "internvl_c@v0.1.0"})
 
     def load_model(folder, *, untrained_seed=None):
+        if folder == root / EARLIER:
+            return HalfTaught("internvl_c", data, share=0.28)
         kind = next(kind for kind, path in MODELS.items() if folder == root / path)
         return HalfTaught(kind, data) if untrained_seed is None else Guesser(kind)
 
@@ -231,7 +236,11 @@ def _evaluate(root: Path, data: ConceptSet) -> None:
     try:
         config = build(
             stage.Config,
-            {"seed": SEED, "languages": list(LANGUAGES), "evaluate": {"scenes": SCENES}},
+            {
+                "seed": SEED,
+                "languages": list(LANGUAGES),
+                "evaluate": {"scenes": SCENES, "baseline": {"internvl_c": EARLIER}},
+            },
         )
         for variant in MODELS:
             stage.run(config, Context(stage.STAGE.bind(variant), root, "key"))

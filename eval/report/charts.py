@@ -100,7 +100,8 @@ def loss_chart(
 
 
 def interval_chart(score: Mapping[str, Any], full: float) -> str:
-    """One score on a line from 0 to `full`: interval, chance, untrained control, reference."""
+    """One score on a line from 0 to `full`: interval, chance, untrained control, reference,
+    baseline."""
     width, height, pad = 260, 22, 6
 
     def x(value: float) -> float:
@@ -121,6 +122,8 @@ def interval_chart(score: Mapping[str, Any], full: float) -> str:
     if score["reference"] is not None:
         at = x(score["reference"])
         marks.append(f'<path d="M{at:.1f} 4l5 7-5 7-5-7z" fill="{ORANGE}" fill-opacity=".9"/>')
+    if score.get("baseline") is not None:
+        marks.append(_tick(x(score["baseline"]), GREEN, "none"))
     marks.append(f'<circle cx="{x(score["value"]):.1f}" cy="11" r="5" fill="{BLUE}"/>')
     label = f"{score['value']:.1%}, 95 % interval {low:.1%} to {high:.1%}"
     return _svg(width, height, label, marks)

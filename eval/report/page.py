@@ -111,7 +111,8 @@ def tables(document: Mapping[str, Any]) -> list[dict[str, Any]]:
         scores = [score for score in document["scores"] if score["suite"] == suite]
         if not scores:
             continue
-        levels = [s[k] for s in scores for k in ("value", "reference") if s[k] is not None]
+        shown = [s.get(k) for s in scores for k in ("value", "reference", "baseline")]
+        levels = [level for level in shown if level is not None]
         full = scale(max(levels))
         names = list(dict.fromkeys(score["name"] for score in scores))
         order = sorted(scores, key=lambda s: (names.index(s["name"]), not is_overall(s)))

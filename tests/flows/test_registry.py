@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from flows.launch import finish
 from infra.errors import DataError, ModelError
 from infra.git import git
 from infra.registry import list_models, register_model, register_passed, resolve_model
@@ -99,8 +100,32 @@ def test_the_gate_decides(trained: Path) -> None:
     gate.write_text(json.dumps({"passed": True, "model": str(MODEL)}))
     passed = register_passed(trained)
     assert passed is not None
-    assert passed.stages == ("champion",)
+    assert passed[0].stages == ("champion",)
+    assert passed[1] is None
     assert register_passed(trained) == passed
+
+
+@pytest.mark.parametrize(
+    ("baseline", "said"),
+    [
+        (None, "did not compare it with toy_a@v0.1.0, which it replaces"),
+        ({"name": "data/start/other"}, "did not compare it with toy_a@v0.1.0, which it replaces"),
+        ({"name": "toy_a@v0.1.0"}, ""),
+    ],
+)
+def test_a_champion_that_was_not_compared_with_is_not_replaced_in_silence(
+    trained: Path, baseline: dict[str, str] | None, said: str
+) -> None:
+    register_model(trained, MODEL, promote="champion")
+    (trained / "params.yaml").write_text(PARAMS_YAML.replace("0.001", "0.5"))
+    reproduce(trained)
+    gate = trained / "artifacts/gate/gate.json"
+    gate.parent.mkdir()
+    gate.write_text(json.dumps({"passed": True, "model": str(MODEL), "baseline": baseline}))
+    first, *notes = finish(trained)
+    assert first.startswith("champion: toy_a@v0.2.0")
+    assert (said in "".join(notes)) if said else not notes
+    assert len(finish(trained)) == 1  # it is the champion now
 
 
 def test_a_committed_run_is_registered_at_head(trained: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from eval.variants import MODELS
 from flows.start import FITS, bring, bring_text, describe, new_profile, write_profile
 from flows.workspace import Variation
 from infra.config import load_params, to_dict
@@ -131,7 +132,8 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def check_profile(root: Path, name: str, folder: Path) -> None:
-    """Every stage can be built with it, and those that it sets go on from the folder."""
+    """Every stage can be built with it, and those that it sets go on from the folder; what is made
+    of the folder's kind is compared with it."""
     params = Variation(profile=name).apply(root)
     kind, config = read_config(folder)
     relative = folder.relative_to(root).as_posix()
@@ -145,7 +147,8 @@ def check_profile(root: Path, name: str, folder: Path) -> None:
                 named.add(bound.address)
             if "model" in stage.parameters:
                 assert built.model == config
-    assert named == {address for address in RULES if slots(kind, address)}
+    goes_on = {address for address in RULES if slots(kind, address)}
+    assert named == goes_on | ({f"evaluate@{kind}"} if kind in MODELS else set())
 
 
 @pytest.mark.parametrize("kind", PARTS)
@@ -202,6 +205,7 @@ def test_the_text_model_of_its_run_comes_with_a_champion(
     assert command == "vlfoundry run --profile weekly"
     params = Variation(profile="weekly").apply(checkout)
     assert params["contrastive"]["start"] == {"model": "data/start/champion"}
+    assert params["evaluate"]["baseline"] == MODELS | {"internvl_c": "data/start/champion"}
     assert params["generative"]["start"] == {
         "model": "artifacts/contrastive/model", "head": "data/start/champion-text",
     }  # fmt: skip

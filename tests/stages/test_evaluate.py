@@ -2,6 +2,7 @@
 
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
@@ -19,6 +20,7 @@ from stages.evaluate import STAGE, Config
 from tests.eval_fakes import LANGUAGES, Guesser, Oracle, write_concept_set
 
 SCENES = 30
+EARLIER = "data/start/earlier"
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +49,9 @@ def models(monkeypatch, root):
     """Replaces loading: the trained model knows everything, the untrained one guesses."""
 
     def load_model(folder, *, untrained_seed=None):
-        kind = next(kind for kind, path in MODELS.items() if folder == root / path)
+        kind = next((kind for kind, path in MODELS.items() if folder == root / path), EARLIER)
+        if folder == root / EARLIER:
+            return Guesser("internvl_g")
         if untrained_seed is not None:
             return Guesser(kind)
         data = read_concept_set(root / "data", sources=["test"])
@@ -92,6 +96,34 @@ def test_outputs_are_the_same_bytes_each_time(root, models):
 
     first = fingerprint(run(root, "internvl_g").parent)
     assert fingerprint(run(root, "internvl_g").parent) == first
+
+
+def test_a_baseline_is_scored_on_the_same_items(root, models):
+    (root / EARLIER).mkdir(parents=True)
+    (root / EARLIER / "config.json").write_text("{}")
+    without = run(root, "internvl_g").read_bytes()
+    file = run(root, "internvl_g", baseline={"internvl_g": EARLIER})
+    baseline = read_document(file)["baseline"]
+    assert (baseline["folder"], baseline["name"]) == (EARLIER, EARLIER)
+    for score in read_scores(file):
+        assert score.baseline == score.untrained  # both guess
+        assert score.baseline_lead_stderr is not None
+        assert (file.parent / "items" / "baseline" / Path(score.items).name).is_file()
+    (root / EARLIER / "origin.json").write_text('{"ref": "internvl_g@v0.1.0"}')
+    file = run(root, "internvl_g", baseline={"internvl_g": EARLIER})
+    assert read_document(file)["baseline"]["name"] == "internvl_g@v0.1.0"
+    file = run(root, "internvl_g", baseline={"internvl_c": EARLIER})
+    assert file.read_bytes() == without
+    assert not (file.parent / "items" / "baseline").exists()
+
+
+def test_a_baseline_is_an_input_of_its_variant_alone():
+    compared = config(baseline={"internvl_g": EARLIER})
+    assert EARLIER in STAGE.bind("internvl_g").inputs(compared)
+    assert STAGE.bind("internvl_g").starts(compared) == (EARLIER,)
+    assert STAGE.bind("internvl_c").starts(compared) == ()
+    with pytest.raises(ConfigError, match=r"evaluate\.baseline\.chat_full is '/x'"):
+        config(baseline={"chat_full": "/x"})
 
 
 def test_the_source_under_test_must_not_have_been_trained_on(root, models):

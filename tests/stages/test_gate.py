@@ -6,7 +6,7 @@ import json
 import pytest
 
 from eval.rules import Rule, decide
-from eval.scores import mean_score, with_untrained, write_scores
+from eval.scores import mean_score, with_baseline, with_untrained, write_scores
 from eval.variants import MODELS, scores_file
 from infra.config import build
 from infra.errors import ConfigError
@@ -20,12 +20,14 @@ def score(hits=30, n=100, chance=0.05, untrained=5):
     return with_untrained([made], [control])[0]
 
 
-def only(rule, made, baseline=None):
+def only(rule, made):
     full = {"variant": "internvl_c", "score": "zero_shot/top1/en"} | rule
-    (check,) = decide(
-        build(Rule, full), {made.key: made}, {baseline.key: baseline} if baseline else {}
-    )
+    (check,) = decide(build(Rule, full), {made.key: made})
     return check
+
+
+def beside(made, earlier):
+    return with_baseline([made], [earlier])[0]
 
 
 @pytest.mark.parametrize(
@@ -58,10 +60,19 @@ def test_zero_against_zero_is_no_lead():
 def test_a_baseline_counts_only_if_there_is_one():
     rule = {"better_than_baseline_by_stderr": 0}
     assert only(rule, score(30)).passed
-    assert "from scratch" in only(rule, score(30)).reason
-    assert only(rule, score(30), baseline=score(30)).passed
-    assert not only(rule, score(29), baseline=score(30)).passed
-    assert not only({"better_than_baseline_by_stderr": 2}, score(35), baseline=score(30)).passed
+    assert "no baseline" in only(rule, score(30)).reason
+    assert only(rule, beside(score(30), score(30))).passed
+    assert not only(rule, beside(score(29), score(30))).passed
+
+
+def test_a_lead_is_measured_item_by_item():
+    """5 items more of the same 100 are 2.3 standard errors; of other ones they would be 0.8."""
+    rule = {"better_than_baseline_by_stderr": 2}
+    assert only(rule, beside(score(35), score(30))).passed
+    other = dataclasses.replace(score(30), by_item=score(30).by_item[::-1])
+    check = only(rule, beside(score(35), other))
+    assert not check.passed
+    assert "35.0% against 30.0% of the baseline: 0." in check.reason
 
 
 def test_a_missing_score_fails_and_says_what_there_is():
@@ -85,8 +96,9 @@ def test_rules_without_a_condition_or_a_model_are_refused():
 def test_the_stage_writes_its_decision(tmp_path, at_least, passed):
     for variant in MODELS:
         write_scores(
-            tmp_path / scores_file(variant), [score()], model={"fingerprint": "f"}, data={}
-        )
+            tmp_path / scores_file(variant), [score()], model={"fingerprint": "f"}, data={},
+            baseline={"name": f"earlier {variant}"},
+        )  # fmt: skip
     rules = [
         {"variant": "internvl_c", "score": "zero_shot/top1/en", "at_least": at_least},
         {"variant": "internvl_c", "score": "zero_shot/top1/en", "above_chance": True},
@@ -96,5 +108,6 @@ def test_the_stage_writes_its_decision(tmp_path, at_least, passed):
     gate = json.loads((tmp_path / "artifacts/gate/gate.json").read_text())
     assert gate["passed"] is passed
     assert gate["model"] == MODELS["chat_full"]
+    assert gate["baseline"] == {"name": "earlier chat_full"}
     assert [check["passed"] for check in gate["checks"]] == [passed, True]
     assert len(gate["reasons"]) == (0 if passed else 1)

@@ -139,7 +139,10 @@ def data_problems(nodes, stages, params) -> dict[str, list[str]]:
     }
 
 
-LAST = ("contrastive.start.model=data/start/last",)
+LAST = (
+    "contrastive.start.model=data/start/last",
+    "evaluate.baseline.internvl_c=data/start/last",
+)
 SAME = (  # each twice: DVC must not take that for a mistake
     "generative.start={model: data/start/g, head: data/start/g}",
     "sft.start.simple={vision: data/start/chat, language: data/start/chat}",

@@ -74,6 +74,20 @@ def test_facts_are_the_same_bytes_each_time_and_hold_no_times(root):
     assert "wall_s" not in (root / OUT).read_text()
 
 
+def test_a_baseline_stands_beside_the_scores_of_its_model_alone(root, html):
+    part = {
+        variant: html.split(f'id="scores-{variant}"')[1].split("<h3")[0]
+        for variant in ("internvl_c", "internvl_g")
+    }
+    assert "<code>internvl_c@v0.1.0</code>" in part["internvl_c"]
+    assert ">baseline</th>" in part["internvl_c"]
+    assert "baseline" not in part["internvl_g"]
+    scores = json.loads((root / OUT).read_text())["scores"]["internvl_c"]["scores"]
+    top1 = next(s for s in scores if (s["name"], s["lang"]) == ("top1", "ensemble"))
+    assert 0 < top1["baseline"] < top1["value"]
+    assert page.percent(top1["baseline"]) in part["internvl_c"]
+
+
 def test_the_page_needs_nothing_else_and_is_small(root, html):
     assert (root / page.PAGE).stat().st_size <= MAX_PAGE_BYTES
     links = re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?([^"'\s>)]+)""", html)
