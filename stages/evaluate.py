@@ -21,6 +21,7 @@ from eval.suites import NEEDS
 from eval.variants import MODELS
 from infra.errors import ConfigError
 from infra.progress import Progress
+from infra.registry import model_kind
 from infra.stage import Context, Stage, check_folders, main, read_origin
 from infra.tables import read_table
 
@@ -108,6 +109,13 @@ def run(config: Config, context: Context) -> None:
         ("untrained", made, config.seed + UNTRAINED_SEED_OFFSET, context.work / "items"),
     ]
     baseline = baseline_of(config, context.variant)
+    for path in baseline:
+        kind = model_kind(context.path(path))
+        if kind != context.variant:
+            raise ConfigError(
+                f"evaluate.baseline.{context.variant} is {path}, a model of kind {kind}; expected "
+                "one of the same kind, for others get other questions"
+            )
     runs += [("baseline", context.path(path), None, items / "baseline") for path in baseline]
     results, facts = {}, {}
     with Progress(len(runs), unit="models", label=f"evaluate {context.variant}") as progress:

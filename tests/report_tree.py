@@ -219,8 +219,8 @@ def _histories(root: Path) -> None:
 def _evaluate(root: Path, data: ConceptSet) -> None:
     import stages.evaluate as stage
 
-    for folder in (*MODELS.values(), EARLIER):
-        _write(root / folder / "config.json", {})
+    for kind, folder in (*MODELS.items(), ("internvl_c", EARLIER)):
+        _write(root / folder / "config.json", {"kind": kind})
     _write(root / EARLIER / "origin.json", {"ref": "internvl_c@v0.1.0"})
 
     def load_model(folder, *, untrained_seed=None):

@@ -1,5 +1,6 @@
 """The evaluation stage with models that need no training, on a small set."""
 
+import json
 import sys
 import types
 from pathlib import Path
@@ -38,9 +39,9 @@ def root(tmp_path):
         tmp_path / "artifacts/ingest/classes.parquet", {"concept": concepts, "split": splits}
     )
     write_table(tmp_path / "artifacts/ingest/records.parquet", {"source": ["train", "train"]})
-    for folder in MODELS.values():
+    for kind, folder in (*MODELS.items(), ("internvl_g", EARLIER)):
         (tmp_path / folder).mkdir(parents=True)
-        (tmp_path / folder / "config.json").write_text("{}")
+        (tmp_path / folder / "config.json").write_text(json.dumps({"kind": kind}))
     return tmp_path
 
 
@@ -99,8 +100,6 @@ def test_outputs_are_the_same_bytes_each_time(root, models):
 
 
 def test_a_baseline_is_scored_on_the_same_items(root, models):
-    (root / EARLIER).mkdir(parents=True)
-    (root / EARLIER / "config.json").write_text("{}")
     without = run(root, "internvl_g").read_bytes()
     file = run(root, "internvl_g", baseline={"internvl_g": EARLIER})
     baseline = read_document(file)["baseline"]
@@ -115,6 +114,8 @@ def test_a_baseline_is_scored_on_the_same_items(root, models):
     file = run(root, "internvl_g", baseline={"internvl_c": EARLIER})
     assert file.read_bytes() == without
     assert not (file.parent / "items" / "baseline").exists()
+    with pytest.raises(ConfigError, match="a model of kind internvl_g; expected one of the"):
+        run(root, "chat_full", baseline={"chat_full": EARLIER})
 
 
 def test_a_baseline_is_an_input_of_its_variant_alone():
