@@ -38,7 +38,8 @@ def test_official_weights_train_on_and_go_back(warm, tmp_path: Path) -> None:
     publish(tmp_path / "published")
     params = copy.deepcopy(PARAMS)
     params["sft"]["train"]["simple"] |= {"steps": 3, "save_every_steps": 3}
-    params["sft"]["start"] = load_params(ROOT / "params.yaml")["sft"]["start"]
+    defaults = load_params(ROOT / "params.yaml")
+    params["sft"]["start"], params["evaluate"] = defaults["sft"]["start"], defaults["evaluate"]
     root = make_project(tmp_path / "project", params)
     target = root / "data/start/chat"
     profile = new_profile(root, "on", target)
