@@ -94,8 +94,8 @@ def parallel(layout: Layout, *, seed: int = 0, fp8: Fp8Config | None = None) -> 
         _layout = _fp8 = _text_peers = None
         parallel_state.destroy_model_parallel()
         if rank is not None and device.kind == "cpu":
-            # To close one waits for gloo's thread, a quarter of a second for all. The rank has
-            # nothing to do any more than to end, which closes them too.
+            # Closing them waits for gloo's thread, a quarter of a second altogether. The end of the
+            # rank's process closes them too.
             _left_open.extend(dist.distributed_c10d._world.pg_map)
         # Megatron's own teardown forgets its groups but leaves them open; this closes them all.
         dist.destroy_process_group()
