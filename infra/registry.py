@@ -162,8 +162,7 @@ def register_passed(root: Path) -> tuple[Version, Version | None] | None:
     before = [v for v in list_models(root) if v.name == name and CHAMPION in v.stages]
     version = register_model(root, Path(gate["model"]), promote=CHAMPION)
     compared = (gate.get("baseline") or {}).get("name")
-    unseen = [v for v in before if v.ref not in (version.ref, compared)]
-    return version, unseen[-1] if unseen else None
+    return version, next((v for v in before if v.ref not in (version.ref, compared)), None)
 
 
 def resolve_model(ref: str | Path, root: Path | None = None) -> Path:

@@ -50,9 +50,9 @@ def models(monkeypatch, root):
     """Replaces loading: the trained model knows everything, the untrained one guesses."""
 
     def load_model(folder, *, untrained_seed=None):
-        kind = next((kind for kind, path in MODELS.items() if folder == root / path), EARLIER)
         if folder == root / EARLIER:
             return Guesser("internvl_g")
+        kind = next(kind for kind, path in MODELS.items() if folder == root / path)
         if untrained_seed is not None:
             return Guesser(kind)
         data = read_concept_set(root / "data", sources=["test"])
