@@ -66,6 +66,20 @@ def is_text(text: str) -> bool:
     return True
 
 
+def open_plain(place: str | Path) -> BinaryIO:
+    """Open a plain file to read; never blocks on a pipe.
+
+    Raises OSError if it cannot be opened, DataError if it is a pipe, a device or a directory.
+    """
+    descriptor = os.open(place, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        kind = next((words for is_kind, words in KINDS if is_kind(mode)), "something else")
+        raise DataError(f"is {kind}, expected a plain file")
+    return os.fdopen(descriptor, "rb")
+
+
 class Root:
     """A folder or URL, and the files below it.
 
@@ -143,7 +157,7 @@ class Root:
 
     def _open(self, name: str) -> BinaryIO:
         place = self._below(name)
-        return _open_plain(place) if self._fs is None else self._fs.open(place, "rb")
+        return open_plain(place) if self._fs is None else self._fs.open(place, "rb")
 
     @contextlib.contextmanager
     def _explained(self, what: str) -> Iterator[None]:
@@ -151,17 +165,6 @@ class Root:
             yield
         except _failures() as error:
             raise DataError(f"{what} below {self.place}: {_reason(error)}") from error
-
-
-def _open_plain(place: str) -> BinaryIO:
-    """Without blocking on a pipe, and asked after it is open, so that nothing can be put there."""
-    descriptor = os.open(place, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
-    mode = os.fstat(descriptor).st_mode
-    if not stat.S_ISREG(mode):
-        os.close(descriptor)
-        kind = next((words for is_kind, words in KINDS if is_kind(mode)), "something else")
-        raise DataError(f"is {kind}, expected a plain file")
-    return os.fdopen(descriptor, "rb")
 
 
 def _failures() -> tuple[type[Exception], ...]:
