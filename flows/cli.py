@@ -1,5 +1,6 @@
 """The command `vlfoundry`. Every command imports what it needs itself: `--help` stays quick."""
 
+import io
 import os
 import sys
 from pathlib import Path
@@ -242,24 +243,33 @@ def plan(
 @app.command()
 def chat_check(
     files: Annotated[list[Path], typer.Argument(help="chat files (.jsonl)")],
+    root: Annotated[
+        str | None,
+        typer.Option(
+            help="folder or URL that pictures are relative to, `/` where they are absolute paths; "
+            "default: what params.yaml says of the file (sft.sources), or the file's folder"
+        ),
+    ] = None,
+    images: Annotated[
+        bool, typer.Option("--images/--no-images", help="decode every picture")
+    ] = True,
+    model: Annotated[
+        str | None,
+        typer.Option(help="the chat model that is to be trained; default: the project's"),
+    ] = None,
+    variant: Annotated[str, typer.Option(help="of stage 3: simple or full")] = "simple",
     most: Annotated[int, typer.Option(help="problems shown of each file")] = 20,
 ) -> None:
-    """Check chat files against the format: names file, line and field of whatever is wrong.
+    """Check chat files as stage 3 will read them: format, pictures, lengths.
 
-    Ends with code 1 if anything is.
+    Names file, line and field of whatever training would stop at, and ends with code 1 if there is
+    anything.
     """
-    from models.chat.jsonl import ChatFile, problems
+    from flows.chat_check import check, find_limits
 
-    wrong = False
-    for file in files:
-        found = problems(file)
-        for problem in found[:most]:
-            typer.echo(problem)
-        if len(found) > most:
-            typer.echo(f"{file}: and {len(found) - most} more (--most)")
-        typer.echo(f"{file}: {len(ChatFile(file))} samples, {len(found)} wrong")
-        wrong |= bool(found)
-    raise typer.Exit(1 if wrong else 0)
+    limits = find_limits(_root_or_none(), model=model, variant=variant)
+    good = check(files, limits, root=root, pictures=images, most=most, say=typer.echo)
+    raise typer.Exit(0 if good else 1)
 
 
 @app.command()
@@ -342,6 +352,9 @@ def status() -> None:
 
 def main() -> None:
     """Entry point: a user's mistake is a message and exit code 2, anything else a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal may lack letters that data have
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except UserError as error:

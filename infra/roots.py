@@ -13,7 +13,7 @@ import stat
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, cast
 
 from infra.errors import ConfigError, DataError
 
@@ -157,7 +157,7 @@ class Root:
 
     def _open(self, name: str) -> BinaryIO:
         place = self._below(name)
-        return open_plain(place) if self._fs is None else self._fs.open(place, "rb")
+        return open_plain(place) if self._fs is None else cast("BinaryIO", self._fs.open(place))
 
     @contextlib.contextmanager
     def _explained(self, what: str) -> Iterator[None]:
