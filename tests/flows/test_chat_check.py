@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -71,23 +72,28 @@ def test_cases_of_chat_files(case, lines):
     assert {p.line: p.field for p in found if p} == lines
 
 
-@pytest.mark.parametrize(
-    "name", sorted(p.stem for p in (CASES / "chat_hostile_lines").glob("*.jsonl"))
-)
-def test_a_hostile_line_is_named(tmp_path, name):
-    """With a picture for the good line; in a terminal that has a few letters only."""
-    file = shutil.copy(CASES / "chat_hostile_lines" / f"{name}.jsonl", tmp_path)
-    picture(tmp_path / "a.png")
-    bad = 1 if name in ("dev_zero", "width_1e400") else 2
-    (problem,) = problems(file)
-    assert problem.line == bad
-    ended = command(file, PYTHONIOENCODING="latin-1")
+HOSTILE = sorted(path.stem for path in (CASES / "chat_hostile_lines").glob("*.jsonl"))
+BAD_LINE = {name: 1 if name in ("dev_zero", "width_1e400") else 2 for name in HOSTILE}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_training_refuses_a_hostile_line_as_well(name):
+    path = CASES / "chat_hostile_lines" / f"{name}.jsonl"
+    (problem,) = problems(path)
+    assert problem.line == BAD_LINE[name]
+    with pytest.raises(DataError, match=f"{name}.jsonl:{BAD_LINE[name]}: .*: got .*, expected "):
+        talks(path).example(BAD_LINE[name] - 1, np.random.default_rng(0))
+
+
+def test_hostile_lines_are_named_in_a_terminal_that_has_few_letters(tmp_path):
+    files = [shutil.copy(CASES / "chat_hostile_lines" / f"{n}.jsonl", tmp_path) for n in HOSTILE]
+    picture(tmp_path / "a.png")  # of the good lines
+    ended = command(*files, PYTHONIOENCODING="latin-1")
     assert ended.returncode == 1
-    assert f"{name}.jsonl:{bad}: {problem.field}: got " in ended.stdout
-    assert ", expected " in ended.stdout
+    for name, line in BAD_LINE.items():
+        assert re.search(rf"{name}.jsonl:{line}: .*: got .*, expected ", ended.stdout), name
+        assert re.search(rf"{name}.jsonl: \d samples, 1 wrong", ended.stdout), name
     assert "Traceback" not in ended.stdout + ended.stderr
-    with pytest.raises(DataError, match=f"{name}.jsonl:{bad}: "):
-        talks(Path(file)).example(bad - 1, np.random.default_rng(0))
 
 
 def test_a_line_longer_than_memory_is_not_read(tmp_path):
@@ -144,7 +150,6 @@ def test_absolute_paths_where_the_root_says_so(tmp_path):
     file = talks(path, root="/")
     assert file.check(0) is None
     assert file.example(0, np.random.default_rng(0)).pictures().shape[0] == 3
-    assert command(path).returncode == 1
     assert command(path, "--root", "/").returncode == 0
 
 
@@ -171,7 +176,6 @@ def test_without_pictures_only_the_line_is_looked_at(tmp_path):
     file = talks(path)
     assert [bool(file.check(i)) for i in range(2)] == [True, True]
     assert [bool(file.check(i, pictures=False)) for i in range(2)] == [False, False]
-    assert command(path, "--no-images").returncode == 0
 
 
 def test_every_frame_of_a_video_is_looked_at(tmp_path):
@@ -210,7 +214,7 @@ def test_the_case_of_frame_order():
 def test_where_there_is_no_project(tmp_path):
     picture(tmp_path / "a.png")
     path = write(tmp_path / "talk.jsonl", {"image": "a.png", "conversations": [ASKED, ANSWER]})
-    ended = command(path, cwd=tmp_path, PYTHONPATH=str(ROOT))
+    ended = command(path, "--no-images", cwd=tmp_path, PYTHONPATH=str(ROOT))
     assert ended.returncode == 0
     assert ended.stdout.splitlines()[-1] == f"{path}: 1 samples, 0 wrong"
 
