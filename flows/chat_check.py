@@ -1,6 +1,7 @@
 """`vlfoundry chat-check`: what stage 3 would stop at in chat files, found before it starts."""
 
 import dataclasses
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -71,7 +72,7 @@ def check(
     root: what pictures are relative to; None: as the parameters or the place of the file say.
     pictures: look at them, too. most: problems shown of each file.
     """
-    say(limits.told)
+    print(limits.told, file=sys.stderr)
     results = [_check_file(file, limits, root, pictures, most, say) for file in files]
     return all(results)
 

@@ -80,11 +80,17 @@ def run(
 @app.command()
 def evaluate(
     model: Annotated[str, typer.Option(help="a registered name or a model folder")],
-    data: Annotated[Path, typer.Option(help="folder with a concept set or a pair set")],
+    data: Annotated[
+        str, typer.Option(help="folder or URL (s3://...) with a concept set or a pair set")
+    ],
     suite: Annotated[str, typer.Option(help="zero_shot, retrieval, linear_probe, ...")],
     json: Annotated[Path, typer.Option(help="where the scores go")],
     source: Annotated[
         list[str] | None, typer.Option(help="only these Parquet files of DATA (their stems)")
+    ] = None,
+    train_source: Annotated[
+        list[str] | None,
+        typer.Option(help="Parquet files of DATA that linear_probe and references learn from"),
     ] = None,
     lang: Annotated[list[str] | None, typer.Option(help="only these languages")] = None,
 ) -> None:
@@ -92,7 +98,13 @@ def evaluate(
     from eval.run import evaluate_folder
 
     scores = evaluate_folder(
-        model, data, suite, json, languages=lang or None, sources=source or None
+        model,
+        data,
+        suite,
+        json,
+        languages=lang or None,
+        sources=source or None,
+        train_sources=train_source or None,
     )
     for score in scores:
         where = f" [{score.lang}]" if score.lang else ""

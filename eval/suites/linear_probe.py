@@ -26,7 +26,7 @@ def run(model: Model, data: DataFolder, setting: Setting) -> list[Score]:
     if not isinstance(data, ConceptSet) or setting.train is None:
         raise DataError(
             f"{data.folder}: linear_probe needs a concept set and pictures to fit on, from other "
-            "sources of the same folder: name them as training sources"
+            "sources of the same folder: name them with --train-source"
         )
     train = _with_group(setting.train)
     test = _with_group(data)

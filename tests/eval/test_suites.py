@@ -242,7 +242,7 @@ def test_what_a_model_cannot_do_has_a_reason(data, setting):
     assert "needs a model that can chat" in not_applicable["box"]
     assert "one of kind internvl_c can embed" in not_applicable["caption"]
     assert why_not(Guesser("chat_full"), "colour") == ""
-    with pytest.raises(ModelError, match="there is no suite 'nonsense'"):
+    with pytest.raises(ModelError, match="unknown suite 'nonsense'; choose from zero_shot,"):
         why_not(model, "nonsense")
 
 
