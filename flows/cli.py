@@ -349,6 +349,27 @@ def lineage(
 
 
 @app.command()
+def gc(
+    delete: Annotated[bool, typer.Option("--delete", help="delete it; without: only list")] = False,
+) -> None:
+    """List training state that changed parameters or sources set aside, or delete it.
+
+    Nothing else deletes a checkpoint. State of the current parameters is never listed.
+    """
+    from flows.gc import delete as delete_all
+    from flows.gc import leftovers
+
+    root = find_root()
+    found = leftovers(root)
+    for leftover in found:
+        typer.echo(leftover.line(root))
+    if delete:
+        typer.echo(f"{delete_all(found) / 1e6:,.1f} MB freed")
+    else:
+        typer.echo(f"{len(found)} folders" + ("; `vlfoundry gc --delete`" if found else ""))
+
+
+@app.command()
 def status() -> None:
     """Say which stages would run, and why."""
     from flows.graph import load_graph

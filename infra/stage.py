@@ -4,11 +4,13 @@
 
 A stage declares its parameters, inputs and outputs once; `dvc.yaml` says the same and a test ties
 the two. Everything that must outlive a kill lies in `work/NAME/`, which belongs to one run key:
-when parameters, inputs or sources change, the old folder is moved aside and the stage starts clean.
+when parameters, inputs or sources change, the old folder is set aside and the stage starts clean.
+Nothing here deletes it.
 """
 
 import dataclasses
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -28,6 +30,10 @@ from infra.runkey import import_closure, run_key
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 LINEAGE_FORMAT = "vlfoundry.lineage.v1"
+KEY_FILE = "run_key"
+"""in a work folder: whose it is"""
+SET_ASIDE = ".old-"
+"""between a work folder's name and the run key whose state was set aside"""
 START_FOLDER = "data/start"
 ORIGIN_FILE = "origin.json"
 """in a model folder: which model it is a copy of, or what it was imported from"""
@@ -266,24 +272,44 @@ def _write_lineage(bound: Bound, context: Context, facts: dict[str, Any]) -> Non
 
 
 def _claim_work_folder(context: Context) -> None:
-    marker = context.work / "run_key"
-    if context.work.exists() and (
-        not marker.is_file() or marker.read_text(encoding="utf-8") != context.run_key
-    ):
-        aside = _free_name(context.work.with_name(context.work.name + ".old"))
-        context.work.rename(aside)
-        context.log(f"parameters, inputs or sources changed: the old run lies in {aside.name}")
-    context.work.mkdir(parents=True, exist_ok=True)
-    _write_atomic(marker, context.run_key)
+    """Make `work/NAME` this run key's: what another one left there is set aside, never deleted, and
+    comes back when parameters, inputs and sources are again what they were."""
+    held = _key_of(context.work)
+    if held == context.run_key:
+        return
+    if context.work.exists():
+        aside = _set_aside(context.work, held)
+        context.log(
+            f"parameters, inputs or sources changed: the old run lies in {aside.name}; they bring "
+            "it back, `vlfoundry gc` deletes it"
+        )
+    earlier = old_folder(context.work, context.run_key)
+    if _key_of(earlier) == context.run_key:
+        earlier.rename(context.work)
+        context.log(f"{earlier.name} is of just this run: it goes on")
+        return
+    made = context.work.with_name(context.work.name + ".new")
+    made.mkdir(parents=True, exist_ok=True)
+    _write_atomic(made / KEY_FILE, context.run_key)
+    made.rename(context.work)
 
 
-def _free_name(path: Path) -> Path:
-    """`path`, whose former content is removed: one old run is kept."""
-    import shutil
+def old_folder(work: Path, key: str) -> Path:
+    """Where the state of a run key lies while another one has `work`."""
+    return work.with_name(f"{work.name}{SET_ASIDE}{key[:12]}")
 
-    if path.exists():
-        shutil.rmtree(path)
-    return path
+
+def _key_of(work: Path) -> str | None:
+    marker = work / KEY_FILE
+    return marker.read_text(encoding="utf-8") if marker.is_file() else None
+
+
+def _set_aside(work: Path, key: str | None) -> Path:
+    wanted = old_folder(work, key or "unknown")
+    others = (wanted.with_name(f"{wanted.name}.{number}") for number in itertools.count(2))
+    free = next(path for path in itertools.chain([wanted], others) if not path.exists())
+    work.rename(free)
+    return free
 
 
 def _plan(bound: Bound, config: Any) -> str:
