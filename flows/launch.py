@@ -1,17 +1,17 @@
 """One run of the pipeline from the command line's options: workspace, lock, server, flow."""
 
 import contextlib
-import fcntl
 import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 from flows.graph import Graph, load_graph
+from flows.lock import run_lock
 from flows.runner import StageResult
 from flows.server import Server, prefect_environment, server
 from flows.terminal import Terminal, summary_table
-from flows.workspace import Variation, prepare
+from flows.workspace import Variation
+from flows.workspace import workspace as prepared
 from infra.errors import UserError
 from infra.stage import START_FOLDER
 
@@ -20,10 +20,6 @@ EXIT_CANCELLED = 130
 REPORT_DATA = Path("artifacts/report/report.json")
 REPORT_PAGE = Path("work/report/index.html")
 TAIL_SHOWN = 15
-
-
-class BusyError(UserError):
-    """Another run goes on in the same workspace."""
 
 
 def run_pipeline(
@@ -41,10 +37,14 @@ def run_pipeline(
     """
     terminal = terminal or Terminal()
     began = time.monotonic()
-    if workspace or variation:
-        root = prepare(root, variation or Variation(), workspace)
-        terminal.say(f"workspace: {root}")
-    with run_lock(root), contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
+        if workspace or variation:
+            variation = variation or Variation()
+            lock = stack.enter_context(prepared(root, variation, workspace, terminal.say))
+            terminal.say(f"workspace: {lock.root}")
+        else:
+            lock = stack.enter_context(run_lock(root, terminal.say))
+        root = lock.root
         os.environ.update(prefect_environment(root))
         # The server starts while DVC reads the graph and Prefect is imported.
         own = None if "PREFECT_API_URL" in os.environ else stack.enter_context(server(root))
@@ -52,26 +52,6 @@ def run_pipeline(
         needed = graph.needed_for(stages) & graph.stale
         terminal.say(f"{len(needed)} of {len(graph.nodes)} stages to run")
         return _run(root, graph, stages, own, terminal, began)
-
-
-@contextlib.contextmanager
-def run_lock(root: Path) -> Iterator[None]:
-    """Only one run in a workspace: DVC's own locks do not keep two runs apart. Raises BusyError."""
-    path = root / "work" / "run.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise BusyError(
-                f"a run (process {file.read().strip()}) goes on in {root}; wait for it, stop it, "
-                "or give this one its own --workspace"
-            ) from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
 
 
 def _run(
