@@ -21,10 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from infra.config import apply_overrides, build, canonical_json, load_params, to_dict
-from infra.errors import ConfigError, DataError, UserError
+from infra.errors import ConfigError, DataError, KilledError, UserError
 from infra.fingerprint import fingerprint
 from infra.runkey import import_closure, run_key
+from infra.space import no_space
 
+EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 LINEAGE_FORMAT = "vlfoundry.lineage.v1"
@@ -159,9 +161,18 @@ def main(stage: Stage, arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"{stage.name}: {error}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
+    except KilledError as error:
+        print(f"{stage.name}: {error}; run it again", file=sys.stderr, flush=True)
+        return EXIT_FAILED
     except (Interrupted, KeyboardInterrupt) as stop:
         print(f"{stage.name}: stopped; {str(stop) or 'run it again to go on'}", flush=True)
         return EXIT_INTERRUPTED
+    except Exception as error:
+        full = no_space(error, Path("work"), Path("artifacts"))
+        if full is None:
+            raise
+        print(f"{stage.name}: {full}", file=sys.stderr, flush=True)
+        return EXIT_USER_ERROR
 
 
 def parameters_of(stage: Stage, params: dict[str, Any]) -> Any:
