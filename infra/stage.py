@@ -7,7 +7,9 @@ the two. Everything that must outlive a kill lies in `work/NAME/`, which belongs
 when parameters, inputs or sources change, the old folder is moved aside and the stage starts clean.
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import importlib.metadata
 import json
 import os
@@ -16,7 +18,7 @@ import posixpath
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from infra.space import no_space
 EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
+COPY_PATIENCE_S = 60.0
 LINEAGE_FORMAT = "vlfoundry.lineage.v1"
 START_FOLDER = "data/start"
 ORIGIN_FILE = "origin.json"
@@ -209,12 +212,38 @@ def _main(stage: Stage, arguments: list[str]) -> int:
         print(_plan(bound, config))
         return 0
     root = Path.cwd()
-    facts = _key_facts(bound, config, root)
-    key = run_key(stage.name, facts["parameters"], facts["inputs"], map(Path, facts["sources"]))
-    context = Context(bound, root, key)
-    _claim_work_folder(context)
-    _run(bound, config, context, facts)
+    with _only_copy(root / "work" / f"{bound.address.replace('@', '-')}.lock", bound.address):
+        facts = _key_facts(bound, config, root)
+        key = run_key(stage.name, facts["parameters"], facts["inputs"], map(Path, facts["sources"]))
+        context = Context(bound, root, key)
+        _claim_work_folder(context)
+        _run(bound, config, context, facts)
     return 0
+
+
+@contextlib.contextmanager
+def _only_copy(path: Path, address: str) -> Iterator[None]:
+    """Two copies of a stage would write the same files, and one that was killed may yet be saving.
+
+    Whatever it forks inherits the lock. Raises DataError if another one holds it for too long.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        deadline, waiting = time.monotonic() + COPY_PATIENCE_S, False
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise DataError(
+                        f"another copy of {address} runs here; wait for it, or stop it"
+                    ) from None
+            if not waiting:
+                print(f"{address}: waiting for another copy to end", flush=True)
+                waiting = True
+            time.sleep(0.1)
+        yield
 
 
 def _key_facts(bound: Bound, config: Any, root: Path) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from typing import Any
 
 from infra.errors import KilledError, UserError, ending
 from infra.launch import die_with_parent
+from infra.loopback import listen
 from infra.space import no_space
 
 EXIT_FAILED = 1
@@ -115,13 +116,14 @@ def run_ranks(
         timeout_s: kill all of them after so many seconds; None: never.
 
     Raises:
-        UserError: a rank raised one; it is raised again here, without a traceback of the rank.
+        UserError: a rank raised one; it is raised again here, without a traceback of the rank. Or
+            there is no loopback interface.
         KilledError: a rank, or a process that a rank had started, was killed.
         RankError: a rank failed otherwise, or time ran out.
         KeyboardInterrupt: the parent was asked to stop and the ranks had nothing to save.
     """
     _prepare_parent()
-    with socket.create_server(("127.0.0.1", 0)) as listener:
+    with listen() as listener:
         crew = _Crew()
         with _forward_signals(crew):
             try:
