@@ -1,29 +1,32 @@
 """One run of the pipeline from the command line's options: workspace, lock, server, flow."""
 
+import asyncio
 import contextlib
-import fcntl
 import os
+import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
-from flows.graph import Graph, load_graph
+from flows.database import check_database
+from flows.graph import load_graph
+from flows.lock import RunLock, run_lock
 from flows.runner import StageResult
-from flows.server import Server, prefect_environment, server
+from flows.server import Server, ServerError, prefect_environment, server
 from flows.terminal import Terminal, summary_table
-from flows.workspace import Variation, prepare
+from flows.walk import Run, walk
+from flows.workspace import Variation
+from flows.workspace import workspace as prepared
 from infra.errors import UserError
+from infra.space import no_space
 from infra.stage import START_FOLDER
 
 EXIT_FAILED = 1
 EXIT_CANCELLED = 130
+EXTERNAL = "PREFECT_API_URL"
 REPORT_DATA = Path("artifacts/report/report.json")
 REPORT_PAGE = Path("work/report/index.html")
 TAIL_SHOWN = 15
-
-
-class BusyError(UserError):
-    """Another run goes on in the same workspace."""
 
 
 def run_pipeline(
@@ -41,59 +44,86 @@ def run_pipeline(
     """
     terminal = terminal or Terminal()
     began = time.monotonic()
-    if workspace or variation:
-        root = prepare(root, variation or Variation(), workspace)
-        terminal.say(f"workspace: {root}")
-    with run_lock(root), contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
+        if workspace or variation:
+            variation = variation or Variation()
+            lock = stack.enter_context(prepared(root, variation, workspace, terminal.say))
+            terminal.say(f"workspace: {lock.root}")
+        else:
+            lock = stack.enter_context(run_lock(root, terminal.say))
+        root = lock.root
         os.environ.update(prefect_environment(root))
         # The server starts while DVC reads the graph and Prefect is imported.
-        own = None if "PREFECT_API_URL" in os.environ else stack.enter_context(server(root))
+        own = None if EXTERNAL in os.environ else _own_server(root, lock, stack, terminal)
         graph = load_graph(root)
         needed = graph.needed_for(stages) & graph.stale
         terminal.say(f"{len(needed)} of {len(graph.nodes)} stages to run")
-        return _run(root, graph, stages, own, terminal, began)
+        run = Run(
+            root=root, graph=graph, stages=stages, terminal=terminal, after=finish,
+            held=(lock.descriptor,),
+        )  # fmt: skip
+        complete = _walk(run, own)
+        code = _close(run, began)
+    if not complete:
+        _leave(code)
+    return code
 
 
-@contextlib.contextmanager
-def run_lock(root: Path) -> Iterator[None]:
-    """Only one run in a workspace: DVC's own locks do not keep two runs apart. Raises BusyError."""
-    path = root / "work" / "run.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise BusyError(
-                f"a run (process {file.read().strip()}) goes on in {root}; wait for it, stop it, "
-                "or give this one its own --workspace"
-            ) from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
-
-
-def _run(
-    root: Path,
-    graph: Graph,
-    stages: tuple[str, ...],
-    own: Server | None,
-    terminal: Terminal,
-    began: float,
-) -> int:
-    if own:  # Prefect reads its settings when it is imported
-        os.environ["PREFECT_API_URL"] = own.url
+def _own_server(
+    root: Path, lock: RunLock, stack: contextlib.ExitStack, terminal: Terminal
+) -> Server | None:
+    """Start a server for this run; None, which is said, if there is no place for its record."""
     try:
-        from flows.pipeline import Run, run_flow
+        check_database(root / "work" / "prefect", terminal.say)
+        return stack.enter_context(server(root, held=(lock.descriptor,)))
+    except OSError as error:
+        if full := no_space(error, root / "work"):
+            raise full from error
+        terminal.say(f"no record of this run is kept: work/prefect cannot be used ({error})")
+        return None
 
-        run = Run(root=root, graph=graph, stages=stages, terminal=terminal, after=finish)
-        if own:
-            own.wait()
-        run_flow(run)
+
+def _walk(run: Run, own: Server | None) -> bool:
+    """Run the stages; whether nothing of Prefect is left that could hold us up at the end."""
+    url = own.url if own else os.environ.get(EXTERNAL)
+    if url is None or (own and not _answering(run, own)):
+        asyncio.run(walk(run))
+        return True
+    os.environ[EXTERNAL] = url  # Prefect reads its settings when it is imported
+    try:
+        from flows.pipeline import run_flow
+
+        def lives() -> str | None:
+            return f"its server {own.ending}" if own and not own.lives else None
+
+        return run_flow(run, url, lives) is not None
     finally:
         if own:
-            del os.environ["PREFECT_API_URL"]
+            del os.environ[EXTERNAL]
+
+
+def _answering(run: Run, own: Server) -> bool:
+    """Wait for the server; False, which is said, if it does not start."""
+    try:
+        own.wait()
+    except ServerError as error:
+        if full := no_space(RuntimeError(str(error)), run.root / "work", ask_disks=True):
+            raise full from error
+        run.terminal.say(f"no record of this run is kept: {error}")
+        return False
+    return True
+
+
+def _leave(code: int) -> NoReturn:
+    """End this process without Prefect's workers, who would go on trying to reach the server."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _close(run: Run, began: float) -> int:
+    """Say how everything ended; the exit status."""
+    root, terminal = run.root, run.terminal
     results = run.ordered_results()
     terminal.say()
     for result in results:

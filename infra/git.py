@@ -3,12 +3,16 @@
 Nothing here touches the user's branch, index or stash.
 """
 
+import contextlib
+import fcntl
 import os
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from infra.errors import UserError
+from infra.files import cannot_write
 
 RUN_REFS = "refs/runs"
 """Commits made for runs stay reachable here: no branch, not shown by `git log` or `git branch`."""
@@ -19,8 +23,13 @@ class GitError(UserError):
     """A git command failed."""
 
 
-def git(root: Path, *arguments: str, env: dict[str, str] | None = None) -> str:
-    """Run git in `root`; what it printed, without the last newline. Raises GitError."""
+def git(
+    root: Path, *arguments: str, env: dict[str, str] | None = None, held: tuple[int, ...] = ()
+) -> str:
+    """Run git in `root`; what it printed, without the last newline. Raises GitError.
+
+    held: file descriptors that it keeps open, such as that of a lock, even if we are killed.
+    """
     result = subprocess.run(
         ["git", *arguments],
         cwd=root,
@@ -28,10 +37,32 @@ def git(root: Path, *arguments: str, env: dict[str, str] | None = None) -> str:
         capture_output=True,
         text=True,
         check=False,
+        pass_fds=held,
     )
     if result.returncode:
         raise GitError(f"git {' '.join(arguments)} failed in {root}: {result.stderr.strip()}")
     return result.stdout.rstrip("\n")
+
+
+def common_folder(root: Path) -> Path:
+    """Where the repository of `root` keeps what all its worktrees share."""
+    return (root / git(root, "rev-parse", "--git-common-dir")).resolve()
+
+
+@contextlib.contextmanager
+def repository_lock(root: Path) -> Iterator[None]:
+    """Wait for our other processes that write to the same repository (refs, worktrees).
+
+    Git's own locks fail at once and tell people to delete files. Must not be nested.
+    """
+    path = common_folder(root) / "vlfoundry.lock"
+    try:
+        file = path.open("a")
+    except OSError as error:
+        raise cannot_write(path, "the lock of the repository", error) from error
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def identity(root: Path) -> dict[str, str]:
@@ -62,6 +93,11 @@ def snapshot(root: Path) -> str:
     That is HEAD itself where nothing differs. Else a new commit on top of HEAD, kept under
     `refs/runs/<tree>`; the same working tree gives the same commit again.
     """
+    with repository_lock(root):
+        return _snapshot(root)
+
+
+def _snapshot(root: Path) -> str:
     parent = head(root)
     with tempfile.TemporaryDirectory(prefix="vlfoundry-index-") as folder:
         index = {"GIT_INDEX_FILE": str(Path(folder) / "index")}

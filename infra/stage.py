@@ -8,7 +8,9 @@ when parameters, inputs or sources change, the old folder is set aside and the s
 Nothing here deletes it.
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import importlib.metadata
 import itertools
 import json
@@ -18,17 +20,20 @@ import posixpath
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from infra.config import apply_overrides, build, canonical_json, load_params, to_dict
-from infra.errors import ConfigError, DataError, UserError
+from infra.errors import ConfigError, DataError, KilledError, UserError
 from infra.fingerprint import fingerprint
 from infra.runkey import import_closure, run_key
+from infra.space import no_space
 
+EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
+COPY_PATIENCE_S = 60.0
 LINEAGE_FORMAT = "vlfoundry.lineage.v1"
 KEY_FILE = "run_key"
 """in a work folder: whose it is"""
@@ -165,9 +170,18 @@ def main(stage: Stage, arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"{stage.name}: {error}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
+    except KilledError as error:
+        print(f"{stage.name}: {error}; run it again", file=sys.stderr, flush=True)
+        return EXIT_FAILED
     except (Interrupted, KeyboardInterrupt) as stop:
         print(f"{stage.name}: stopped; {str(stop) or 'run it again to go on'}", flush=True)
         return EXIT_INTERRUPTED
+    except Exception as error:
+        full = no_space(error, Path("work"), Path("artifacts"))
+        if full is None:
+            raise
+        print(f"{stage.name}: {full}", file=sys.stderr, flush=True)
+        return EXIT_USER_ERROR
 
 
 def parameters_of(stage: Stage, params: dict[str, Any]) -> Any:
@@ -204,12 +218,38 @@ def _main(stage: Stage, arguments: list[str]) -> int:
         print(_plan(bound, config))
         return 0
     root = Path.cwd()
-    facts = _key_facts(bound, config, root)
-    key = run_key(stage.name, facts["parameters"], facts["inputs"], map(Path, facts["sources"]))
-    context = Context(bound, root, key)
-    _claim_work_folder(context)
-    _run(bound, config, context, facts)
+    with _only_copy(root / "work" / f"{bound.address.replace('@', '-')}.lock", bound.address):
+        facts = _key_facts(bound, config, root)
+        key = run_key(stage.name, facts["parameters"], facts["inputs"], map(Path, facts["sources"]))
+        context = Context(bound, root, key)
+        _claim_work_folder(context)
+        _run(bound, config, context, facts)
     return 0
+
+
+@contextlib.contextmanager
+def _only_copy(path: Path, address: str) -> Iterator[None]:
+    """Two copies of a stage would write the same files, and one that was killed may yet be saving.
+
+    Whatever it forks inherits the lock. Raises DataError if another one holds it for too long.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        deadline, waiting = time.monotonic() + COPY_PATIENCE_S, False
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise DataError(
+                        f"another copy of {address} runs here; wait for it, or stop it"
+                    ) from None
+            if not waiting:
+                print(f"{address}: waiting for another copy to end", flush=True)
+                waiting = True
+            time.sleep(0.1)
+        yield
 
 
 def _key_facts(bound: Bound, config: Any, root: Path) -> dict[str, Any]:

@@ -5,11 +5,17 @@ from pathlib import Path
 import pytest
 
 from flows.graph import load_graph
-from flows.workspace import Variation, prepare
+from flows.workspace import Variation, workspace
 from infra.config import load_params
 from infra.errors import ConfigError
 from infra.registry import cache_folder
 from tests.flows.toy import sh
+
+
+def prepare(root: Path, variation: Variation, folder: Path | None = None) -> Path:
+    """The workspace, its lock let go again."""
+    with workspace(root, variation, folder) as lock:
+        return lock.root
 
 
 def test_profile_and_overrides_reach_params_yaml(toy: Path) -> None:
