@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from infra.errors import DataError
+from infra.images import composite
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,12 +22,7 @@ STD = (0.229, 0.224, 0.225)
 
 def over_background(image: np.ndarray, background: tuple[int, int, int]) -> np.ndarray:
     """uint8 [H, W, 4] on a plain background -> uint8 [H, W, 3]; RGB passes unchanged."""
-    if image.shape[-1] == 3:
-        return image
-    colour = image[..., :3].astype(np.uint16)
-    alpha = image[..., 3:].astype(np.uint16)
-    mixed = colour * alpha + np.asarray(background, np.uint16) * (255 - alpha)
-    return ((mixed + 127) // 255).astype(np.uint8)
+    return composite(image, background)
 
 
 def resize(images: np.ndarray, side_px: int) -> np.ndarray:

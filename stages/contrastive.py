@@ -147,9 +147,11 @@ def job(config: Config, context: Context, place: Place) -> Job:
 
     def batch_at(step: int) -> dict[str, torch.Tensor]:
         masked = bool(options.mask_ratio) and step < unmasked_from
-        pairs = streams[masked_px if masked else vision.image_px]
-        batch = pairs.take(step, options.train.batch_samples, place.rank, place.ranks)
-        pictures = augment(batch.rgba, config.seed, batch.positions, options.augment)
+        size_px = masked_px if masked else vision.image_px
+        batch = streams[size_px].take(step, options.train.batch_samples, place.rank, place.ranks)
+        pictures = augment(
+            batch.rgba, config.seed, batch.positions, options.augment, size_px=size_px
+        )
         ids, mask = tokenizer.encode_batch(
             batch.captions, prefix=SUMMARIZE, max_tokens=options.max_tokens
         )
@@ -161,7 +163,7 @@ def job(config: Config, context: Context, place: Place) -> Job:
         if vision.drop_path:
             tensors["samples"] = drop_samples(config.seed, batch.positions)
         if masked:
-            patches = (masked_px // vision.patch_px) ** 2
+            patches = (size_px // vision.patch_px) ** 2
             kept = kept_patches(config.seed, batch.positions, patches, options.mask_ratio)
             tensors["kept"] = torch.from_numpy(kept)
         return tensors
