@@ -13,7 +13,7 @@ Where `bytes` is empty the picture is read from `path`, relative to the folder.
 
 import abc
 import dataclasses
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,11 @@ from typing import Any
 import numpy as np
 
 from eval.pictures import decode_squares, pixel_key
+from infra.decode import Encoded
 from infra.errors import DataError
 
+PICTURE_ROWS, TEXT_ROWS = 16, 1024
+"""rows of a file that are read at once"""
 CONCEPTS_FILE = "concepts.parquet"
 FORMATS = (
     "expected a concept set (artwork Parquet with id, concept, image {bytes, path}, and "
@@ -47,6 +50,11 @@ class Picture:
     """Label of a pair set, or empty."""
     captions: tuple[tuple[str, str], ...] = ()
     """(language, text) of a pair set."""
+
+    @property
+    def encoded(self) -> Encoded:
+        """What a model is shown."""
+        return Encoded(data=self.data, where=self.id)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,6 +94,30 @@ class DataFolder(abc.ABC):
         """Stems of the files that the pictures come from."""
         return tuple(dict.fromkeys(picture.source for picture in self.pictures))
 
+    @cached_property
+    def _files(self) -> tuple[list[int], np.ndarray]:
+        """The first picture of each distinct file, and which of these each picture has, int64 [N].
+
+        Rows that share a file are decoded and shown once.
+        """
+        number: dict[bytes, int] = {}
+        first: list[int] = []
+        which = np.empty(len(self.pictures), np.int64)
+        for index, picture in enumerate(self.pictures):
+            which[index] = number.setdefault(picture.data, len(number))
+            if which[index] == len(first):
+                first.append(index)
+        return first, which
+
+    def by_file(
+        self, encode: Callable[[list[Encoded]], np.ndarray], size: int
+    ) -> np.ndarray:
+        """What `encode` makes of the pictures as they are stored, `size` at a time: [N, ...]."""
+        first, which = self._files
+        shown = [self.pictures[index].encoded for index in first]
+        parts = [encode(shown[start : start + size]) for start in range(0, len(shown), size)]
+        return np.concatenate(parts)[which]
+
     def batches(self, side_px: int, size: int, *, keep_alpha: bool = False) -> Iterator[np.ndarray]:
         """Decoded squares, `size` at a time: uint8 [<=size, S, S, 3 or 4]."""
         for start in range(0, len(self.pictures), size):
@@ -103,8 +135,10 @@ class DataFolder(abc.ABC):
     def look(self) -> np.ndarray:
         """int64 [N]: equal numbers for pictures that are the same, pixel by pixel."""
         numbers: dict[bytes, int] = {}
-        keys = (pixel_key(p.data, p.id) for p in self.pictures)
-        return np.array([numbers.setdefault(key, len(numbers)) for key in keys], np.int64)
+        first, which = self._files
+        keys = (pixel_key(self.pictures[i].data, self.pictures[i].id) for i in first)
+        of_file = [numbers.setdefault(key, len(numbers)) for key in keys]
+        return np.array(of_file, np.int64)[which]
 
     def facts(self) -> dict[str, Any]:
         """What a score file says of its data."""
@@ -216,6 +250,7 @@ def read_concept_set(folder: str | Path, *, sources: Sequence[str] | None = None
 
 def _read_pictures(folder: Path, file: Path, with_concepts: bool) -> Iterator[Picture]:
     needed = ("id", "concept", "image") if with_concepts else ("id", "image", "captions")
+    known: dict[bytes, bytes] = {}  # rows of one picture share its bytes
     for row, values in enumerate(_rows(file, needed, ("label",))):
         where = f"{file}, row {row}"
         if with_concepts and not isinstance(values["concept"], str):
@@ -223,7 +258,7 @@ def _read_pictures(folder: Path, file: Path, with_concepts: bool) -> Iterator[Pi
         yield Picture(
             id=_text(values["id"], "id", where),
             source=file.stem,
-            data=_image_bytes(values["image"], folder, where),
+            data=known.setdefault(data := _image_bytes(values["image"], folder, where), data),
             concept=values.get("concept") or "",
             label=str(values["label"]) if values.get("label") is not None else "",
             captions=() if with_concepts else _texts(values["captions"], "captions", where),
@@ -262,7 +297,8 @@ def _rows(
         if missing:
             raise DataError(f"{file} lacks the columns {missing}, has {columns}; {FORMATS}")
         wanted = [name for name in (*needed, *optional) if name in columns]
-        for batch in table.iter_batches(batch_size=1024, columns=wanted):
+        size = PICTURE_ROWS if "image" in wanted else TEXT_ROWS
+        for batch in table.iter_batches(batch_size=size, columns=wanted):
             yield from batch.to_pylist()
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{file} cannot be read as Parquet ({error})") from error

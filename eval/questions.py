@@ -13,6 +13,7 @@ import numpy as np
 from eval.datasets import ConceptSet, DataFolder, Picture
 from eval.embedding import Model, Setting
 from eval.reference import squared_distances
+from infra.decode import Picture as Shown
 from infra.errors import DataError
 from infra.scenes import Drawing, compose, conversation
 
@@ -80,7 +81,7 @@ def ask(
 
 
 def replies(
-    model: Model, images: np.ndarray, prompts: Sequence[str], max_new_tokens: int
+    model: Model, images: Sequence[Shown], prompts: Sequence[str], max_new_tokens: int
 ) -> list[str]:
     """The model's answers, a batch at a time."""
     answers: list[str] = []

@@ -121,8 +121,9 @@ class SftStageConfig:
     """what conversations are taken from: "scenes", and files of data/chat without their .jsonl"""
     max_tokens: int = 4096
     """longest conversation of a file"""
-    max_tiles: int = 6
-    """most tiles of a picture, or of all pictures of a conversation; a thumbnail comes on top"""
+    max_tiles: int | None = None
+    """most tiles of a picture, or of all pictures of a conversation; a thumbnail comes on top;
+    None: model.pictures.max_tiles"""
     objective: NextTokenConfig = field(default_factory=NextTokenConfig)
     """how answer tokens are weighted"""
 
@@ -192,8 +193,10 @@ def run(config: Config, context: Context) -> None:
 
 
 def _architecture(config: Config) -> InternVLConfig:
-    lora = config.sft.lora
-    return config.model.with_lora(**lora) if lora else config.model
+    """The new model; its folder says how it was given pictures, so that it is asked alike."""
+    lora, most = config.sft.lora, config.sft.max_tiles
+    model = config.model.with_lora(**lora) if lora else config.model
+    return model if most is None else model.with_tiles(most)
 
 
 def _start(config: Config, context: Context) -> Start:
@@ -266,7 +269,6 @@ def _stream(config: Config, context: Context, dialogue: Dialogue) -> Conversatio
     from models.chat.examples import Conversations, Example
     from models.chat.stream import ConversationStream
     from models.internvl.prompts import IGNORE
-    from models.tiling import Tiling
 
     assert context.variant
     options, kind = config.sft, KIND[context.variant]
@@ -297,7 +299,7 @@ def _stream(config: Config, context: Context, dialogue: Dialogue) -> Conversatio
             context.path(CHAT_DATA) / f"{name}.jsonl",
             source.root,
             dialogue,
-            tiling=Tiling(tile_px=size_px, max_tiles=options.max_tiles),
+            tiling=_architecture(config).pictures.tiling(size_px),
             tile_tokens=tokens,
             max_tokens=options.max_tokens,
         )

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from infra.decode import Encoded
 from infra.errors import DataError
 from models.chat.dialogue import Dialogue
 from models.chat.jsonl import ChatFile
@@ -109,7 +110,7 @@ class Conversations:
         decoded = [np.empty((0, side, side, 3), np.uint8)]
         for name, count in zip(names, expected, strict=True):
             with _named(where, name):
-                tiles = tile(self._read(name), tiling)
+                tiles = tile(self._encoded(name), tiling)
                 if len(tiles) != count:
                     raise DataError(
                         f"its width and height say {count} tiles, but it has {len(tiles)}; "
@@ -120,7 +121,10 @@ class Conversations:
 
     def _size(self, name: str, where: str) -> tuple[int, int]:
         with _named(where, name):
-            return picture_size(self._read(name))
+            return picture_size(self._encoded(name))
+
+    def _encoded(self, name: str) -> Encoded:
+        return Encoded(data=self._read(name), where=name)
 
     def _read(self, name: str) -> bytes:
         import fsspec
@@ -154,7 +158,8 @@ def _named(where: str, picture: str) -> Iterator[None]:
     try:
         yield
     except (OSError, DataError) as error:
-        raise DataError(f"{where}: image: {picture}: {error}") from error
+        what = str(error).removeprefix(f"{picture}: ")
+        raise DataError(f"{where}: image: {picture}: {what}") from error
 
 
 def padded(examples: Sequence[Example], pad_id: int) -> dict[str, np.ndarray]:
