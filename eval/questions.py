@@ -16,6 +16,7 @@ from eval.reference import squared_distances
 from infra.decode import Picture as Shown
 from infra.errors import DataError
 from infra.scenes import Drawing, compose, conversation
+from infra.streams import Stream, stream_seed
 
 SCENE_PX = 64
 BATCH = 50
@@ -116,7 +117,7 @@ def nearest_answers(questions: Sequence[Question], kind: str, setting: Setting) 
         kind,
         languages=setting.languages,
         count=TRAINING_SCENES,
-        seed=setting.seed + 1,
+        seed=stream_seed(setting.seed, Stream.REFERENCE),
     )
     distances = squared_distances(
         hog_features(np.stack([q.image for q in questions])),

@@ -16,6 +16,7 @@ from infra.images import AugmentConfig, augment, uniforms
 from infra.loader import ShardSet
 from infra.pairs import PairStream
 from infra.stage import Context, Stage, check_folders, main
+from infra.streams import Stream, stream_seed
 from infra.train.config import TrainConfig
 from infra.train.session import Job, Place, train
 from models.internvl.config import InternVLConfig
@@ -26,8 +27,6 @@ from models.objectives.contrastive import ContrastiveConfig
 SHARDS = "artifacts/shard/stage1"
 MODEL = "artifacts/contrastive/model"
 HISTORY = "artifacts/contrastive/history.json"
-MASK_STREAM = 1 << 32
-"""added to the seed, so that masks do not follow the augmentation's numbers"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +117,7 @@ def kept_patches(
     Depends on (seed, epoch, index) alone, as everything random about a sample does.
     """
     kept = max(1, round(patches * (1 - mask_ratio)))
-    draws = uniforms(seed + MASK_STREAM, positions, patches)
+    draws = uniforms(stream_seed(seed, Stream.MASKS), positions, patches)
     return np.sort(draws.argsort(1)[:, :kept], axis=1)
 
 

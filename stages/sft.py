@@ -20,6 +20,7 @@ from infra.loader import ShardSet, rank_slice
 from infra.packing import pack
 from infra.scenes import KINDS, Drawing, Scene, compose, conversation, pick
 from infra.stage import Context, Stage, check_folders, main
+from infra.streams import Stream, stream_seed
 from infra.train.config import TrainConfig
 from infra.train.session import Job, Place, train
 from models.common.config import LoraConfig
@@ -44,8 +45,6 @@ TOWERS = ("vision", "text", "language")
 KIND = {"simple": "chat_simple", "full": "chat_full"}
 WRITES = {"simple": "language", "full": "chat"}
 """which folder of `start` has the language model, and with it the tokenizer"""
-SCENE_STREAM = 1 << 33
-"""added to the seed, so that scenes do not repeat another stage's numbers"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,8 +245,9 @@ class SceneQuestions:
 
     def sample(self, index: int, size_px: int) -> tuple[Scene, str, str]:
         """Scene, question and answer number `index`."""
-        draws = uniforms(self._seed + SCENE_STREAM, [(0, index)], 3)[0]
-        rng = np.random.Generator(np.random.Philox(key=[self._seed + SCENE_STREAM, index]))
+        own = stream_seed(self._seed, Stream.SCENES)
+        draws = uniforms(own, [(0, index)], 3)[0]
+        rng = np.random.Generator(np.random.Philox(key=[own, index]))
         mix = self._config.weights(self._variant, index / self._samples)
         kind = pick(mix, draws[0])
         one = kind in ("box", "position")
