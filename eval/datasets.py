@@ -14,7 +14,7 @@ URL (s3://bucket/folder).
 
 import abc
 import dataclasses
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,12 @@ import numpy as np
 
 from eval.labels import one_spelling, read_label, told
 from eval.pictures import decode_squares, pixel_key
+from infra.decode import Encoded
 from infra.errors import DataError
 from infra.roots import Root, is_text
 
+PICTURE_ROWS, TEXT_ROWS = 16, 1024
+"""rows of a file that are read at once"""
 CONCEPTS_FILE = "concepts.parquet"
 FORMATS = (
     "expected a concept set (artwork Parquet with id, concept, image {bytes, path}, and "
@@ -52,6 +55,11 @@ class Picture:
     """Label of a pair set, in the spelling of its class, or empty."""
     captions: tuple[tuple[str, str], ...] = ()
     """(language, text) of a pair set."""
+
+    @property
+    def encoded(self) -> Encoded:
+        """What a model is shown."""
+        return Encoded(data=self.data, where=self.id)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,6 +99,28 @@ class DataFolder(abc.ABC):
         """Stems of the files that the pictures come from."""
         return tuple(dict.fromkeys(picture.source for picture in self.pictures))
 
+    @cached_property
+    def _files(self) -> tuple[list[int], np.ndarray]:
+        """The first picture of each distinct file, and which of these each picture has, int64 [N].
+
+        Rows that share a file are decoded and shown once.
+        """
+        number: dict[bytes, int] = {}
+        first: list[int] = []
+        which = np.empty(len(self.pictures), np.int64)
+        for index, picture in enumerate(self.pictures):
+            which[index] = number.setdefault(picture.data, len(number))
+            if which[index] == len(first):
+                first.append(index)
+        return first, which
+
+    def by_file(self, encode: Callable[[list[Encoded]], np.ndarray], size: int) -> np.ndarray:
+        """What `encode` makes of the pictures as they are stored, `size` at a time: [N, ...]."""
+        first, which = self._files
+        shown = [self.pictures[index].encoded for index in first]
+        parts = [encode(shown[start : start + size]) for start in range(0, len(shown), size)]
+        return np.concatenate(parts)[which]
+
     def batches(self, side_px: int, size: int, *, keep_alpha: bool = False) -> Iterator[np.ndarray]:
         """Decoded squares, `size` at a time: uint8 [<=size, S, S, 3 or 4]."""
         for start in range(0, len(self.pictures), size):
@@ -108,8 +138,10 @@ class DataFolder(abc.ABC):
     def look(self) -> np.ndarray:
         """int64 [N]: equal numbers for pictures that are the same, pixel by pixel."""
         numbers: dict[bytes, int] = {}
-        keys = (pixel_key(p.data, p.id) for p in self.pictures)
-        return np.array([numbers.setdefault(key, len(numbers)) for key in keys], np.int64)
+        first, which = self._files
+        keys = (pixel_key(self.pictures[i].data, self.pictures[i].id) for i in first)
+        of_file = [numbers.setdefault(key, len(numbers)) for key in keys]
+        return np.array(of_file, np.int64)[which]
 
     def facts(self) -> dict[str, Any]:
         """What a score file says of its data."""
@@ -231,6 +263,7 @@ def read_concept_set(folder: str | Path, *, sources: Sequence[str] | None = None
 
 def _read_pictures(root: Root, file: str, with_concepts: bool) -> Iterator[Picture]:
     needed = ("id", "concept", "image") if with_concepts else ("id", "image", "captions")
+    known: dict[bytes, bytes] = {}  # rows of one picture share its bytes
     for row, values in enumerate(_rows(root, file, needed, ("label",))):
         where = f"{root.place.rstrip('/')}/{file}, row {row}"
         if with_concepts and not isinstance(values["concept"], str):
@@ -239,7 +272,7 @@ def _read_pictures(root: Root, file: str, with_concepts: bool) -> Iterator[Pictu
             id=_text(values["id"], "id", where),
             source=Path(file).stem,
             row=row,
-            data=_image_bytes(values["image"], root, where),
+            data=known.setdefault(data := _image_bytes(values["image"], root, where), data),
             concept=values.get("concept") or "",
             label=read_label(values.get("label"), where),
             captions=() if with_concepts else _texts(values["captions"], "captions", where),
@@ -279,7 +312,8 @@ def _rows(
         if missing:
             raise DataError(f"{where} lacks the columns {missing}, has {columns}; {FORMATS}")
         wanted = [name for name in (*needed, *optional) if name in columns]
-        for batch in table.iter_batches(batch_size=1024, columns=wanted):
+        size = PICTURE_ROWS if "image" in wanted else TEXT_ROWS
+        for batch in table.iter_batches(batch_size=size, columns=wanted):
             try:
                 yield from batch.to_pylist()
             except UnicodeDecodeError:

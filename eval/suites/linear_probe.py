@@ -31,7 +31,7 @@ def run(model: Model, data: DataFolder, setting: Setting) -> list[Score]:
     train = _with_group(setting.train)
     test = _with_group(data)
     fit_labels, labels = _groups(train), _groups(test)
-    features, to_label = probe_features(model, train), probe_features(model, test)
+    features, to_label = (probe_features(model, part, NAME) for part in (train, test))
     guesses = _fit_predict(features, fit_labels, to_label)
     hits = _accuracy(guesses, labels)
     names, counts = np.unique(fit_labels, return_counts=True)

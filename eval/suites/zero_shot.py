@@ -32,7 +32,7 @@ def run(
     """
     named = as_concept_set(data)
     languages = setting.languages if isinstance(data, ConceptSet) else ("",)
-    pictures = embed_pictures(model, named)
+    pictures = embed_pictures(model, named, NAME)
     vectors = {lang: _class_vectors(model, named, lang, templates) for lang in languages}
     scores = []
     for lang, by_class in vectors.items():

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from infra.decode import Encoded
 from infra.errors import DataError
 from infra.roots import Root
 from models.chat.dialogue import Dialogue
@@ -181,7 +182,7 @@ class Conversations:
         decoded = [np.empty((0, side, side, 3), np.uint8)]
         for name, count in zip(names, expected, strict=True):
             with self._named(index, field, name):
-                tiles = tile(self._root.read(name), tiling)
+                tiles = tile(self._encoded(name), tiling)
                 if len(tiles) != count:
                     raise DataError(
                         f"its width and height say {count} tiles, but it has {len(tiles)}; "
@@ -192,7 +193,10 @@ class Conversations:
 
     def _size(self, name: str, index: int, field: str) -> tuple[int, int]:
         with self._named(index, field, name):
-            return picture_size(self._root.read(name))
+            return picture_size(self._encoded(name))
+
+    def _encoded(self, name: str) -> Encoded:
+        return Encoded(data=self._root.read(name), where=name)
 
     def _frames(self, video: str, index: int) -> list[str]:
         """Names of the frames of a video, which is a folder of pictures, in the order of time."""
@@ -222,7 +226,8 @@ class Conversations:
         try:
             yield
         except (OSError, DataError) as error:
-            raise self._error(index, field, f"{picture}: {error}") from error
+            what = str(error).removeprefix(f"{picture}: ")
+            raise self._error(index, field, f"{picture}: {what}") from error
 
 
 def in_order_of_numbers(name: str) -> list[tuple[int, str]]:

@@ -16,6 +16,13 @@ from models.common.keymap import Key, join_all, one, prefixed, renamed
 from models.connector.config import ConnectorConfig
 from models.internvit import hf as vision_hf
 from models.internvl.config import InternVLConfig
+from models.internvl.hf_pictures import (
+    NATIVE_PICTURES,
+    pictures_from_llava,
+    pictures_from_official,
+    pictures_to_llava,
+    pictures_to_official,
+)
 from models.llama import hf as llama_hf
 from models.qllama.config import QLlamaConfig
 
@@ -50,6 +57,7 @@ def config_from_official(config: Mapping) -> InternVLConfig:
             select_layer=config["select_layer"],
             shuffle_side=round(1 / config["downsample_ratio"]),
         ),
+        pictures=pictures_from_official(config),
     )
 
 
@@ -102,6 +110,7 @@ def config_to_official(config: InternVLConfig, kind: str) -> dict[str, Any]:
         "select_layer": config.connector.select_layer,
         "downsample_ratio": 1 / config.connector.shuffle_side,
         "force_image_size": config.vision.image_px,
+        **pictures_to_official(config.pictures),
     }
 
 
@@ -144,6 +153,7 @@ def config_from_native(config: Mapping) -> InternVLConfig:
             "ps_version": "v2",
             "select_layer": config["vision_feature_layer"],
             "downsample_ratio": config["downsample_ratio"],
+            **NATIVE_PICTURES,
         }
     )
 
@@ -213,6 +223,7 @@ def config_from_llava(config: Mapping) -> InternVLConfig:
     chat = {
         "language": llama_hf.config_from_official({**config, **llama}),
         "connector": ConnectorConfig(kind="mlp2x", select_layer=config["mm_vision_select_layer"]),
+        "pictures": pictures_from_llava(config),
     }
     tower = config[TOWER]
     if config.get("mm_projector_type") == "two_mlp":
@@ -237,7 +248,7 @@ def config_to_llava(config: InternVLConfig, kind: str) -> dict[str, Any]:
         "mm_use_im_start_end": False,
         "mm_use_im_patch_token": False,
         "use_mm_proj": True,
-        "image_aspect_ratio": "pad",
+        **pictures_to_llava(config.pictures),
     }
 
 

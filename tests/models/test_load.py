@@ -12,7 +12,7 @@ from models.internvl.config import PARTS, InternVLConfig
 from models.internvl.load import load_model, load_parts, read_config, save_model
 from models.internvl.model import build
 from models.internvl.prompts import IGNORE, caption_prompt, caption_rows, labelled_rows
-from models.preprocess import MEAN, STD, normalise, over_background, resize
+from models.preprocess import MEAN, STD, normalise, over_background
 from models.tokenizer import (
     BOS_ID,
     EOS_ID,
@@ -104,9 +104,6 @@ def test_pixels_are_normalised():
     image = np.full((1, 2, 2, 3), 255, np.uint8)
     expected = (1 - np.array(MEAN)) / np.array(STD)
     assert np.allclose(normalise(image)[0, :, 0, 0].numpy(), expected, atol=1e-5)
-    assert resize(image, 5).shape == (1, 5, 5, 3)
-    with pytest.raises(DataError, match=r"uint8 \[B, H, W, 3\]"):
-        resize(np.zeros((1, 2, 2, 4), np.uint8), 5)
 
 
 def test_transparency_shows_the_background():
