@@ -152,7 +152,9 @@ def find_limits(
     if project and config and not model:
         folder = project / config.sft.start.folders(variant)[WRITES[variant]]
         dialogue = _tokenizer(folder) if folder.is_dir() else None
-    tiling = Tiling(tile_px=architecture.vision.image_px, max_tiles=options.max_tiles)
+    if options.max_tiles is not None:
+        architecture = architecture.with_tiles(options.max_tiles)
+    tiling = architecture.pictures.tiling(architecture.vision.image_px)
     tile_tokens = architecture.visual_tokens(kind)
     counted = "" if dialogue else "; texts are not counted, for no tokenizer is at hand (--model)"
     return Limits(
