@@ -198,6 +198,12 @@ def _final_state(run: Run) -> State:
     message = ", ".join(f"{count} {state}" for state, count in sorted(counts.items()))
     if run.cancelled:
         return Cancelled(message=message)
-    if all(result.good for result in run.results.values()):
-        return Completed(message=message)
-    return Failed(message=message)
+    if run.closing.failed or not all(result.good for result in run.results.values()):
+        return Failed(message=_with_closing(message, run))
+    # Of type Completed, for nothing is to be tried again; the name is what automations look at.
+    name = {"promoted": "Promoted", "rejected": "Rejected"}.get(run.closing.verdict or "")
+    return Completed(name=name or "Completed", message=_with_closing(message, run))
+
+
+def _with_closing(message: str, run: Run) -> str:
+    return "; ".join([message, *(line.strip() for line in run.closing.lines)])

@@ -11,9 +11,10 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 from flows.graph import Graph, StageNode, order_lock
+from flows.restored import drop_damaged
 from flows.runner import STOP_GRACE_S, StageResult, run_stage
 from flows.slots import Slots
 from flows.terminal import Terminal
@@ -32,6 +33,18 @@ class Watcher(Protocol):
         """A stage has ended, or will not run at all."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Closing:
+    """What became of the run as a whole, once all stages stand."""
+
+    lines: tuple[str, ...] = ()
+    """For people."""
+    verdict: Literal["promoted", "rejected"] | None = None
+    """The gate's, if the run has one."""
+    failed: bool = False
+    """Whether what the gate passed could not be registered."""
+
+
 @dataclasses.dataclass(kw_only=True)
 class Run:
     """One walk over the graph: what it was asked, and what came of it."""
@@ -44,7 +57,7 @@ class Run:
     """Only these and what they need; all if empty."""
     terminal: Terminal = dataclasses.field(default_factory=Terminal)
     """Where people look."""
-    after: Callable[[Path], list[str]] | None = None
+    after: Callable[[Path], Closing] | None = None
     """Called once all stages stand (registers the model, say); its lines close the summary."""
     held: tuple[int, ...] = ()
     """File descriptors that the processes of its stages keep open: the lock of the run."""
@@ -52,7 +65,7 @@ class Run:
     """Seconds that a stopped stage has to save."""
     results: dict[str, StageResult] = dataclasses.field(default_factory=dict)
     """Filled by the flow."""
-    closing: list[str] = dataclasses.field(default_factory=list)
+    closing: Closing = dataclasses.field(default_factory=lambda: Closing())
     """What `after` said."""
     cancelled: bool = False
     """Whether somebody asked the run to stop."""
@@ -119,10 +132,19 @@ async def _run_stage(
     run.terminal.started(node.name)
     if watcher:
         watcher.started(node.name)
-    result = await run_stage(
-        run.root, node.name, timeout_s=node.timeout_s, stop=stop, on_line=show,
-        grace_s=run.grace_s, held=run.held,
-    )  # fmt: skip
+
+    async def attempt() -> StageResult:
+        return await run_stage(
+            run.root, node.name, timeout_s=node.timeout_s, stop=stop, on_line=show,
+            grace_s=run.grace_s, held=run.held,
+        )  # fmt: skip
+
+    result = await attempt()
+    if result.state == "restored":
+        damaged = await asyncio.to_thread(drop_damaged, run.root, node.name)
+        if damaged:
+            show(f"damaged in DVC's cache and deleted there: {', '.join(damaged)}; it runs again")
+            result = await attempt()
     run.results[node.name] = result
     run.terminal.ended(result)
 

@@ -179,7 +179,9 @@ def _features(context: Context, image_ids: list[str]) -> np.ndarray:
     with Progress(len(image_ids), unit="pictures", label="bootstrap features") as progress:
         for start in range(0, len(image_ids), FEATURE_BATCH):
             part = image_ids[start : start + FEATURE_BATCH]
-            batches.append(hog_features(np.stack([decode_rgba(stored[i], 64, f"picture {i}") for i in part])))
+            batches.append(
+                hog_features(np.stack([decode_rgba(stored[i], 64, f"picture {i}") for i in part]))
+            )
             progress.update(len(part))
     return np.concatenate(batches)
 

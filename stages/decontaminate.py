@@ -110,7 +110,9 @@ def prints(encoded: list[bytes]) -> Prints:
     with Progress(len(encoded), unit="pictures", label="decontaminate") as progress:
         for start in range(0, len(encoded), PICTURE_BATCH):
             part = encoded[start : start + PICTURE_BATCH]
-            pictures = np.stack([decode_rgba(data, 64, f"picture {i}") for i, data in enumerate(part, start)])
+            pictures = np.stack(
+                [decode_rgba(data, 64, f"picture {i}") for i, data in enumerate(part, start)]
+            )
             hashes.append(perceptual_hash(pictures))
             colours.append(colour_grid(pictures))
             progress.update(len(part))

@@ -58,10 +58,7 @@ class HalfTaught(Guesser):
             q for k in KINDS for q in ask(data, k, languages=LANGUAGES, count=SCENES, seed=SEED)
         ]
         self._answers = {
-            (looks(q.image), q.prompt): (k, q)
-            for k in KINDS
-            for q in asked
-            if q.id.startswith(k)
+            (looks(q.image), q.prompt): (k, q) for k in KINDS for q in asked if q.id.startswith(k)
         }
 
     def _vector(self, data: bytes) -> np.ndarray:
@@ -72,8 +69,7 @@ class HalfTaught(Guesser):
 
     def generate(self, images, prompts, max_new_tokens):
         return [
-            self._say(looks(image), prompt)
-            for image, prompt in zip(images, prompts, strict=True)
+            self._say(looks(image), prompt) for image, prompt in zip(images, prompts, strict=True)
         ]
 
     def _say(self, image: bytes, prompt: str) -> str:

@@ -122,10 +122,10 @@ def test_a_champion_that_was_not_compared_with_is_not_replaced_in_silence(
     gate = trained / "artifacts/gate/gate.json"
     gate.parent.mkdir()
     gate.write_text(json.dumps({"passed": True, "model": str(MODEL), "baseline": baseline}))
-    first, *notes = finish(trained)
-    assert first.startswith("champion: toy_a@v0.2.0")
+    first, *notes = finish(trained).lines
+    assert first.startswith("gate: promoted; champion: toy_a@v0.2.0")
     assert (said in "".join(notes)) if said else not notes
-    assert len(finish(trained)) == 1  # it is the champion now
+    assert len(finish(trained).lines) == 1  # it is the champion now
 
 
 def test_a_committed_run_is_registered_at_head(trained: Path) -> None:

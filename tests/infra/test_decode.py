@@ -364,5 +364,3 @@ def test_pictures_in_every_form_are_the_same() -> None:
         pixels(Encoded(data=b"abc", where="a row"))
     with pytest.raises(DataError, match=r"float32 \[2, 2, 3\], expected uint8"):
         pixels(np.zeros((2, 2, 3), np.float32))
-
-
