@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from infra.errors import ConfigError, UserError
+from infra.project import find_root
 
 EXIT_USER_ERROR = 2
 
@@ -28,21 +29,6 @@ ModelRef = Annotated[
         "or the path of a model folder"
     ),
 ]
-
-
-def find_root(start: Path | None = None) -> Path:
-    """The checkout that `start` (default: the working directory) lies in: it has a dvc.yaml.
-
-    Raises ConfigError outside of a checkout.
-    """
-    here = (start or Path.cwd()).resolve()
-    for folder in (here, *here.parents):
-        if (folder / "dvc.yaml").is_file() and (folder / ".dvc").is_dir():
-            return folder
-    raise ConfigError(
-        f"{here} is not inside a VLFoundry checkout: no folder above it has a dvc.yaml; "
-        "change to the repository and try again"
-    )
 
 
 @app.command()
@@ -330,6 +316,19 @@ def register(
 
     version = register_model(find_root(), folder, promote=promote)
     typer.echo(f"{version.name}@{version.version} is {version.path} at {version.commit[:10]}")
+
+
+@app.command()
+def fetch(
+    model: Annotated[str, typer.Argument(help="a registered name")],
+    everything: Annotated[
+        bool, typer.Option("--all", help="all that its run made, not the model alone")
+    ] = False,
+) -> None:
+    """Get a registered model from DVC's remote into the cache, e.g. on a second machine."""
+    from flows.fetch import fetch as fetch_model
+
+    typer.echo(fetch_model(find_root(), model, everything=everything))
 
 
 @app.command()

@@ -75,7 +75,7 @@ def workspace(
     """
     params = variation.apply(root)
     folder = (folder or root / "work" / "workspaces" / variation.name).resolve()
-    commit = snapshot(root)
+    commit = snapshot(root, say)
     _make_worktree(root, folder, commit)
     with run_lock(folder, say) as lock:
         _check_out(folder, commit, lock)
@@ -146,9 +146,11 @@ def _check_out(folder: Path, commit: str, lock: RunLock) -> None:
             (aside / name).replace(folder / name)
 
 
-def _write_atomic(path: Path, content: bytes) -> None:
+def _write_atomic(path: Path, content: bytes, mode: int = 0o666) -> None:
     temporary = path.with_name(f".{path.name}.part")
-    temporary.write_bytes(content)
+    temporary.unlink(missing_ok=True)
+    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+        file.write(content)
     temporary.replace(path)
 
 
@@ -161,8 +163,10 @@ def _share_cache(root: Path, folder: Path) -> None:
     if not parser.has_section("cache"):
         parser.add_section("cache")
     parser.set("cache", "dir", str(cache_folder(root).resolve()))
-    with (folder / ".dvc" / "config.local").open("w", encoding="utf-8") as file:
-        parser.write(file)
+    text = io.StringIO()
+    parser.write(text)
+    # It may hold keys: for nobody else's eyes, whatever the umask.
+    _write_atomic(folder / ".dvc" / "config.local", text.getvalue().encode(), mode=0o600)
 
 
 def _share_starts(root: Path, folder: Path) -> None:

@@ -116,9 +116,7 @@ def picture_size(data: bytes, where: str = "picture", *, upright: bool = True) -
         return (image.height, image.width) if turned else image.size
 
 
-def with_pillow(
-    data: bytes, where: str, use: Callable[[Image.Image], np.ndarray]
-) -> np.ndarray:
+def with_pillow(data: bytes, where: str, use: Callable[[Image.Image], np.ndarray]) -> np.ndarray:
     """What `use` makes of the Pillow image, which is not turned or converted: for what has to see a
     picture as another program does. Raises DataError as `decode` does, also for what `use` raises.
     """

@@ -8,14 +8,17 @@ import fcntl
 import os
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from infra.errors import UserError
 from infra.files import cannot_write
+from infra.project import belongs
 
 RUN_REFS = "refs/runs"
 """Commits made for runs stay reachable here: no branch, not shown by `git log` or `git branch`."""
+ADDED_AT_ONCE = 500
+"""paths on one command line"""
 FALLBACK_IDENTITY = {"name": "VLFoundry", "email": "vlfoundry@localhost"}
 
 
@@ -87,23 +90,37 @@ def head(root: Path) -> str | None:
         return None
 
 
-def snapshot(root: Path) -> str:
-    """A commit that holds the working tree as it is, ignored files left out; returns its id.
+def snapshot(root: Path, say: Callable[[str], None] = lambda _: None) -> str:
+    """A commit that holds the working tree as it is; returns its id.
+
+    Of files that git does not know only those are in it that a run is made of (`infra.project`):
+    a tag will point to the commit, and be pushed. What was left out is said.
 
     That is HEAD itself where nothing differs. Else a new commit on top of HEAD, kept under
     `refs/runs/<tree>`; the same working tree gives the same commit again.
     """
     with repository_lock(root):
-        return _snapshot(root)
+        return _snapshot(root, say)
 
 
-def _snapshot(root: Path) -> str:
+def _snapshot(root: Path, say: Callable[[str], None]) -> str:
     parent = head(root)
     with tempfile.TemporaryDirectory(prefix="vlfoundry-index-") as folder:
         index = {"GIT_INDEX_FILE": str(Path(folder) / "index")}
         if parent:
             git(root, "read-tree", parent, env=index)
-        git(root, "add", "--all", "--", ":/", env=index)
+            git(root, "add", "--update", "--", ":/", env=index)
+        listing = git(root, "ls-files", "-z", "--others", "--exclude-standard", env=index)
+        ours, others = belongs(root, list(filter(None, listing.split("\0"))))
+        for start in range(0, len(ours), ADDED_AT_ONCE):
+            some = [f":(literal){path}" for path in ours[start : start + ADDED_AT_ONCE]]
+            git(root, "add", "--", *some, env=index)
+        if others:
+            say(
+                f"left out of the run: {len(others)} files that git does not know, and that "
+                f"neither dvc.yaml nor the sources name, e.g. {others[0]}; `git add` what belongs "
+                "to it"
+            )
         tree = git(root, "write-tree", env=index)
     if parent and git(root, "rev-parse", f"{parent}^{{tree}}") == tree:
         return parent
