@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 from flows.database import check_database
 from flows.graph import load_graph
 from flows.lock import RunLock, run_lock
+from flows.parameters import check_parameters
 from flows.restored import drop_damaged
 from flows.runner import StageResult
 from flows.server import Server, ServerError, prefect_environment, server
@@ -63,6 +64,7 @@ def run_pipeline(
         else:
             lock = stack.enter_context(run_lock(root, terminal.say))
         root = lock.root
+        check_parameters(root)
         os.environ.update(prefect_environment(root))
         # The server starts while DVC reads the graph and Prefect is imported.
         own = None if EXTERNAL in os.environ else _own_server(root, lock, stack, terminal)

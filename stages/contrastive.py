@@ -22,7 +22,7 @@ from infra.train.session import Job, Place, train
 from models.internvl.config import InternVLConfig
 from models.internvl.cut import check_layout
 from models.internvl.start import Start, plan_start
-from models.objectives.contrastive import ContrastiveConfig
+from models.objectives.options import ContrastiveConfig
 
 SHARDS = "artifacts/shard/stage1"
 MODEL = "artifacts/contrastive/model"

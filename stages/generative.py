@@ -18,7 +18,7 @@ from infra.train.session import Job, Place, train
 from models.internvl.config import InternVLConfig
 from models.internvl.cut import check_layout
 from models.internvl.start import Start, plan_start
-from models.objectives.generative import GenerativeConfig
+from models.objectives.options import GenerativeConfig
 
 SHARDS = "artifacts/shard/stage2"
 MODEL = "artifacts/generative/model"

@@ -33,7 +33,7 @@ from infra.train.config import TrainConfig
 from infra.train.session import Job, Place, train
 from models.internvl.config import InternVLConfig
 from models.internvl.cut import check_layout
-from models.objectives.next_token import NextTokenConfig
+from models.objectives.options import NextTokenConfig
 
 SHARDS = "artifacts/shard/stage1"
 MODEL = "artifacts/pretrain_text/model"

@@ -27,7 +27,7 @@ from models.common.config import LoraConfig
 from models.internvl.config import InternVLConfig
 from models.internvl.cut import check_layout
 from models.internvl.start import Start, plan_start
-from models.objectives.next_token import NextTokenConfig
+from models.objectives.options import NextTokenConfig
 
 if TYPE_CHECKING:
     import torch
