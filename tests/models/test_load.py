@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from infra.errors import DataError, ModelError
+from infra.errors import ModelError
+from models.chat.control import GROUNDING
 from models.common.config import DecoderConfig
 from models.internvl.config import PARTS, InternVLConfig
 from models.internvl.load import load_model, load_parts, read_config, save_model
@@ -51,8 +52,12 @@ def test_training_a_tokenizer_is_repeatable(tokenizer, tmp_path):
 
 
 def test_special_tokens_are_single_ids(tokenizer):
-    assert [tokenizer.encode(token) for token in SPECIAL_TOKENS] == [
-        [i] for i in range(len(SPECIAL_TOKENS))
+    """Of texts that people write only those of grounding are taken (test_control_tokens)."""
+    assert [tokenizer._backend.token_to_id(token) for token in SPECIAL_TOKENS] == list(
+        range(len(SPECIAL_TOKENS))
+    )
+    assert [tokenizer.encode(token) for token in GROUNDING] == [
+        [SPECIAL_TOKENS.index(token)] for token in GROUNDING
     ]
     text = "<ref>a</ref><box>[[1, 2, 3, 4]]</box>"
     assert tokenizer.decode([*tokenizer.encode(text), EOS_ID], keep_special=True) == text
