@@ -165,7 +165,9 @@ def _import(
     )
     _write_origin(target, imported=source.resolve().name, format_there=done.format)
     said = [f"{source} ({done.format}) is the {done.kind} in {target}: {done.summary}"]
-    return [*said, *([f"left out: {', '.join(done.left_out)}"] if done.left_out else [])]
+    said += [f"left out: {', '.join(done.left_out)}"] if done.left_out else []
+    unknown = ", ".join(done.unknown)
+    return [*said, *([f"fields of config.json that are not known here: {unknown}"] * bool(unknown))]
 
 
 def _copy(root: Path | None, source: Path, target: Path) -> list[str]:

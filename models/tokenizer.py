@@ -18,6 +18,7 @@ import numpy as np
 from infra.errors import ModelError
 from models.chat.dialogue import Dialogue, PlainDialogue
 from models.chat.templates import END_IMG, IMG, IMG_CONTEXT
+from models.common.tokenizerfiles import read_backend
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
@@ -122,11 +123,9 @@ class Tokenizer(TextTokenizer):
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
         """Read `tokenizer.json`. Raises ModelError if there is none, or it is not ours."""
-        from tokenizers import Tokenizer as Backend
-
         if not Path(path).is_file():
             raise ModelError(f"{path} does not exist; a model folder needs its tokenizer.json")
-        return cls(Backend.from_file(str(path)))
+        return cls(read_backend(Path(path)))
 
     def save(self, path: str | Path) -> None:
         """Write `tokenizer.json`; the same tokenizer gives the same bytes."""

@@ -8,16 +8,17 @@ where there is one, as in the official code, which uses the slow tokenizers.
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from infra.errors import ModelError
+from infra.givenfiles import check_file, read_mapping
 from models.chat.dialogue import Dialogue, TemplateDialogue
 from models.chat.templates import TEMPLATES, named
 from models.chat.tokenizer import ByteLevelTokenizer, ChatTokenizer, SentencePieceTokenizer
+from models.common.tokenizerfiles import read_pieces
 from models.tokenizer import TextTokenizer
 
 PIECES = ("tokenizer.model", "tokenizer.json", "vocab.json")
@@ -31,6 +32,8 @@ KEPT = "official"
 """folder of a model folder that has the small files of what was imported"""
 SMALL = ("*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "README.md")
 """what is kept of a folder beside its weights; code is not"""
+READ = (".json", ".model")
+"""ends of names of those that are read here"""
 NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -137,9 +140,17 @@ def official_tokenizer(kept: Path, *, embeds: bool) -> OfficialTokenizer:
 
 
 def small_files(folder: Path) -> list[Path]:
-    """What is kept of a model folder beside its weights."""
-    found = [path for pattern in SMALL for path in sorted(folder.glob(pattern))]
-    return [p for p in found if p.is_file() and not p.name.endswith(".index.json")]
+    """What is kept of a model folder beside its weights.
+
+    Raises:
+        ModelError: one of them leads out of the folder, is no plain file, or is a git-lfs pointer or
+            a web page in place of a file that is read.
+    """
+    paths = [path for pattern in SMALL for path in sorted(folder.glob(pattern))]
+    found = [p for p in paths if not p.is_dir() and not p.name.endswith(".index.json")]
+    for path in found:
+        check_file(path, folder, disguised=path.suffix in READ)
+    return found
 
 
 def template_name(facts: Mapping[str, Any]) -> str | None:
@@ -207,9 +218,7 @@ class _Special:
 
 
 def _sentencepiece(path: Path, special: _Special) -> SentencePieceTokenizer:
-    from sentencepiece import SentencePieceProcessor
-
-    processor = SentencePieceProcessor(model_file=str(path))
+    processor = read_pieces(path)
     ids = dict(special.ids)
     for token in dict.fromkeys((*map(special.name, NAMES[:3]), *special.others)):
         index = processor.piece_to_id(token)
@@ -260,9 +269,4 @@ def _text(token: str | Mapping[str, Any]) -> str:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{path} is no JSON: {error}") from None
+    return read_mapping(path) if path.is_file() else {}

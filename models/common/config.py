@@ -4,7 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+MOST = 1 << 31
+"""beyond any size of a model: a number that is larger is a slip of the pen or worse"""
+
+
+def check_numbers(
+    config: Any, *, sizes: tuple[str, ...], above_zero: tuple[str, ...] = ()
+) -> None:
+    """Raises ValueError unless these fields are whole numbers from 1, and those finite and above 0;
+    None passes."""
+    for name in sizes:
+        value = getattr(config, name)
+        if value is not None and not 1 <= value <= MOST:
+            raise ValueError(f"{name} is {value}, expected a whole number from 1 to {MOST}")
+    for name in above_zero:
+        value = getattr(config, name)
+        if value is not None and not 0 < value < float("inf"):
+            raise ValueError(f"{name} is {value}, expected a finite number above 0")
+
 
 LayerSpecKind = Literal["local", "te"]
 """what transformer layers are made of: PyTorch's operators, or Transformer Engine's"""
@@ -27,9 +46,9 @@ class RopeScaling:
     """llama3: the context before stretching"""
 
     def __post_init__(self) -> None:
-        if self.factor < 1:
+        if not 1 <= self.factor < float("inf"):
             raise ValueError(f"factor {self.factor} would shorten the context; expected at least 1")
-        if self.low_freq_factor >= self.high_freq_factor:
+        if not self.low_freq_factor < self.high_freq_factor:
             raise ValueError(
                 f"low_freq_factor {self.low_freq_factor} is not below high_freq_factor "
                 f"{self.high_freq_factor}"
@@ -108,6 +127,11 @@ class DecoderConfig:
     """adapters of its layers; None: none"""
 
     def __post_init__(self) -> None:
+        check_numbers(
+            self,
+            sizes=("vocab_size", "width", "depth", "heads", "key_value_heads", "mlp_hidden"),
+            above_zero=("max_tokens", "eps", "rope_base"),
+        )
         if self.width % self.heads:
             raise ValueError(f"width {self.width} does not divide by heads {self.heads}")
         if self.head_size % 2:

@@ -21,6 +21,7 @@ from infra.train.weights import gather_weights, load_weights, pieces, write_safe
 from models.chat.official import KEPT, official_tokenizer
 from models.internvl.config import CAPABILITIES, PARTS, InternVLConfig
 from models.internvl.folder import (
+    check_shapes,
     is_below,
     read_config,
     refuse_other_adapters,
@@ -76,10 +77,8 @@ def read_weights(folder: str | Path) -> dict[str, Tensor]:
     """Canonical tensors of a model folder."""
     from safetensors.torch import load_file
 
-    path = Path(folder) / "weights.safetensors"
-    if not path.is_file():
-        raise ModelError(f"{path} does not exist; {folder} is no complete model folder")
-    return load_file(path)
+    weight_shapes(folder)  # whether the file is there and whole
+    return load_file(Path(folder) / "weights.safetensors")
 
 
 def load_parts(model: InternVL | Chunks, folder: str | Path, parts: Mapping[str, str]) -> list[str]:
@@ -138,8 +137,14 @@ def load_model(folder: str | Path, *, untrained_seed: int | None = None) -> Mode
         folder: a model folder.
         untrained_seed: leave the weights as initialised with this seed: the control that has
             learnt nothing.
+
+    Raises:
+        ModelError: a file of the folder is missing, damaged, or of another model.
+        ConfigError: a number of its config cannot be.
     """
     kind, config = read_config(folder)
+    if untrained_seed is None:
+        check_shapes(folder, kind, config)
     tokenizer = load_tokenizer(folder)
     # Used on rows of any length and with a cache, where Transformer Engine gains nothing.
     model = build(kind, config, seed=untrained_seed or 0, spec="local")
