@@ -90,7 +90,10 @@ def read_mapping(
     """
     facts = read_json(path, folder)
     if not isinstance(facts, dict):
-        raise ModelError(f"{path} holds {shown(facts)}, expected a mapping of {of}")
+        raise ModelError(
+            f"{path} is damaged: it holds {shown(facts)}, expected a mapping of {of}; get that file "
+            "again"
+        )
     return facts
 
 
@@ -105,9 +108,13 @@ def read_json(path: Path, folder: Path | None = None) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except RecursionError:
-        raise ModelError(f"{path} is nested too deeply to be read") from None
+        raise ModelError(
+            f"{path} is damaged: it is nested too deeply to be read; get that file again"
+        ) from None
     except ValueError as error:  # of JSON, of UTF-8, of a number with too many digits
-        raise ModelError(f"{path} is not valid JSON: {str(error)[:200]}") from None
+        raise ModelError(
+            f"{path} is damaged: it is not valid JSON ({str(error)[:200]}); get that file again"
+        ) from None
 
 
 def _refuse_outside(path: Path, folder: Path) -> None:

@@ -47,11 +47,16 @@ def read_config(folder: str | Path) -> tuple[str, InternVLConfig]:
         raise ModelError(f"{path} has format {shown(facts.get('format'))}, expected {FORMAT!r}")
     kind, numbers = facts.get("kind"), facts.get("model")
     if not isinstance(kind, str) or kind not in PARTS:
-        raise ModelError(f"{path}: kind is {shown(kind)}, expected one of {', '.join(PARTS)}")
+        raise ModelError(
+            f"{path} is damaged: kind is {shown(kind)}, expected one of {', '.join(PARTS)}; copy it "
+            "again"
+        )
     if not isinstance(numbers, dict):
-        raise ModelError(f"{path}: model is {shown(numbers)}, expected a mapping of its parts")
-    config = build(InternVLConfig, numbers, str(path))
+        raise ModelError(
+            f"{path} is damaged: model is {shown(numbers)}, expected a mapping; copy it again"
+        )
     try:
+        config = build(InternVLConfig, numbers, "model")
         config.check(kind)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
