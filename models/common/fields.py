@@ -8,7 +8,7 @@ table knows is told to whoever imports the model.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -147,12 +147,14 @@ def wrong(facts: Mapping, part: str, name: str, value: Any, expected: str) -> Co
     return ConfigError(f"{label(part, name)} is {shown(value)}{default}, expected {expected}")
 
 
-def left_out(facts: Mapping, table: Table, part: str = "") -> dict[str, Any]:
-    """Sizes that a config does not say, and the defaults that were taken."""
+def left_out(
+    facts: Mapping, table: Table, part: str = "", *, of: Collection[str]
+) -> dict[str, Any]:
+    """Which of some fields a config does not say, and the defaults that were taken."""
     return {
         label(part, name): known.default
         for name, known in table.fields.items()
-        if name not in facts and _whole(known.default)
+        if name in of and name not in facts and known.default is not None
     }
 
 

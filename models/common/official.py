@@ -255,6 +255,12 @@ LLAVA = Table(
         unfreeze_mm_vision_tower mm_vision_select_layer2""",
     ),
 )
+SHAPES = names(
+    """hidden_size num_hidden_layers num_attention_heads num_key_value_heads intermediate_size
+    vocab_size patch_size image_size norm_type qkv_bias attention_bias qk_normalization use_qk_norm
+    tie_word_embeddings clip_embed_dim num_query_token cross_attention_frequency downsample_ratio""",
+)
+"""fields that say which tensors there are, and of what shape"""
 ROPE = {
     # What a scaling of each kind says; what else stands there would be computed with elsewhere.
     "default": names("rope_theta type rope_type factor"),

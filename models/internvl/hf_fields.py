@@ -6,7 +6,16 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from models.common.fields import Table, left_out, names, unknown
-from models.common.official import CHAT, DECODERS, DUAL, LLAVA, NATIVE, NATIVE_VISION, VISION
+from models.common.official import (
+    CHAT,
+    DECODERS,
+    DUAL,
+    LLAVA,
+    NATIVE,
+    NATIVE_VISION,
+    SHAPES,
+    VISION,
+)
 from models.internvl.hf import TOWER
 from models.llama.hf import kind_of
 
@@ -29,10 +38,10 @@ DEPTH = "num_hidden_layers"
 
 
 def taken_defaults(format: str, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Sizes that a config.json leaves out, and what the official classes take then."""
+    """What a config.json does not say of its tensors, and what the official classes take then."""
     found: dict[str, Any] = {}
     for part in _parts(format, facts):
-        found |= left_out(*part)
+        found |= left_out(*part, of=SHAPES)
     return found
 
 
