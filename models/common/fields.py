@@ -29,6 +29,8 @@ class Field:
     """in words, for messages"""
     fits: Callable[[Any], bool]
     """whether ours can be built with a value"""
+    fixed: bool = False
+    """whether there is but one way that ours computes"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +88,7 @@ def only(*values: Any, default: Any = MISSING, why: str = "") -> Field:
         default=values[0] if default is MISSING else default,
         expected=f"{repr(values[0])}: " + (why or "nothing else is built here"),
         fits=lambda value: any(_same(value, known) for known in values),
+        fixed=True,
     )
 
 
@@ -154,7 +157,7 @@ def left_out(
     return {
         label(part, name): known.default
         for name, known in table.fields.items()
-        if name in of and name not in facts and known.default is not None
+        if name in of and name not in facts and known.default is not None and not known.fixed
     }
 
 
