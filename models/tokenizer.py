@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -127,9 +127,18 @@ class Tokenizer(TextTokenizer):
             raise ModelError(f"{path} does not exist; a model folder needs its tokenizer.json")
         return cls(read_backend(Path(path)))
 
-    def save(self, path: str | Path) -> None:
-        """Write `tokenizer.json`; the same tokenizer gives the same bytes."""
-        Path(path).write_text(self._backend.to_str(pretty=True) + "\n", encoding="utf-8")
+    def save(self, path: str | Path, post_processor: Any = None) -> None:
+        """Write `tokenizer.json`; the same tokenizer gives the same bytes.
+
+        Args:
+            path: the file.
+            post_processor: what other programs put around a text (of `tokenizers.processors`).
+        """
+        before = self._backend.post_processor
+        self._backend.post_processor = post_processor or before
+        text = self._backend.to_str(pretty=True)
+        self._backend.post_processor = before
+        Path(path).write_text(text + "\n", encoding="utf-8")
 
     def save_to(self, folder: Path) -> None:
         self.save(folder / "tokenizer.json")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from infra.errors import DataError
+from models.chat import jinja
 from models.chat.labels import IGNORE, ids_of, row
 from models.chat.templates import (
     IMAGE,
@@ -34,6 +35,10 @@ class Dialogue(ABC):
     """stands in each place of a visual token; below 0 where none of the vocabulary does"""
     stop_id: int
     """ends an answer"""
+
+    @abstractmethod
+    def jinja(self) -> str:
+        """The same dialogue as a Jinja template that transformers renders."""
 
     @abstractmethod
     def question(self, text: str, visual_tokens: int) -> list[int]:
@@ -66,6 +71,9 @@ class PlainDialogue(Dialogue):
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
         self.context_id, self.stop_id = tokenizer.context_id, tokenizer.eos_id
+
+    def jinja(self) -> str:
+        return jinja.plain()
 
     def question(self, text: str, visual_tokens: int) -> list[int]:
         image = self._tokenizer.places(visual_tokens) if visual_tokens else []
@@ -120,6 +128,9 @@ class TemplateDialogue(Dialogue):
         self.stop_id = tokenizer.special_id(template.stop)
         own = template.own_image_id
         self.context_id = tokenizer.special_id(IMG_CONTEXT) if own is None else own
+
+    def jinja(self) -> str:
+        return jinja.named(self._template, begins=bool(self._tokenizer.begin))
 
     def question(self, text: str, visual_tokens: int) -> list[int]:
         messages, counts = [_asked(text, visual_tokens)], [visual_tokens] if visual_tokens else []

@@ -8,7 +8,7 @@ where there is one, as in the official code, which uses the slow tokenizers.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,7 @@ class OfficialTokenizer(TextTokenizer):
             template: name of the conversation template, if the folder has one.
             files: of the folder, to be written beside what is trained on from it.
         """
-        self._backend, self._template, self._files = backend, template, dict(files)
+        self._backend, self.template, self._files = backend, template, dict(files)
         self.bos_id, self.eos_id = backend.begin_id, backend.special_id(eos)
         self.pad_id = EMBEDDED_PAD if embeds else backend.pad_id
         self.embedded_tokens = EMBEDDED_TOKENS if embeds else None
@@ -81,18 +81,23 @@ class OfficialTokenizer(TextTokenizer):
 
     @functools.cached_property
     def dialogue(self) -> Dialogue:
-        if self._template is None:
+        if self.template is None:
             raise ModelError(
                 "the model's official/config.json names no conversation template, so it cannot be "
                 f'asked anything; add "template" to it, one of: {", ".join(TEMPLATES)}'
             )
-        return TemplateDialogue(self._backend, named(self._template))
+        return TemplateDialogue(self._backend, named(self.template))
 
     def save_to(self, folder: Path) -> None:
         kept = folder / KEPT
         kept.mkdir(parents=True, exist_ok=True)
         for name, content in self._files.items():
             (kept / name).write_bytes(content)
+
+    @property
+    def special(self) -> Collection[str]:
+        """Its special tokens."""
+        return self._backend.added.keys()
 
     def require_rows(self, rows: int, where: str | Path) -> None:
         """Raises ModelError unless every id has one of the `rows` of an embedding matrix."""

@@ -27,6 +27,7 @@ from models.internvit import hf as vision_hf
 from models.internvl import hf
 from models.internvl.config import PARTS, InternVLConfig
 from models.internvl.folder import new_folder, read_config, refuse_overwriting, write_config
+from models.internvl.handover import is_ours, write_companions
 from models.internvl.hf_fields import taken_defaults, unknown_fields
 from models.internvl.lora import BASE_LAYER, MergedFiles, adapters, peft_keys
 from models.internvl.source import (
@@ -209,6 +210,8 @@ def import_model(
         taken = {n for key in chosen for n in key.names}
         if source.is_dir():
             _keep(small, part / KEPT)
+            if is_ours(part / KEPT / "tokenizer.json"):
+                shutil.copyfile(part / KEPT / "tokenizer.json", part / "tokenizer.json")
         if tower_config is not None:
             _write_json(part / KEPT / "config.json", facts)
         write_config(part, kind or form.kind, config)
@@ -279,7 +282,7 @@ def export_model(folder: str | Path, target: str | Path, format: str) -> Convers
     found = adapters(config, kind)
     config = config.with_lora() if found else config
     table = list(FORMATS[format].keys(config, kind))
-    facts = _official_config(folder, config, kind, format)
+    facts, kept = _official_config(folder, config, kind, format), _kept_config(folder)
     refuse_overwriting(target)
     with TensorFiles(folder / "weights.safetensors") as files, new_folder(target) as part:
         merged = MergedFiles(files, found)
@@ -290,6 +293,9 @@ def export_model(folder: str | Path, target: str | Path, format: str) -> Convers
         done = write(merged, table, part)
         if (folder / KEPT).is_dir():
             _keep(small_files(folder / KEPT), part)
+        if kept is None or kept[0] != format:
+            facts = dict(facts or {})
+            write_companions(folder, part, format, kind, config, facts, kept[1] if kept else {})
         if facts is not None:
             _write_json(part / "config.json", facts)
     size = sum(fact.size for fact in done.values())

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from infra.errors import ModelError
 from infra.train.weights import gather_weights, load_weights, pieces, write_safetensors
-from models.chat.official import KEPT, official_tokenizer
+from models.chat.official import KEPT
 from models.internvl.config import CAPABILITIES, PARTS, InternVLConfig
 from models.internvl.folder import (
     check_shapes,
@@ -30,8 +30,9 @@ from models.internvl.folder import (
 )
 from models.internvl.model import Chunks, InternVL, build
 from models.internvl.prompts import SUMMARIZE
+from models.internvl.tokenizer import load_tokenizer
 from models.preprocess import normalise, resize
-from models.tokenizer import TextTokenizer, Tokenizer, pad
+from models.tokenizer import TextTokenizer, pad
 
 BATCH = 64
 """images or texts a forward pass takes"""
@@ -55,22 +56,6 @@ def save_model(
     (folder / "tokenizer.json").unlink(missing_ok=True)
     shutil.rmtree(folder / KEPT, ignore_errors=True)
     tokenizer.save_to(folder)
-
-
-def load_tokenizer(folder: str | Path) -> TextTokenizer:
-    """The text side of a model folder: our own tokenizer, or the official one of an import.
-
-    Raises:
-        ModelError: it has neither, or the tokenizer is of another model.
-    """
-    folder = Path(folder)
-    if (folder / "tokenizer.json").is_file():
-        return Tokenizer.load(folder / "tokenizer.json")
-    kind, config = read_config(folder)
-    chats = "language" in PARTS[kind]
-    tokenizer = official_tokenizer(folder / KEPT, embeds=not chats)
-    tokenizer.require_rows((config.chat if chats else config.text).vocab_size, folder)
-    return tokenizer
 
 
 def read_weights(folder: str | Path) -> dict[str, Tensor]:
