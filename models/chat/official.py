@@ -8,7 +8,7 @@ where there is one, as in the official code, which uses the slow tokenizers.
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,9 +95,9 @@ class OfficialTokenizer(TextTokenizer):
             (kept / name).write_bytes(content)
 
     @property
-    def special(self) -> Collection[str]:
-        """Its special tokens."""
-        return self._backend.added.keys()
+    def special(self) -> Mapping[str, int]:
+        """Its special tokens and their ids."""
+        return self._backend.added
 
     def require_rows(self, rows: int, where: str | Path) -> None:
         """Raises ModelError unless every id has one of the `rows` of an embedding matrix."""

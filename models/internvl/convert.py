@@ -20,14 +20,14 @@ from torch import Tensor
 from infra.errors import ConfigError, ModelError
 from infra.givenfiles import read_mapping, shown
 from infra.tensorfiles import TensorFacts, TensorFiles, write_tensors
-from models.chat.official import KEPT, small_files, template_name
+from models.chat.official import KEPT, OfficialTokenizer, small_files, template_name
 from models.chat.templates import IMG_CONTEXT
 from models.common.keymap import Key, check_names
 from models.internvit import hf as vision_hf
 from models.internvl import hf
 from models.internvl.config import PARTS, InternVLConfig
 from models.internvl.folder import new_folder, read_config, refuse_overwriting, write_config
-from models.internvl.handover import is_ours, write_companions
+from models.internvl.handover import has_tokenizer, is_ours, write_companions
 from models.internvl.hf_fields import taken_defaults, unknown_fields
 from models.internvl.lora import BASE_LAYER, MergedFiles, adapters, peft_keys
 from models.internvl.source import (
@@ -39,7 +39,8 @@ from models.internvl.source import (
     stored_heads,
     untied,
 )
-from models.tokenizer import IMG_CONTEXT_ID
+from models.internvl.tokenizer import load_tokenizer
+from models.tokenizer import IMG_CONTEXT_ID, Tokenizer
 
 SOLO = ("vision", "internvl_c")
 """what can be taken alone of a larger model"""
@@ -210,7 +211,7 @@ def import_model(
         taken = {n for key in chosen for n in key.names}
         if source.is_dir():
             _keep(small, part / KEPT)
-            if is_ours(part / KEPT / "tokenizer.json"):
+            if is_ours(part / KEPT):
                 shutil.copyfile(part / KEPT / "tokenizer.json", part / "tokenizer.json")
         if tower_config is not None:
             _write_json(part / KEPT / "config.json", facts)
@@ -498,9 +499,12 @@ def _image_token(folder: Path, kept: Mapping[str, Any]) -> int:
         added = read_mapping(path)
         if IMG_CONTEXT in added:
             return added[IMG_CONTEXT]
-    if (folder / "tokenizer.json").is_file():
+    tokenizer = load_tokenizer(folder) if has_tokenizer(folder) else None
+    if isinstance(tokenizer, Tokenizer):
         return IMG_CONTEXT_ID
+    if isinstance(tokenizer, OfficialTokenizer) and IMG_CONTEXT in tokenizer.special:
+        return tokenizer.special[IMG_CONTEXT]
     raise ModelError(
         f"nothing in {folder} says the id of {IMG_CONTEXT}, which transformers' config needs; "
-        f"expected it in {KEPT}/config.json (img_context_token_id) or {KEPT}/added_tokens.json"
+        f"expected it in {KEPT}/config.json (img_context_token_id) or the tokenizer files there"
     )

@@ -37,11 +37,12 @@ def has_tokenizer(folder: Path) -> bool:
     return (folder / OWN).is_file() or any((folder / KEPT / name).is_file() for name in PIECES)
 
 
-def is_ours(path: Path) -> bool:
-    """Whether a `tokenizer.json` is one of our own, as exports of our models have it."""
-    if not path.is_file():
+def is_ours(official: Path) -> bool:
+    """Whether official files hold a tokenizer of our own, as exports of our models do."""
+    pieces = next((official / name for name in PIECES if (official / name).is_file()), None)
+    if pieces is None or pieces.name != OWN:
         return False
-    added = read_mapping(path).get("added_tokens")
+    added = read_mapping(pieces).get("added_tokens")
     if not isinstance(added, list):
         return False
     found = {t.get("id"): t.get("content") for t in added if isinstance(t, dict)}
