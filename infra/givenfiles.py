@@ -41,7 +41,9 @@ def check_file(path: Path, folder: Path | None = None, *, disguised: bool = True
     try:
         facts = path.stat()
     except OSError as error:
-        reason = "does not exist" if error.errno == errno.ENOENT else f"cannot be read: {error.strerror}"
+        reason = (
+            "does not exist" if error.errno == errno.ENOENT else f"cannot be read: {error.strerror}"
+        )
         raise ModelError(f"{path} {reason}; download that file again") from None
     if not stat.S_ISREG(facts.st_mode):
         raise ModelError(f"{path} is {_sort(facts.st_mode)}, expected a file")
@@ -91,8 +93,8 @@ def read_mapping(
     facts = read_json(path, folder)
     if not isinstance(facts, dict):
         raise ModelError(
-            f"{path} is damaged: it holds {shown(facts)}, expected a mapping of {of}; get that file "
-            "again"
+            f"{path} is damaged: it holds {shown(facts)}, expected a mapping of {of}; get that "
+            "file again"
         )
     return facts
 

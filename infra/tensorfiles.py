@@ -256,7 +256,7 @@ def _indexed(index: Path, inside: Path | None) -> tuple[Sequence[Path], set[str]
     for tensor, name in promised.items():
         if not isinstance(name, str) or not name or "\0" in name or Path(name).name != name:
             raise ModelError(
-                f"{index} names the shard {shown(name)} for {shown(tensor)}, expected a file beside "
-                "the index"
+                f"{index} names the shard {shown(name)} for {shown(tensor)}, expected a file "
+                "beside the index"
             )
     return [index.parent / name for name in sorted(set(promised.values()))], set(promised)

@@ -148,8 +148,8 @@ def small_files(folder: Path) -> list[Path]:
     """What is kept of a model folder beside its weights.
 
     Raises:
-        ModelError: one of them leads out of the folder, is no plain file, or is a git-lfs pointer or
-            a web page in place of a file that is read.
+        ModelError: one of them leads out of the folder, is no plain file, or is a git-lfs pointer
+            or a web page in place of a file that is read.
     """
     paths = [path for pattern in SMALL for path in sorted(folder.glob(pattern))]
     found = [p for p in paths if not p.is_dir() and not p.name.endswith(".index.json")]

@@ -10,9 +10,7 @@ MOST = 1 << 31
 """beyond any size of a model: a number that is larger is a slip of the pen or worse"""
 
 
-def check_numbers(
-    config: Any, *, sizes: tuple[str, ...], above_zero: tuple[str, ...] = ()
-) -> None:
+def check_numbers(config: Any, *, sizes: tuple[str, ...], above_zero: tuple[str, ...] = ()) -> None:
     """Raises ValueError unless these fields are whole numbers from 1, and those finite and above 0;
     None passes."""
     for name in sizes:

@@ -86,7 +86,7 @@ def only(*values: Any, default: Any = MISSING, why: str = "") -> Field:
     """What ours computes and nothing else; the first value is the default unless one is given."""
     return Field(
         default=values[0] if default is MISSING else default,
-        expected=f"{repr(values[0])}: " + (why or "nothing else is built here"),
+        expected=f"{values[0]!r}: " + (why or "nothing else is built here"),
         fits=lambda value: any(_same(value, known) for known in values),
         fixed=True,
     )
@@ -108,9 +108,7 @@ def mapping(default: Any = MISSING) -> Field:
 
 def text(default: Any = None) -> Field:
     """A text, or null."""
-    return Field(
-        default=default, expected="a text", fits=lambda v: v is None or isinstance(v, str)
-    )
+    return Field(default=default, expected="a text", fits=lambda v: v is None or isinstance(v, str))
 
 
 def read(facts: Any, table: Table, part: str = "") -> dict[str, Any]:

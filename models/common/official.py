@@ -3,8 +3,8 @@
 Sources: the InternVL repository at commit 2410d1d (InternVisionConfig, InternVLChatConfig,
 InternLM2Config, InternVL-14B's InternVLConfig, the LLaVA copy of Chat 1.0), transformers 4.37
 (LlamaConfig, Qwen2Config), and transformers 5.23 (the same two, and its own InternVLConfig and
-InternVLVisionConfig). Defaults are those of these classes: newer versions of transformers write only
-what differs from them.
+InternVLVisionConfig). Defaults are those of these classes: newer versions of transformers write
+only what differs from them.
 """
 
 from __future__ import annotations
@@ -38,8 +38,9 @@ _GENERAL = names(
     _attn_implementation_internal use_cache use_bfloat16 torchscript output_attentions
     output_hidden_states return_dict return_dict_in_generate output_scores is_decoder
     is_encoder_decoder add_cross_attention cross_attention_hidden_size tie_encoder_decoder
-    chunk_size_feed_forward pruned_heads id2label label2id num_labels problem_type task_specific_params
-    finetuning_task tokenizer_class prefix bos_token_id eos_token_id pad_token_id sep_token_id
+    chunk_size_feed_forward pruned_heads id2label label2id num_labels problem_type
+    task_specific_params finetuning_task tokenizer_class prefix bos_token_id eos_token_id
+    pad_token_id sep_token_id
     decoder_start_token_id forced_bos_token_id forced_eos_token_id begin_suppress_tokens
     suppress_tokens bad_words_ids remove_invalid_values exponential_decay_length_penalty do_sample
     early_stopping temperature top_k top_p typical_p num_beams num_beam_groups diversity_penalty
@@ -100,8 +101,7 @@ _DECODER: dict[str, Field] = {
         default=None,
         expected="null or 'full_attention' for each layer: attention sees the whole text here",
         fits=lambda value: (
-            value is None
-            or (isinstance(value, list) and all(v == "full_attention" for v in value))
+            value is None or (isinstance(value, list) and all(v == "full_attention" for v in value))
         ),
     ),
     "use_qk_norm": only(False, None, why="norms of q and k are not built in language models here"),
@@ -249,16 +249,18 @@ LLAVA = Table(
     },
     # Which parts were trained, and sizes that the tower's own config says.
     harmless=names(
-        """mm_hidden_size mm_use_im_patch_token use_mm_proj tune_mm_mlp_adapter freeze_mm_mlp_adapter
-        mm_resampler_type mm_projector_lr mm_vision_tower_lr image_grid_pinpoints tokenizer_padding_side
-        tokenizer_model_max_length pretrain_mm_mlp_adapter freeze_vision_tower vision_tower_config
+        """mm_hidden_size mm_use_im_patch_token use_mm_proj tune_mm_mlp_adapter
+        freeze_mm_mlp_adapter mm_resampler_type mm_projector_lr mm_vision_tower_lr
+        image_grid_pinpoints tokenizer_padding_side tokenizer_model_max_length
+        pretrain_mm_mlp_adapter freeze_vision_tower vision_tower_config
         unfreeze_mm_vision_tower mm_vision_select_layer2""",
     ),
 )
 SHAPES = names(
     """hidden_size num_hidden_layers num_attention_heads num_key_value_heads intermediate_size
     vocab_size patch_size image_size norm_type qkv_bias attention_bias qk_normalization use_qk_norm
-    tie_word_embeddings clip_embed_dim num_query_token cross_attention_frequency downsample_ratio""",
+    tie_word_embeddings clip_embed_dim num_query_token cross_attention_frequency
+    downsample_ratio""",
 )
 """fields that say which tensors there are, and of what shape"""
 ROPE = {

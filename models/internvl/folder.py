@@ -48,8 +48,8 @@ def read_config(folder: str | Path) -> tuple[str, InternVLConfig]:
     kind, numbers = facts.get("kind"), facts.get("model")
     if not isinstance(kind, str) or kind not in PARTS:
         raise ModelError(
-            f"{path} is damaged: kind is {shown(kind)}, expected one of {', '.join(PARTS)}; copy it "
-            "again"
+            f"{path} is damaged: kind is {shown(kind)}, expected one of {', '.join(PARTS)}; copy "
+            "it again"
         )
     if not isinstance(numbers, dict):
         raise ModelError(

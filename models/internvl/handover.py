@@ -87,7 +87,10 @@ def write_companions(
     if own:
         _write_own(folder / OWN, target / OWN, embeds=format in EMBEDDING)
     if format == "transformers":
-        told |= {"extra_special_tokens": _names_of_pictures(tokenizer), "processor_class": _PROCESSOR}
+        told |= {
+            "extra_special_tokens": _names_of_pictures(tokenizer),
+            "processor_class": _PROCESSOR,
+        }
         told.pop("additional_special_tokens", None)
         if chats:
             _write_text(target / "chat_template.jinja", tokenizer.dialogue.jinja())

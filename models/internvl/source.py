@@ -47,9 +47,7 @@ def by_names_of(
     return max(tables, key=lambda keys: sum(name in found for key in keys for name in key.names))
 
 
-def from_heads(
-    found: Collection[str], table: Sequence[Key], heads: Mapping[str, str]
-) -> list[Key]:
+def from_heads(found: Collection[str], table: Sequence[Key], heads: Mapping[str, str]) -> list[Key]:
     """A table in which an embedding that a file stores as its tied head alone has that name."""
     stored = {e: h for h, e in heads.items() if e not in found and h in found}
     return list(renamed(table, lambda name: stored.get(name, name)))

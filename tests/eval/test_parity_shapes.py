@@ -101,9 +101,7 @@ def test_a_dual_model_needs_no_grid_that_a_pixel_shuffle_divides(run_ranks, tmp_
 
 def test_a_chat_model_does_need_it():
     config = tiny_config()
-    config = dataclasses.replace(
-        config, vision=dataclasses.replace(config.vision, image_px=20)
-    )
+    config = dataclasses.replace(config, vision=dataclasses.replace(config.vision, image_px=20))
     build("internvl_g", config)
     with pytest.raises(ConfigError, match="5x5 patch grid does not divide by 2 for the pixel sh"):
         build("chat_simple", config)

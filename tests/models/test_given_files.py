@@ -60,7 +60,8 @@ def test_spoilt_folders_are_refused_in_one_line(folder, tmp_path, capsys, monkey
         return
     assert code == 2
     assert error.startswith(f"vlfoundry: {folder}") or f" of {folder}" in error
-    assert error.count("\n") == 1 and len(error) < 600
+    assert error.count("\n") == 1
+    assert len(error) < 600
     assert list(tmp_path.iterdir()) == []
 
 

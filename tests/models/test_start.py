@@ -320,7 +320,7 @@ def test_damaged_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"in lying, whose config promises \[64, 32\]"):
         plan(tmp_path, "contrastive", model="lying")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ModelError, match="no model folder"):
+    with pytest.raises(ModelError, match="is not a model folder"):
         plan(tmp_path, "contrastive", model="empty")
 
 
