@@ -9,6 +9,7 @@ only what differs from them.
 
 from __future__ import annotations
 
+from models.common.config import MOST_LAYERS
 from models.common.fields import (
     Field,
     Table,
@@ -23,7 +24,7 @@ from models.common.fields import (
     text,
 )
 
-WIDTH, LAYERS, HEADS, HIDDEN = 131072, 4096, 8192, 1 << 20
+WIDTH, LAYERS, HEADS, HIDDEN = 131072, MOST_LAYERS, 8192, 1 << 20
 """most channels, layers, heads, and channels of an MLP; four times what anybody has published"""
 ROWS, TOKENS, PIXELS = 1 << 24, 1 << 31, 16384
 """most rows of an embedding matrix, tokens of a text, and pixels along a side"""
@@ -70,9 +71,18 @@ VISION = Table(
         "hidden_act": only("gelu"),
         "dropout": only(0.0, why=_DROPOUT),
         "attention_dropout": only(0.0, why=_DROPOUT),
+        "use_moe": only(False, why="mixtures of experts are not built here"),
         **_TOWER,
     },
-    harmless=_GENERAL | names("use_flash_attn use_fa3"),
+    harmless=_GENERAL
+    | names(
+        "use_flash_attn use_fa3",
+        # What published configs say of experts where there are none.
+        """capacity_factor eval_capacity_factor ep_size laux_allreduce moe_coeff_ratio
+        moe_intermediate_size moe_output_scale noisy_gate_policy num_experts num_routed_experts
+        num_shared_experts shared_expert_intermediate_size use_residual use_rts
+        use_weighted_residual""",
+    ),
 )
 
 _DECODER: dict[str, Field] = {
@@ -104,6 +114,7 @@ _DECODER: dict[str, Field] = {
             value is None or (isinstance(value, list) and all(v == "full_attention" for v in value))
         ),
     ),
+    "moe_config": empty("mixtures of experts are not built here"),
     "use_qk_norm": only(False, None, why="norms of q and k are not built in language models here"),
     **_TOWER,
 }

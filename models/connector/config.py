@@ -24,7 +24,7 @@ class ConnectorConfig:
     """of the initial matrices; None: 1 / sqrt(width) of what each takes in"""
 
     def __post_init__(self) -> None:
-        check_numbers(self, sizes=("shuffle_side",))
+        check_numbers(self, sizes=("shuffle_side",), from_zero=("init_std",))
 
     @property
     def merge(self) -> int:

@@ -63,7 +63,8 @@ class InternVLConfig:
     """initial bias of the logits, which the sigmoid loss learns; None: they have none"""
 
     def __post_init__(self) -> None:
-        check_numbers(self, sizes=("embed_dim", "pool_heads"), above_zero=("temperature",))
+        sizes = ("embed_dim", "pool_heads")
+        check_numbers(self, sizes=sizes, above_zero=("temperature",), from_zero=("head_init_std",))
 
     def check(self, kind: str) -> None:
         """Refuse numbers that do not go together in the parts that a configuration has.

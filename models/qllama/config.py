@@ -19,7 +19,9 @@ class QLlamaConfig:
     """of the initial queries and cross-attention matrices; None: as the base's matrices"""
 
     def __post_init__(self) -> None:
-        check_numbers(self, sizes=("num_queries", "cross_attention_frequency"))
+        check_numbers(
+            self, sizes=("num_queries", "cross_attention_frequency"), from_zero=("init_std",)
+        )
 
 
 PAPER = QLlamaConfig(num_queries=96)

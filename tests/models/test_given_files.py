@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from flows.cli import main
 from infra.errors import ModelError, UserError
-from models.internvl.config import InternVLConfig
+from models.chat.official import official_tokenizer
+from models.common.config import DecoderConfig
 from models.internvl.convert import export_model, import_model
 from models.internvl.load import load_model, read_weights, save_model
 from models.internvl.model import build
@@ -203,7 +204,7 @@ def test_a_target_that_cannot_be_made(tmp_path):
 @pytest.fixture(scope="module")
 def ours(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("ours") / "model"
-    config = tiny_config(text=InternVLConfig().text.__class__(vocab_size=320, width=24, heads=4))
+    config = tiny_config(text=DecoderConfig(vocab_size=320, width=24, heads=4))
     save_model(folder, "internvl_c", config, build("internvl_c", config), train(TEXTS * 3, 320))
     load_model(folder)
     return folder
@@ -234,8 +235,9 @@ def test_a_spoilt_file_of_our_own_folder_is_named(case, ours, tmp_path):
 @pytest.mark.parametrize(
     ("field", "value", "match"),
     [
-        ("vision.depth", 10**9, r"config\.json: vision\.depth is 1000000000, expected at most"),
-        ("text.depth", 10**9, r"text\.depth is 1000000000, expected at most"),
+        ("vision.depth", 10**9, r"config\.json: model\.vision: depth is 1000000000, expected"),
+        ("text.depth", 10**9, r"model\.text: depth is 1000000000, expected a whole number"),
+        ("vision.depth", 4001, r"config\.json: vision\.depth is 4001, expected at most"),
         ("vision.width", 10**7 * 5, r"'vision\.class_embedding' .* asks for \[50000000\]"),
         ("text.vocab_size", 10**9, r"'text\.embedding\.weight' .* asks for \[1000000000, 24\]"),
         ("text.mlp_hidden", 10**8, r"linear_fc1"),
@@ -262,3 +264,78 @@ def test_weights_that_are_cut(ours, tmp_path):
         path.write_bytes(content)
         with pytest.raises(ModelError, match=r"weights\.safetensors is .* again"):
             load_model(tmp_path / "m")
+
+
+# --- whatever stands in a JSON file -----------------------------------------------------------
+
+ANYTHING = (None, True, -1, 10**30, float("nan"), "", "abc", [1], {"a": 1})
+
+
+def places(value, path: tuple = ()):
+    """Where something stands in a JSON value."""
+    items = value.items() if isinstance(value, dict) else enumerate(value[:2])
+    for key, inner in items:
+        yield (*path, key)
+        if isinstance(inner, dict | list):
+            yield from places(inner, (*path, key))
+
+
+def with_anything(path: Path):
+    """Write a JSON file anew with each place taken by each of `ANYTHING`."""
+    text = path.read_text("utf-8")
+    for place in list(places(json.loads(text))):
+        for value in ANYTHING:
+            facts = json.loads(text)
+            target = facts
+            for key in place[:-1]:
+                target = target[key]
+            target[place[-1]] = value
+            path.write_text(json.dumps(facts), "utf-8")
+            yield place, value
+    path.write_text(text, "utf-8")
+
+
+@pytest.mark.parametrize(
+    "source",
+    [CHAT, CASES / "hf-saved-names" / "saved", CASES.parent / "eval" / "golden" / "internvl_14b"],
+    ids=lambda path: path.name,
+)
+def test_whatever_stands_in_an_official_config(source, tmp_path):
+    """It is taken or refused in one line, and nothing is left behind."""
+    folder, target = tmp_path / "source", tmp_path / "ours"
+    folder.mkdir()
+    weights = next(source.glob("[mw]*.safetensors"))
+    shutil.copyfile(weights, folder / "model.safetensors")
+    shutil.copyfile(source / "config.json", folder / "config.json")
+    refused = 0
+    for place, value in with_anything(folder / "config.json"):
+        try:
+            import_model(folder, target)
+            shutil.rmtree(target)
+        except UserError as error:
+            refused += 1
+            assert "\n" not in str(error), (place, value)
+        assert [path.name for path in tmp_path.iterdir()] == ["source"], (place, value)
+    assert refused > 100
+
+
+@pytest.mark.parametrize("name", ["llama_bos", "internlm2", "qwen_like"])
+def test_whatever_stands_in_tokenizer_files(name, tmp_path):
+    write_tokenizer(tmp_path, name)
+    (tmp_path / "config.json").write_text('{"template": "internvl2_5"}')
+    for path in sorted(tmp_path.glob("*.json")):
+        if path.name != "tokenizer.json":
+            for _ in with_anything(path):
+                try:
+                    official_tokenizer(tmp_path, embeds=False).encode("a b")
+                except UserError as error:
+                    assert "\n" not in str(error)
+
+
+def test_whatever_stands_in_our_own_config(ours, tmp_path):
+    shutil.copytree(ours, tmp_path / "m")
+    for _ in with_anything(tmp_path / "m" / "config.json"):
+        try:
+            load_model(tmp_path / "m")
+        except UserError as error:
+            assert "\n" not in str(error)
