@@ -37,7 +37,7 @@ def check_file(path: Path, folder: Path | None = None, *, disguised: bool = True
             or a web page in place of what its name says.
     """
     if folder is not None:
-        _refuse_outside(path, folder)
+        check_inside(path, folder)
     try:
         facts = path.stat()
     except OSError as error:
@@ -119,13 +119,14 @@ def read_json(path: Path, folder: Path | None = None) -> Any:
         ) from None
 
 
-def _refuse_outside(path: Path, folder: Path) -> None:
+def check_inside(path: Path, folder: Path, *others: Path) -> None:
+    """Raises ModelError if a file of a folder is no file, or leads out of it and of the others."""
     try:
         real = path.resolve()
     except (OSError, RuntimeError, ValueError) as error:
         raise ModelError(f"{path} cannot be followed: {error}") from None
     home = folder.resolve()
-    allowed = [home]
+    allowed = [home, *(other.resolve() for other in others)]
     # Hugging Face's cache: snapshots/REVISION/NAME is a link to blobs/HASH of the same model.
     if home.parent.name == "snapshots" and home.parent.parent.name.startswith("models--"):
         allowed.append(home.parent.parent / "blobs")
@@ -134,6 +135,8 @@ def _refuse_outside(path: Path, folder: Path) -> None:
             f"{path} is a link to {os.readlink(path) if path.is_symlink() else real}, outside of "
             f"{folder}; put the file itself there"
         )
+    if real.exists() and not (real.is_file() or real.is_dir()):
+        raise ModelError(f"{path} is {_sort(real.stat().st_mode)}, expected a file")
 
 
 def _sort(mode: int) -> str:

@@ -277,6 +277,7 @@ def said(do) -> str:
         return str(error)
     return ""
 
+
 ANYTHING = (None, True, -1, 10**30, float("nan"), "", "abc", [1], {"a": 1})
 
 
