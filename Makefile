@@ -9,9 +9,9 @@ LOCK ?= dev
 # `make run PROFILE=base`, `make run SET="seed=1 contrastive.train.lr=1e-3"`
 PROFILE ?=
 SET ?=
-# `make test TESTS=tests/flows`, `make accept ISSUE=2`
+# `make test TESTS=tests/flows`, `make accept SUBJECT=pipeline`
 TESTS ?= tests
-ISSUE ?= 2
+SUBJECT ?= pipeline
 # how many test files run at a time
 JOBS ?= 2
 
@@ -41,8 +41,8 @@ format: setup ## let ruff rewrite what it can
 	@ruff check --fix .
 	@ruff format .
 
-accept: setup ## run the long acceptance checks of ISSUE and store their results
-	@python -m accept.run --issue $(ISSUE)
+accept: setup ## run the long acceptance checks of SUBJECT (pipeline, official, engine, fp8, cases, kills) and store their results
+	@python -m accept.run $(SUBJECT)
 
 bench: setup ## run the benchmarks, one JSON line a measurement
 	@python -m benchmarks.harness

@@ -1,1 +1,1 @@
-"""Long acceptance checks of the issues: `make accept`."""
+"""Long acceptance checks, a module a subject: `make accept SUBJECT=pipeline`."""

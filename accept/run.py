@@ -1,10 +1,10 @@
-"""Runs the acceptance checks of an issue and stores what they measured.
+"""Runs the acceptance checks of a subject and stores what they measured.
 
-    python -m accept.run --issue 2 [pytest arguments]
+    python -m accept.run pipeline [pytest arguments]
 
-A check is a test in `accept/test_issue_<N>.py`; what it measures it hands over with pytest's
-`record_property`. The results go to `benchmarks/results/accept-<N>.json`, with the commit and the
-machine: a number without them means nothing.
+A check is a test in `accept/<subject>.py`; what it measures it hands over with pytest's
+`record_property`. The results go to `benchmarks/results/accept-<subject>.json`, with the commit and
+the machine: a number without them means nothing.
 """
 
 import argparse
@@ -44,23 +44,28 @@ def _last_line(report: pytest.TestReport) -> str:
     return lines[0].removeprefix("E").strip() if lines else report.longreprtext[-200:]
 
 
+def subjects() -> list[str]:
+    """Modules beside this one that hold acceptance checks."""
+    modules = sorted(Path(__file__).parent.glob("*.py"))
+    return [path.stem for path in modules if "\npytestmark = " in path.read_text("utf-8")]
+
+
 def main() -> int:
     """The command line; pytest's exit status."""
     parser = argparse.ArgumentParser(prog="python -m accept.run")
-    parser.add_argument("--issue", type=int, required=True)
+    parser.add_argument("subject", choices=subjects())
     arguments, passed_on = parser.parse_known_args()
-    checks = ROOT / "accept" / f"test_issue_{arguments.issue}.py"
-    if not checks.is_file():
-        known = sorted(path.stem.rpartition("_")[2] for path in checks.parent.glob("test_issue_*"))
-        parser.error(f"issue {arguments.issue} has no acceptance checks; there are: {known}")
+    checks = ROOT / "accept" / f"{arguments.subject}.py"
     source = commit()
     recorder = Recorder()
     status = pytest.main([str(checks), "-m", "accept", *passed_on], plugins=[recorder])
-    out = ROOT / "benchmarks" / "results" / f"accept-{arguments.issue}.json"
+    if not recorder.checks:
+        return int(status)
+    out = ROOT / "benchmarks" / "results" / f"accept-{arguments.subject}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     document = {
         "format": FORMAT,
-        "issue": arguments.issue,
+        "subject": arguments.subject,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         **source,
         "machine": machine(),

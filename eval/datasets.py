@@ -8,21 +8,27 @@ and a name in that language.
 Pair set: Parquet files with `id`, `image` {bytes, path}, `captions` [{lang, text}] and an optional
 `label`.
 
-Where `bytes` is empty the picture is read from `path`, relative to the folder.
+Where `bytes` is empty the picture is read from `path`, relative to the folder, which may also be a
+URL (s3://bucket/folder).
 """
 
 import abc
 import dataclasses
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from eval.labels import one_spelling, read_label, told
 from eval.pictures import decode_squares, pixel_key
+from infra.decode import Encoded
 from infra.errors import DataError
+from infra.roots import Root, is_text
 
+PICTURE_ROWS, TEXT_ROWS = 16, 1024
+"""rows of a file that are read at once"""
 CONCEPTS_FILE = "concepts.parquet"
 FORMATS = (
     "expected a concept set (artwork Parquet with id, concept, image {bytes, path}, and "
@@ -39,14 +45,21 @@ class Picture:
     """Unique inside the folder."""
     source: str
     """Stem of the Parquet file that it comes from."""
+    row: int = 0
+    """Its row there, from 0."""
     data: bytes
     """The encoded file."""
     concept: str = ""
     """Key of its class in a concept set."""
     label: str = ""
-    """Label of a pair set, or empty."""
+    """Label of a pair set, in the spelling of its class, or empty."""
     captions: tuple[tuple[str, str], ...] = ()
     """(language, text) of a pair set."""
+
+    @property
+    def encoded(self) -> Encoded:
+        """What a model is shown."""
+        return Encoded(data=self.data, where=self.id)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,8 +88,8 @@ class DataFolder(abc.ABC):
     def languages(self) -> tuple[str, ...]:
         """Languages of the texts, those with most texts first."""
 
-    def __init__(self, folder: Path, pictures: Sequence[Picture]) -> None:
-        self.folder, self.pictures = folder, tuple(pictures)
+    def __init__(self, folder: str | Path, pictures: Sequence[Picture]) -> None:
+        self.folder, self.pictures = str(folder), tuple(pictures)
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -85,6 +98,28 @@ class DataFolder(abc.ABC):
     def sources(self) -> tuple[str, ...]:
         """Stems of the files that the pictures come from."""
         return tuple(dict.fromkeys(picture.source for picture in self.pictures))
+
+    @cached_property
+    def _files(self) -> tuple[list[int], np.ndarray]:
+        """The first picture of each distinct file, and which of these each picture has, int64 [N].
+
+        Rows that share a file are decoded and shown once.
+        """
+        number: dict[bytes, int] = {}
+        first: list[int] = []
+        which = np.empty(len(self.pictures), np.int64)
+        for index, picture in enumerate(self.pictures):
+            which[index] = number.setdefault(picture.data, len(number))
+            if which[index] == len(first):
+                first.append(index)
+        return first, which
+
+    def by_file(self, encode: Callable[[list[Encoded]], np.ndarray], size: int) -> np.ndarray:
+        """What `encode` makes of the pictures as they are stored, `size` at a time: [N, ...]."""
+        first, which = self._files
+        shown = [self.pictures[index].encoded for index in first]
+        parts = [encode(shown[start : start + size]) for start in range(0, len(shown), size)]
+        return np.concatenate(parts)[which]
 
     def batches(self, side_px: int, size: int, *, keep_alpha: bool = False) -> Iterator[np.ndarray]:
         """Decoded squares, `size` at a time: uint8 [<=size, S, S, 3 or 4]."""
@@ -103,8 +138,10 @@ class DataFolder(abc.ABC):
     def look(self) -> np.ndarray:
         """int64 [N]: equal numbers for pictures that are the same, pixel by pixel."""
         numbers: dict[bytes, int] = {}
-        keys = (pixel_key(p.data, p.id) for p in self.pictures)
-        return np.array([numbers.setdefault(key, len(numbers)) for key in keys], np.int64)
+        first, which = self._files
+        keys = (pixel_key(self.pictures[i].data, self.pictures[i].id) for i in first)
+        of_file = [numbers.setdefault(key, len(numbers)) for key in keys]
+        return np.array(of_file, np.int64)[which]
 
     def facts(self) -> dict[str, Any]:
         """What a score file says of its data."""
@@ -114,7 +151,7 @@ class DataFolder(abc.ABC):
         for picture in self.pictures:
             digest.update(picture.id.encode() + b"\0" + hashlib.sha256(picture.data).digest())
         return {
-            "folder": self.folder.name,
+            "folder": self.folder.rstrip("/").rpartition("/")[2],
             "sources": list(self.sources),
             "pictures": len(self.pictures),
             "fingerprint": digest.hexdigest(),
@@ -127,7 +164,7 @@ class ConceptSet(DataFolder):
     kind = "concept set"
 
     def __init__(
-        self, folder: Path, pictures: Sequence[Picture], concepts: dict[str, Concept]
+        self, folder: str | Path, pictures: Sequence[Picture], concepts: dict[str, Concept]
     ) -> None:
         super().__init__(folder, pictures)
         self.concepts = concepts
@@ -164,6 +201,15 @@ class PairSet(DataFolder):
 
     kind = "pair set"
 
+    def __init__(self, folder: str | Path, pictures: Sequence[Picture]) -> None:
+        spelling = one_spelling(p.label for p in pictures if p.label)
+        super().__init__(
+            folder,
+            [dataclasses.replace(p, label=spelling[p.label]) if p.label else p for p in pictures],
+        )
+        self.told = tuple(told(spelling))
+        """What was done to labels, for people."""
+
     @property
     def languages(self) -> tuple[str, ...]:
         """Languages of the captions, most captions first."""
@@ -179,24 +225,25 @@ def read_folder(folder: str | Path, *, sources: Sequence[str] | None = None) -> 
 
     Raises DataError with the file, the row and what was expected.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise DataError(f"{folder} is no folder; {FORMATS}")
-    files = {f.stem: f for f in sorted(folder.glob("*.parquet")) if f.name != CONCEPTS_FILE}
+    root = Root(folder)
+    if root.is_local and not Path(folder).is_dir():
+        raise DataError(f"{folder} is not a directory; {FORMATS}")
+    names = [Path(name) for name in root.names() if name.endswith(".parquet")]
+    files = {name.stem: name.name for name in names if name.name != CONCEPTS_FILE}
     if not files:
         raise DataError(f"{folder} holds no Parquet file of pictures; {FORMATS}")
     unknown = sorted(set(sources or ()) - set(files))
     if unknown:
         raise DataError(f"{folder} has no source {unknown}; it has {sorted(files)}")
     chosen = [files[stem] for stem in (dict.fromkeys(sources) if sources else files)]
-    with_concepts = (folder / CONCEPTS_FILE).is_file()
-    pictures = [p for file in chosen for p in _read_pictures(folder, file, with_concepts)]
+    with_concepts = CONCEPTS_FILE in {name.name for name in names}
+    pictures = [p for file in chosen for p in _read_pictures(root, file, with_concepts)]
     _refuse_repeated_ids(pictures, folder)
     if not pictures:
-        raise DataError(f"{folder}: {[f.name for f in chosen]} hold no row")
+        raise DataError(f"{folder}: {chosen} hold no row")
     if not with_concepts:
         return PairSet(folder, pictures)
-    concepts = _read_concepts(folder / CONCEPTS_FILE)
+    concepts = _read_concepts(root)
     named = [p for p in pictures if p.concept in concepts]
     if not named:
         raise DataError(
@@ -214,27 +261,29 @@ def read_concept_set(folder: str | Path, *, sources: Sequence[str] | None = None
     return data
 
 
-def _read_pictures(folder: Path, file: Path, with_concepts: bool) -> Iterator[Picture]:
+def _read_pictures(root: Root, file: str, with_concepts: bool) -> Iterator[Picture]:
     needed = ("id", "concept", "image") if with_concepts else ("id", "image", "captions")
-    for row, values in enumerate(_rows(file, needed, ("label",))):
-        where = f"{file}, row {row}"
+    known: dict[bytes, bytes] = {}  # rows of one picture share its bytes
+    for row, values in enumerate(_rows(root, file, needed, ("label",))):
+        where = f"{root.place.rstrip('/')}/{file}, row {row}"
         if with_concepts and not isinstance(values["concept"], str):
             raise DataError(f"{where}: concept is {values['concept']!r}, expected a string")
         yield Picture(
             id=_text(values["id"], "id", where),
-            source=file.stem,
-            data=_image_bytes(values["image"], folder, where),
+            source=Path(file).stem,
+            row=row,
+            data=known.setdefault(data := _image_bytes(values["image"], root, where), data),
             concept=values.get("concept") or "",
-            label=str(values["label"]) if values.get("label") is not None else "",
+            label=read_label(values.get("label"), where),
             captions=() if with_concepts else _texts(values["captions"], "captions", where),
         )
 
 
-def _read_concepts(file: Path) -> dict[str, Concept]:
+def _read_concepts(root: Root) -> dict[str, Concept]:
     concepts: dict[str, Concept] = {}
     optional = ("keywords", "group", "subgroup")
-    for row, values in enumerate(_rows(file, ("concept", "name"), optional)):
-        where = f"{file}, row {row}"
+    for row, values in enumerate(_rows(root, CONCEPTS_FILE, ("concept", "name"), optional)):
+        where = f"{root.place.rstrip('/')}/{CONCEPTS_FILE}, row {row}"
         key = _text(values["concept"], "concept", where)
         if key in concepts:
             raise DataError(f"{where}: concept {key!r} stands there twice, expected once")
@@ -242,82 +291,134 @@ def _read_concepts(file: Path) -> dict[str, Concept]:
             concept=key,
             names=dict(_texts(values["name"], "name", where)),
             keywords=_keyword_lists(values.get("keywords"), where),
-            group=values.get("group") or "",
-            subgroup=values.get("subgroup") or "",
+            group=_text_or_none(values.get("group"), "group", where),
+            subgroup=_text_or_none(values.get("subgroup"), "subgroup", where),
         )
     return concepts
 
 
 def _rows(
-    file: Path, needed: Sequence[str], optional: Sequence[str] = ()
+    root: Root, file: str, needed: Sequence[str], optional: Sequence[str] = ()
 ) -> Iterator[dict[str, Any]]:
     """Rows as dictionaries, a row group at a time; only the columns named."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    where, row = f"{root.place.rstrip('/')}/{file}", 0
     try:
-        table = pq.ParquetFile(file)
+        table = pq.ParquetFile(root.open(file))
         columns = table.schema_arrow.names
         missing = [name for name in needed if name not in columns]
         if missing:
-            raise DataError(f"{file} lacks the columns {missing}, has {columns}; {FORMATS}")
+            raise DataError(f"{where} lacks the columns {missing}, has {columns}; {FORMATS}")
         wanted = [name for name in (*needed, *optional) if name in columns]
-        for batch in table.iter_batches(batch_size=1024, columns=wanted):
-            yield from batch.to_pylist()
+        size = PICTURE_ROWS if "image" in wanted else TEXT_ROWS
+        for batch in table.iter_batches(batch_size=size, columns=wanted):
+            try:
+                yield from batch.to_pylist()
+            except UnicodeDecodeError:
+                raise _not_utf8(batch, where, row) from None
+            row += len(batch)
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{file} cannot be read as Parquet ({error})") from error
+        raise DataError(f"{where} cannot be read as Parquet ({error})") from error
+
+
+def _not_utf8(batch: Any, where: str, first_row: int) -> DataError:
+    """Which row and column hold bytes that are no text."""
+    for row in range(len(batch)):
+        for name in batch.schema.names:
+            try:
+                batch.column(name)[row].as_py()
+            except UnicodeDecodeError as error:
+                return DataError(
+                    f"{where}, row {first_row + row}: {name} holds bytes that are not UTF-8 "
+                    f"({error.reason}), expected text"
+                )
+    raise AssertionError("to_pylist failed on a batch of which every value can be read")
 
 
 def _text(value: Any, column: str, where: str) -> str:
-    if value is None or value == "" or not isinstance(value, str | int):
-        raise DataError(f"{where}: {column} is {value!r}, expected a text that is not empty")
+    is_wanted = isinstance(value, str | int) and not isinstance(value, bool)
+    if not is_wanted or value == "" or not is_text(str(value)):
+        raise DataError(f"{where}: {column} is {_shown(value)}, expected a text that is not empty")
     return str(value)
+
+
+def _text_or_none(value: Any, column: str, where: str) -> str:
+    return "" if value is None or value == "" else _text(value, column, where)
 
 
 def _texts(value: Any, column: str, where: str) -> tuple[tuple[str, str], ...]:
     """[{lang, text}] to ((lang, text), ...), empty texts left out."""
     try:
         pairs = [(entry["lang"], entry["text"]) for entry in value or ()]
-    except (TypeError, KeyError) as error:
+    except (TypeError, KeyError, IndexError) as error:
         raise DataError(
-            f"{where}: {column} is {str(value)[:80]!r}, expected a list of {{lang, text}}"
+            f"{where}: {column} is {_shown(value)}, expected a list of {{lang, text}}"
         ) from error
-    return tuple((lang, text.strip()) for lang, text in pairs if lang and text and text.strip())
+    kept = [
+        (_word(lang, f"{column}.lang", where), _word(text, f"{column}.text", where))
+        for lang, text in pairs
+    ]
+    return tuple((lang, text) for lang, text in kept if lang and text)
+
+
+def _word(value: Any, column: str, where: str) -> str:
+    """A text without blanks around it, which may be empty or missing."""
+    if value is None:
+        return ""
+    if not isinstance(value, str) or not is_text(value):
+        raise DataError(f"{where}: {column} is {_shown(value)}, expected a text")
+    return value.strip()
 
 
 def _keyword_lists(value: Any, where: str) -> dict[str, tuple[str, ...]]:
     try:
         lists = {entry["lang"]: entry["text"] or () for entry in value or ()}
-    except (TypeError, KeyError) as error:
+    except (TypeError, KeyError, IndexError) as error:
         raise DataError(
-            f"{where}: keywords is {str(value)[:80]!r}, expected a list of {{lang, text: [..]}}"
+            f"{where}: keywords is {_shown(value)}, expected a list of {{lang, text: [..]}}"
         ) from error
-    return {
-        lang: tuple(w.strip() for w in ([words] if isinstance(words, str) else words) if w)
-        for lang, words in lists.items()
-        if words
-    }
+    found: dict[str, tuple[str, ...]] = {}
+    for lang, words in lists.items():
+        if not isinstance(words, str | list | tuple):
+            raise DataError(f"{where}: keywords.text is {_shown(words)}, expected a list of texts")
+        several = [words] if isinstance(words, str) else words
+        kept = [word for w in several if (word := _word(w, "keywords.text", where))]
+        tag = _word(lang, "keywords.lang", where)
+        if tag and kept:
+            found[tag] = tuple(kept)
+    return found
 
 
-def _image_bytes(value: Any, folder: Path, where: str) -> bytes:
+def _shown(value: Any) -> str:
+    text = ascii(value) if isinstance(value, str) and not is_text(value) else repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _image_bytes(value: Any, root: Root, where: str) -> bytes:
     if isinstance(value, bytes) and value:
         return value
     if not isinstance(value, dict):
         raise DataError(f"{where}: image is {type(value).__name__}, expected {{bytes, path}}")
-    if value.get("bytes"):
-        return value["bytes"]
-    path = value.get("path")
-    if not path:
+    data, path = value.get("bytes"), value.get("path")
+    if data is not None and not isinstance(data, bytes):
+        raise DataError(
+            f"{where}: image.bytes is {_shown(data)}, expected the bytes of an encoded picture"
+        )
+    if data:
+        return data
+    if path is None or path == "":
         raise DataError(f"{where}: image has neither bytes nor a path, expected one of them")
-    file = folder / path
-    if not file.resolve().is_relative_to(folder.resolve()):
-        raise DataError(f"{where}: image path {path!r} leads out of the folder {folder}")
-    if not file.is_file():
-        raise DataError(f"{where}: image has no bytes, and its path {path!r} is no file there")
-    return file.read_bytes()
+    try:
+        return root.read(path)
+    except DataError as error:
+        raise DataError(
+            f"{where}: image has no bytes, and its path {_shown(path)}: {error}"
+        ) from error
 
 
-def _refuse_repeated_ids(pictures: Sequence[Picture], folder: Path) -> None:
+def _refuse_repeated_ids(pictures: Sequence[Picture], folder: str | Path) -> None:
     seen: dict[str, str] = {}
     for picture in pictures:
         if picture.id in seen:

@@ -9,6 +9,7 @@ import numpy as np
 
 from eval.datasets import ConceptSet, DataFolder
 from eval.reference import NearestPicture
+from infra.decode import Picture
 from infra.errors import ModelError
 
 IMAGE_BATCH = 64
@@ -16,20 +17,22 @@ TEXT_BATCH = 256
 
 
 class Model(Protocol):
-    """The part of `models.internvl.load.Model` that evaluation uses."""
+    """The part of `models.internvl.load.Model` that evaluation uses.
+
+    It is handed pictures as they are stored: what it makes of them is its own affair.
+    """
 
     kind: str
     capabilities: frozenset[str]
-    image_size: int
 
-    def embed_images(self, images: np.ndarray) -> np.ndarray: ...
+    def embed_images(self, images: Sequence[Picture], task: str = ...) -> np.ndarray: ...
 
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray: ...
 
-    def image_features(self, images: np.ndarray) -> np.ndarray: ...
+    def image_features(self, images: Sequence[Picture], task: str = ...) -> np.ndarray: ...
 
     def generate(
-        self, images: np.ndarray, prompts: Sequence[str], max_new_tokens: int
+        self, images: Sequence[Picture], prompts: Sequence[str], max_new_tokens: int
     ) -> list[str]: ...
 
 
@@ -53,16 +56,16 @@ class Setting:
     """Number of questions of each kind on composed scenes."""
 
 
-def embed_pictures(model: Model, data: DataFolder) -> np.ndarray:
+def embed_pictures(model: Model, data: DataFolder, task: str) -> np.ndarray:
     """Unit vectors of all pictures: float32 [N, D]."""
-    batches = data.batches(model.image_size, IMAGE_BATCH)
-    return _checked(np.concatenate([model.embed_images(batch) for batch in batches]), "images")
+    found = data.by_file(lambda batch: model.embed_images(batch, task), IMAGE_BATCH)
+    return _checked(found, "images")
 
 
-def probe_features(model: Model, data: DataFolder) -> np.ndarray:
+def probe_features(model: Model, data: DataFolder, task: str) -> np.ndarray:
     """Mean patch tokens of all pictures: float32 [N, W]."""
-    batches = data.batches(model.image_size, IMAGE_BATCH)
-    return _checked(np.concatenate([model.image_features(batch) for batch in batches]), "images")
+    found = data.by_file(lambda batch: model.image_features(batch, task), IMAGE_BATCH)
+    return _checked(found, "images")
 
 
 def embed_texts(model: Model, texts: Sequence[str]) -> np.ndarray:

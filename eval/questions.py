@@ -13,8 +13,10 @@ import numpy as np
 from eval.datasets import ConceptSet, DataFolder, Picture
 from eval.embedding import Model, Setting
 from eval.reference import squared_distances
+from infra.decode import Picture as Shown
 from infra.errors import DataError
 from infra.scenes import Drawing, compose, conversation
+from infra.streams import Stream, stream_seed
 
 SCENE_PX = 64
 BATCH = 50
@@ -80,7 +82,7 @@ def ask(
 
 
 def replies(
-    model: Model, images: np.ndarray, prompts: Sequence[str], max_new_tokens: int
+    model: Model, images: Sequence[Shown], prompts: Sequence[str], max_new_tokens: int
 ) -> list[str]:
     """The model's answers, a batch at a time."""
     answers: list[str] = []
@@ -115,7 +117,7 @@ def nearest_answers(questions: Sequence[Question], kind: str, setting: Setting) 
         kind,
         languages=setting.languages,
         count=TRAINING_SCENES,
-        seed=setting.seed + 1,
+        seed=stream_seed(setting.seed, Stream.REFERENCE),
     )
     distances = squared_distances(
         hog_features(np.stack([q.image for q in questions])),

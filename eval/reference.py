@@ -9,6 +9,8 @@ from functools import cached_property
 import numpy as np
 
 from eval.datasets import ConceptSet
+from eval.pictures import decode_squares
+from infra.decode import Encoded
 
 SIDE_PX = 64
 BATCH = 256
@@ -18,8 +20,11 @@ def picture_features(data: ConceptSet) -> np.ndarray:
     """Features of all pictures, on white: float32 [N, F]."""
     from infra.images import hog_features
 
-    batches = data.batches(SIDE_PX, BATCH)
-    return np.concatenate([hog_features(batch) for batch in batches])
+    def features(shown: list[Encoded]) -> np.ndarray:
+        names = [picture.where for picture in shown]
+        return hog_features(decode_squares([p.data for p in shown], SIDE_PX, names=names))
+
+    return data.by_file(features, BATCH)
 
 
 def squared_distances(left: np.ndarray, right: np.ndarray) -> np.ndarray:

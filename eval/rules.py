@@ -25,7 +25,8 @@ class Rule:
     """Lead over the untrained control, in standard errors of the difference."""
     better_than_baseline_by_stderr: float | None = None
     """Lead over an earlier model on the same items, where `evaluate.baseline` names one, in
-    standard errors of the difference; 0 means no worse."""
+    standard errors of the difference; 0 means better at all, which an equally good model is half
+    of the time; a negative number lets it be worse by so much."""
 
     def __post_init__(self) -> None:
         if not self.conditions():
@@ -117,7 +118,7 @@ def _lead(
     rule: Rule, name: str, value: float, other: float, spread: float, margin: float, who: str
 ) -> Check:
     wanted = other + margin * spread
-    passed = value >= wanted if margin == 0 else value > wanted
+    passed = value > wanted
     return _check(
         rule, name, value, wanted, passed,
         f"{value:.1%} against {other:.1%} of {who}: "

@@ -10,6 +10,7 @@ from eval.reference import NearestPicture
 from eval.scores import Score, write_scores
 from eval.suites import NEEDS, suite_run, why_not
 from infra.errors import DataError, ModelError
+from infra.files import require_writable, require_writable_folder
 
 LANGUAGES = ("en", "zh", "ja", "ar", "it")
 SCENES = 250
@@ -38,14 +39,21 @@ def evaluate_folder(
     Raises DataError or ModelError for what cannot be read or done.
     """
     from infra.registry import resolve_model
-    from models.internvl.load import load_model
 
     if suite not in NEEDS:
-        raise ModelError(f"there is no suite {suite!r}; there are {list(NEEDS)}")
+        raise ModelError(f"unknown suite {suite!r}; choose from {', '.join(NEEDS)}")
     out = Path(json_out)
-    data = read_folder(data_dir, sources=sources)
-    train = read_concept_set(data_dir, sources=train_sources) if train_sources else None
+    require_writable(out, "the scores")
+    items = out.parent / f"{out.stem}.items"
+    require_writable_folder(items, "the items")
     folder = resolve_model(str(model_ref))
+    data = read_folder(data_dir, sources=sources)
+    if isinstance(data, PairSet) and suite == "zero_shot":
+        for line in data.told:
+            log(f"labels: {line}")
+    train = read_concept_set(data_dir, sources=train_sources) if train_sources else None
+    from models.internvl.load import load_model  # PyTorch and Megatron: seconds
+
     model = load_model(folder)
     reason = why_not(model, suite)
     if reason:
@@ -53,7 +61,7 @@ def evaluate_folder(
     setting = Setting(
         languages=choose_languages(data, languages, suite, log),
         seed=seed,
-        items_dir=out.parent / f"{out.stem}.items",
+        items_dir=items,
         train=train,
         nearest=_nearest(train, data),
         scenes=scenes,

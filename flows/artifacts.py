@@ -4,6 +4,7 @@ The texts are made by plain functions from the files of the run; only `publish` 
 """
 
 import json
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,7 @@ DARK = "#1c2733"
 
 async def publish(root: Path, graph: Graph, results: dict[str, StageResult]) -> None:
     """Write the artifacts of a flow run; those whose files are not there yet are left out."""
-    from prefect.artifacts import (
-        acreate_link_artifact,
-        acreate_markdown_artifact,
-        acreate_table_artifact,
-    )
+    from prefect.artifacts import acreate_markdown_artifact, acreate_table_artifact
 
     await acreate_markdown_artifact(
         key="graph", markdown=graph_markdown(graph, results), description="Stages of this run"
@@ -39,11 +36,19 @@ async def publish(root: Path, graph: Graph, results: dict[str, StageResult]) -> 
         await acreate_table_artifact(key="funnel", table=funnel, description="The data funnel")
     if scores := score_rows(root):
         await acreate_table_artifact(key="scores", table=scores, description="Scores")
-    page = root / REPORT_PAGE
-    if page.is_file():
-        await acreate_link_artifact(
-            key="report", link=page.as_uri(), link_text="The report", description="One HTML page"
+    if (root / REPORT_PAGE).is_file():
+        await acreate_markdown_artifact(
+            key="report", markdown=report_markdown(root), description="Where the report is"
         )
+
+
+def report_markdown(root: Path) -> str:
+    """Where the page is. No link: a browser opens no file from a page that came over HTTP, and on
+    another machine the path is nobody's."""
+    return (
+        f"The report is one page that works offline, `{REPORT_PAGE}` of the workspace "
+        f"`{root.name}` on `{platform.node()}`. `vlfoundry report --out FILE` draws it again."
+    )
 
 
 def graph_markdown(graph: Graph, results: dict[str, StageResult]) -> str:

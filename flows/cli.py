@@ -1,5 +1,6 @@
 """The command `vlfoundry`. Every command imports what it needs itself: `--help` stays quick."""
 
+import io
 import os
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Annotated
 import typer
 
 from infra.errors import ConfigError, UserError
+from infra.project import find_root
 
 EXIT_USER_ERROR = 2
 
@@ -27,21 +29,6 @@ ModelRef = Annotated[
         "or the path of a model folder"
     ),
 ]
-
-
-def find_root(start: Path | None = None) -> Path:
-    """The checkout that `start` (default: the working directory) lies in: it has a dvc.yaml.
-
-    Raises ConfigError outside of a checkout.
-    """
-    here = (start or Path.cwd()).resolve()
-    for folder in (here, *here.parents):
-        if (folder / "dvc.yaml").is_file() and (folder / ".dvc").is_dir():
-            return folder
-    raise ConfigError(
-        f"{here} is not inside a VLFoundry checkout: no folder above it has a dvc.yaml; "
-        "change to the repository and try again"
-    )
 
 
 @app.command()
@@ -79,11 +66,17 @@ def run(
 @app.command()
 def evaluate(
     model: Annotated[str, typer.Option(help="a registered name or a model folder")],
-    data: Annotated[Path, typer.Option(help="folder with a concept set or a pair set")],
+    data: Annotated[
+        str, typer.Option(help="folder or URL (s3://...) with a concept set or a pair set")
+    ],
     suite: Annotated[str, typer.Option(help="zero_shot, retrieval, linear_probe, ...")],
     json: Annotated[Path, typer.Option(help="where the scores go")],
     source: Annotated[
         list[str] | None, typer.Option(help="only these Parquet files of DATA (their stems)")
+    ] = None,
+    train_source: Annotated[
+        list[str] | None,
+        typer.Option(help="Parquet files of DATA that linear_probe and references learn from"),
     ] = None,
     lang: Annotated[list[str] | None, typer.Option(help="only these languages")] = None,
 ) -> None:
@@ -91,7 +84,13 @@ def evaluate(
     from eval.run import evaluate_folder
 
     scores = evaluate_folder(
-        model, data, suite, json, languages=lang or None, sources=source or None
+        model,
+        data,
+        suite,
+        json,
+        languages=lang or None,
+        sources=source or None,
+        train_sources=train_source or None,
     )
     for score in scores:
         where = f" [{score.lang}]" if score.lang else ""
@@ -195,6 +194,8 @@ def export(
 
     done = export_model(resolve_model(model), target, format)
     typer.echo(f"{model} ({done.kind}) is in {target} as {done.format}: {done.summary}")
+    if done.note:
+        typer.echo(f"mind: {done.note}")
 
 
 @app.command()
@@ -242,24 +243,33 @@ def plan(
 @app.command()
 def chat_check(
     files: Annotated[list[Path], typer.Argument(help="chat files (.jsonl)")],
+    root: Annotated[
+        str | None,
+        typer.Option(
+            help="folder or URL that pictures are relative to, `/` where they are absolute paths; "
+            "default: what params.yaml says of the file (sft.sources), or the file's folder"
+        ),
+    ] = None,
+    images: Annotated[
+        bool, typer.Option("--images/--no-images", help="decode every picture")
+    ] = True,
+    model: Annotated[
+        str | None,
+        typer.Option(help="the chat model that is to be trained; default: the project's"),
+    ] = None,
+    variant: Annotated[str, typer.Option(help="of stage 3: simple or full")] = "simple",
     most: Annotated[int, typer.Option(help="problems shown of each file")] = 20,
 ) -> None:
-    """Check chat files against the format: names file, line and field of whatever is wrong.
+    """Check chat files as stage 3 will read them: format, pictures, lengths.
 
-    Ends with code 1 if anything is.
+    Names file, line and field of whatever training would stop at, and ends with code 1 if there is
+    anything.
     """
-    from models.chat.jsonl import ChatFile, problems
+    from flows.chat_check import check, find_limits
 
-    wrong = False
-    for file in files:
-        found = problems(file)
-        for problem in found[:most]:
-            typer.echo(problem)
-        if len(found) > most:
-            typer.echo(f"{file}: and {len(found) - most} more (--most)")
-        typer.echo(f"{file}: {len(ChatFile(file))} samples, {len(found)} wrong")
-        wrong |= bool(found)
-    raise typer.Exit(1 if wrong else 0)
+    limits = find_limits(_root_or_none(), model=model, variant=variant)
+    good = check(files, limits, root=root, pictures=images, most=most, say=typer.echo)
+    raise typer.Exit(0 if good else 1)
 
 
 @app.command()
@@ -311,6 +321,19 @@ def register(
 
 
 @app.command()
+def fetch(
+    model: Annotated[str, typer.Argument(help="a registered name")],
+    everything: Annotated[
+        bool, typer.Option("--all", help="all that its run made, not the model alone")
+    ] = False,
+) -> None:
+    """Get a registered model from DVC's remote into the cache, e.g. on a second machine."""
+    from flows.fetch import fetch as fetch_model
+
+    typer.echo(fetch_model(find_root(), model, everything=everything))
+
+
+@app.command()
 def lineage(
     model: ModelRef,
     rows: Annotated[
@@ -324,6 +347,27 @@ def lineage(
         typer.echo(line)
     if rows:
         typer.echo(f"{write_rows(find_root(), model, rows)} rows written to {rows}")
+
+
+@app.command()
+def gc(
+    delete: Annotated[bool, typer.Option("--delete", help="delete it; without: only list")] = False,
+) -> None:
+    """List training state that changed parameters or sources set aside, or delete it.
+
+    Nothing else deletes a checkpoint. State of the current parameters is never listed.
+    """
+    from flows.gc import delete as delete_all
+    from flows.gc import leftovers
+
+    root = find_root()
+    found = leftovers(root)
+    for leftover in found:
+        typer.echo(leftover.line(root))
+    if delete:
+        typer.echo(f"{delete_all(found) / 1e6:,.1f} MB freed")
+    else:
+        typer.echo(f"{len(found)} folders" + ("; `vlfoundry gc --delete`" if found else ""))
 
 
 @app.command()
@@ -342,6 +386,9 @@ def status() -> None:
 
 def main() -> None:
     """Entry point: a user's mistake is a message and exit code 2, anything else a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal may lack letters that data have
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except UserError as error:

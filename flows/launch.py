@@ -1,29 +1,43 @@
 """One run of the pipeline from the command line's options: workspace, lock, server, flow."""
 
+import asyncio
 import contextlib
-import fcntl
+import functools
+import json
 import os
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, NoReturn
 
-from flows.graph import Graph, load_graph
+from flows.database import check_database
+from flows.graph import load_graph
+from flows.lock import RunLock, run_lock
+from flows.parameters import check_parameters
+from flows.restored import drop_damaged
 from flows.runner import StageResult
-from flows.server import Server, prefect_environment, server
+from flows.server import Server, ServerError, prefect_environment, server
 from flows.terminal import Terminal, summary_table
-from flows.workspace import Variation, prepare
+from flows.walk import Closing, Run, walk
+from flows.workspace import Variation
+from flows.workspace import workspace as prepared
+from infra.config import parse_value
 from infra.errors import UserError
+from infra.registry import GATE_DECISION
+from infra.space import no_space
 from infra.stage import START_FOLDER
 
 EXIT_FAILED = 1
+EXIT_REJECTED = 3
+"""all stages stand, and the gate said no"""
 EXIT_CANCELLED = 130
+EXTERNAL = "PREFECT_API_URL"
+GATE = "gate"
+"""the stage whose verdict is the run's"""
 REPORT_DATA = Path("artifacts/report/report.json")
 REPORT_PAGE = Path("work/report/index.html")
 TAIL_SHOWN = 15
-
-
-class BusyError(UserError):
-    """Another run goes on in the same workspace."""
 
 
 def run_pipeline(
@@ -34,108 +48,163 @@ def run_pipeline(
     workspace: Path | None = None,
     terminal: Terminal | None = None,
 ) -> int:
-    """Run what changed; the exit status: 0, 1 (a stage failed) or 130 (stopped).
+    """Run what changed; the exit status: 0, 1 (a stage failed), 3 (the gate said no) or 130
+    (stopped).
 
     Raises UserError for an unknown stage, profile or parameter, and if a run is already going on
     in the same workspace.
     """
     terminal = terminal or Terminal()
     began = time.monotonic()
-    if workspace or variation:
-        root = prepare(root, variation or Variation(), workspace)
-        terminal.say(f"workspace: {root}")
-    with run_lock(root), contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
+        if workspace or variation:
+            variation = variation or Variation()
+            lock = stack.enter_context(prepared(root, variation, workspace, terminal.say))
+            terminal.say(f"workspace: {lock.root}")
+        else:
+            lock = stack.enter_context(run_lock(root, terminal.say))
+        root = lock.root
+        check_parameters(root)
         os.environ.update(prefect_environment(root))
         # The server starts while DVC reads the graph and Prefect is imported.
-        own = None if "PREFECT_API_URL" in os.environ else stack.enter_context(server(root))
+        own = None if EXTERNAL in os.environ else _own_server(root, lock, stack, terminal)
         graph = load_graph(root)
         needed = graph.needed_for(stages) & graph.stale
         terminal.say(f"{len(needed)} of {len(graph.nodes)} stages to run")
-        return _run(root, graph, stages, own, terminal, began)
+        judged = GATE in graph.needed_for(stages)
+        run = Run(
+            root=root, graph=graph, stages=stages, terminal=terminal, held=(lock.descriptor,),
+            after=functools.partial(finish, judged=judged),
+        )  # fmt: skip
+        complete = _walk(run, own)
+        code = _close(run, began)
+    if not complete:
+        _leave(code)
+    return code
 
 
-@contextlib.contextmanager
-def run_lock(root: Path) -> Iterator[None]:
-    """Only one run in a workspace: DVC's own locks do not keep two runs apart. Raises BusyError."""
-    path = root / "work" / "run.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise BusyError(
-                f"a run (process {file.read().strip()}) goes on in {root}; wait for it, stop it, "
-                "or give this one its own --workspace"
-            ) from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
-
-
-def _run(
-    root: Path,
-    graph: Graph,
-    stages: tuple[str, ...],
-    own: Server | None,
-    terminal: Terminal,
-    began: float,
-) -> int:
-    if own:  # Prefect reads its settings when it is imported
-        os.environ["PREFECT_API_URL"] = own.url
+def _own_server(
+    root: Path, lock: RunLock, stack: contextlib.ExitStack, terminal: Terminal
+) -> Server | None:
+    """Start a server for this run; None, which is said, if there is no place for its record."""
     try:
-        from flows.pipeline import Run, run_flow
+        check_database(root / "work" / "prefect", terminal.say)
+        return stack.enter_context(server(root, held=(lock.descriptor,)))
+    except OSError as error:
+        if full := no_space(error, root / "work"):
+            raise full from error
+        terminal.say(f"no record of this run is kept: work/prefect cannot be used ({error})")
+        return None
 
-        run = Run(root=root, graph=graph, stages=stages, terminal=terminal, after=finish)
-        if own:
-            own.wait()
-        run_flow(run)
+
+def _walk(run: Run, own: Server | None) -> bool:
+    """Run the stages; whether nothing of Prefect is left that could hold us up at the end."""
+    url = own.url if own else os.environ.get(EXTERNAL)
+    if url is None or (own and not _answering(run, own)):
+        asyncio.run(walk(run))
+        return True
+    os.environ[EXTERNAL] = url  # Prefect reads its settings when it is imported
+    try:
+        from flows.pipeline import run_flow
+
+        def lives() -> str | None:
+            return f"its server {own.ending}" if own and not own.lives else None
+
+        return run_flow(run, url, lives) is not None
     finally:
         if own:
-            del os.environ["PREFECT_API_URL"]
+            del os.environ[EXTERNAL]
+
+
+def _answering(run: Run, own: Server) -> bool:
+    """Wait for the server; False, which is said, if it does not start."""
+    try:
+        own.wait()
+    except ServerError as error:
+        if full := no_space(RuntimeError(str(error)), run.root / "work", ask_disks=True):
+            raise full from error
+        run.terminal.say(f"no record of this run is kept: {error}")
+        return False
+    return True
+
+
+def _leave(code: int) -> NoReturn:
+    """End this process without Prefect's workers, who would go on trying to reach the server."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _close(run: Run, began: float) -> int:
+    """Say how everything ended; the exit status."""
+    root, terminal = run.root, run.terminal
     results = run.ordered_results()
     terminal.say()
     for result in results:
         _explain(result, terminal)
     terminal.say(summary_table(results, began))
-    for line in run.closing:
-        terminal.say(line)
     if (root / REPORT_PAGE).is_file():
         terminal.say(f"report: {root / REPORT_PAGE}")
+    for line in run.closing.lines:
+        terminal.say(line)
     if run.cancelled:
         terminal.say("stopped; run `make run` again to go on: finished stages are kept")
         return EXIT_CANCELLED
-    return 0 if all(result.good for result in results) else EXIT_FAILED
+    if run.closing.failed or not all(result.good for result in results):
+        return EXIT_FAILED
+    return EXIT_REJECTED if run.closing.verdict == "rejected" else 0
 
 
-def finish(root: Path) -> list[str]:
+def finish(root: Path, *, judged: bool = True) -> Closing:
     """What is left to do once all stages stand: register what the gate passed, render the page.
 
-    Returns lines for people. Costs nothing when there is nothing new.
+    judged: whether the gate is one of the stages that were asked for. Costs nothing when there is
+    nothing new.
     """
-    from infra.registry import register_passed
-
-    lines: list[str] = []
-    try:
-        passed = register_passed(root)
-    except UserError as error:
-        lines.append(f"the model was NOT registered: {error}")
-    else:
-        if passed:
-            version, unseen = passed
-            lines.append(f"champion: {version.ref} (`vlfoundry models` lists all)")
-            if unseen:
-                lines.append(
-                    f"NOTE: the gate did not compare it with {unseen.ref}, which it replaces; "
-                    f"`vlfoundry import {unseen.ref} {START_FOLDER}/{unseen.ref} --profile NAME` "
-                    "makes a profile whose runs are compared with it"
-                )
     if (root / REPORT_DATA).is_file() and not (root / REPORT_PAGE).is_file():
         from eval.report.page import render
 
         render(root, root / REPORT_PAGE)
-    return lines
+    decision = root / GATE_DECISION
+    if not judged or not decision.is_file():
+        return Closing()
+    gate = json.loads(decision.read_text("utf-8"))
+    return _promote(root, gate["model"]) if gate["passed"] else _rejection(gate)
+
+
+def _rejection(gate: Mapping[str, Any]) -> Closing:
+    failed, checks = gate["reasons"], len(gate["checks"])
+    lines = [f"gate: {gate['candidate']} was NOT promoted; {len(failed)} of {checks} checks failed"]
+    return Closing(lines=(*lines, *(f"    {reason}" for reason in failed)), verdict="rejected")
+
+
+def _promote(root: Path, model: str) -> Closing:
+    from infra.registry import register_passed
+
+    try:
+        passed = register_passed(root)
+    except UserError as error:
+        damaged = _drop_damaged_maker(root, model)
+        advice = f"; deleted as damaged: {', '.join(damaged)}: run again" if damaged else ""
+        lines = (f"the model passed the gate and was NOT registered: {error}{advice}",)
+        return Closing(lines=lines, failed=True)
+    assert passed
+    version, unseen = passed
+    lines = [f"gate: promoted; champion: {version.ref} (`vlfoundry models` lists all)"]
+    if unseen:
+        lines.append(
+            f"NOTE: the gate did not compare it with {unseen.ref}, which it replaces; "
+            f"`vlfoundry import {unseen.ref} {START_FOLDER}/{unseen.ref} --profile NAME` "
+            "makes a profile whose runs are compared with it"
+        )
+    return Closing(lines=tuple(lines), verdict="promoted")
+
+
+def _drop_damaged_maker(root: Path, model: str) -> list[str]:
+    """Delete what is damaged of the stage that made a model, so that the next run makes it."""
+    stages = (parse_value((root / "dvc.lock").read_text("utf-8")) or {}).get("stages", {})
+    makers = [n for n, s in stages.items() if any(o["path"] == model for o in s.get("outs", []))]
+    return [path for name in makers for path in drop_damaged(root, name)]
 
 
 def _explain(result: StageResult, terminal: Terminal) -> None:

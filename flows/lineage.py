@@ -15,7 +15,7 @@ from flows.start import describe
 from infra.config import parse_value
 from infra.errors import DataError
 from infra.git import read
-from infra.registry import find_version, locked_file
+from infra.registry import check_files, find_version, locked_file, locked_files
 from infra.stage import read_origin
 
 LINEAGE_FILE = "lineage.json"
@@ -58,12 +58,13 @@ class Origin:
 
 
 def origin(root: Path, model: str) -> Origin:
-    """Find the run behind a registered name or a model folder. Raises ModelError, DataError."""
-    if (root / model / "config.json").is_file():
-        lock = root / "dvc.lock"
-        text = lock.read_text("utf-8") if lock.is_file() else ""
-        path = (root / model).resolve().relative_to(root.resolve()).as_posix()
-        return Origin(root=root, title=path, lock=text, path=path)
+    """Find the run behind a registered name or a model folder.
+
+    Raises ModelError, DataError; also for a folder that holds another model than dvc.lock says.
+    """
+    folder = next((f for f in (Path(model), root / model) if (f / "config.json").is_file()), None)
+    if folder is not None:
+        return _of_folder(root, folder)
     version = find_version(root, model)
     return Origin(
         root=root,
@@ -73,10 +74,32 @@ def origin(root: Path, model: str) -> Origin:
     )
 
 
+def _of_folder(root: Path, folder: Path) -> Origin:
+    """A lineage is of weights, not of a path: the folder must hold what the lock says."""
+    real, lock = folder.resolve(), root / "dvc.lock"
+    if not real.is_relative_to(root.resolve()):
+        known = describe(read_origin(folder))
+        raise DataError(
+            f"{folder} is outside of the project {root}, whose dvc.lock knows nothing of it "
+            f"({known}); give a registered name, or a folder that a run here made"
+        )
+    path = real.relative_to(root.resolve()).as_posix()
+    text = lock.read_text("utf-8") if lock.is_file() else ""
+    if _maker(_made(text), path) is not None:
+        check_files(real, locked_files(root, text, path)[0])
+    return Origin(root=root, title=path, lock=text, path=path)
+
+
+def _made(lock: str) -> dict[str, str]:
+    """Output -> the stage that made it, by a dvc.lock."""
+    stages = (parse_value(lock) or {}).get("stages", {})
+    return {out["path"]: name for name, stage in stages.items() for out in stage.get("outs", [])}
+
+
 def walk(start: Origin) -> Iterator[Step]:
     """The stage that made the model, then those before it, each once, nearest first."""
     stages = (parse_value(start.lock) or {}).get("stages", {})
-    made = {out["path"]: name for name, stage in stages.items() for out in stage.get("outs", [])}
+    made = _made(start.lock)
     first = _maker(made, start.path)
     if first is None:
         came = read_origin(start.root / start.path)

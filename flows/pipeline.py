@@ -1,18 +1,18 @@
-"""The flow `pipeline`: walks DVC's graph, one Prefect task a stage that must run.
+"""The flow `pipeline`: Prefect's record of a walk over DVC's graph, one task a stage that runs.
 
-DVC is the only cache: it says what is out of date, and Prefect's own caching stays off. What
-Prefect adds is the record (states, logs, artifacts), the time limits and the parallel branches.
+What Prefect adds is the record: states, logs, artifacts. It is kept by a thread of its own, which
+only listens: a server that dies, hangs or never answers costs the record and one line, and the
+stages, the table and the exit code are what they would have been. Prefect's own caching stays off.
 
 Import this after `flows.server.prefect_environment` is in `os.environ`.
 """
 
 import asyncio
-import dataclasses
-import os
-import signal
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+import concurrent.futures
+import logging
+import threading
+import time
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from prefect import flow, get_run_logger, task
@@ -23,152 +23,172 @@ from prefect.logging.handlers import APILogWorker
 from prefect.states import Cancelled, Completed, Failed
 
 from flows import artifacts
-from flows.graph import Graph, StageNode, order_lock
-from flows.runner import STOP_GRACE_S, StageResult, run_stage
-from flows.slots import Slots
-from flows.terminal import Terminal
+from flows.graph import StageNode
+from flows.runner import StageResult
+from flows.server import answers
+from flows.walk import Run, walk
 
-DRAIN_LIMIT_S = 60.0
+RECORD_LIMIT_S = 60.0
+"""How long the record may take after the last stage while its server answers."""
+ANSWER_LIMIT_S = 3.0
+POLL_S = 0.2
 STAGE_ENDING = {"cancelled": Cancelled, "failed": Failed, "timed out": Failed, "not run": Cancelled}
 
 
-@dataclasses.dataclass(kw_only=True)
-class Run:
-    """One walk over the graph: what it was asked, and what came of it."""
+def run_flow(
+    run: Run, url: str | None = None, lives: Callable[[], str | None] = lambda: None
+) -> State | None:
+    """Walk the graph in this process and let Prefect record it. Fills `run.results`.
 
-    root: Path
-    """The workspace."""
-    graph: Graph
-    """As DVC sees it at the start."""
-    stages: tuple[str, ...] = ()
-    """Only these and what they need; all if empty."""
-    terminal: Terminal = dataclasses.field(default_factory=Terminal)
-    """Where people look."""
-    after: Callable[[Path], list[str]] | None = None
-    """Called once all stages stand (registers the model, say); its lines close the summary."""
-    grace_s: float = STOP_GRACE_S
-    """Seconds that a stopped stage has to save."""
-    results: dict[str, StageResult] = dataclasses.field(default_factory=dict)
-    """Filled by the flow."""
-    closing: list[str] = dataclasses.field(default_factory=list)
-    """What `after` said."""
-    cancelled: bool = False
-    """Whether somebody asked the run to stop."""
+    All of the record has reached the server when this returns a state: the server may be stopped.
 
-    def ordered_results(self) -> list[StageResult]:
-        """Results in the order of the graph."""
-        return [self.results[n.name] for n in self.graph.nodes if n.name in self.results]
+    Args:
+        run: what to run.
+        url: of Prefect's API; None: the one of the environment.
+        lives: why the server cannot live any more; None while it can.
 
-
-def run_flow(run: Run) -> State:
-    """Run the flow for `run` in this process; its final state. Fills `run.results`.
-
-    All of its record has reached the server when this returns: it may be stopped.
+    Returns:
+        The flow's final state; None if the record is incomplete, which the terminal has said.
     """
-    wanted = run.graph.needed_for(run.stages)
+    record = Record(run)
+    asyncio.run(_watched(run, record, lives))
+    return record.close(url, lives)
 
-    @flow(name="pipeline", persist_result=False, validate_parameters=False)
-    async def pipeline(root: str, stages: list[str]) -> State:
-        """Bring the pipeline up to date."""
-        stop = asyncio.Event()
-        with _stopped_by_signals(stop, run):
-            await _walk(run, wanted, stop)
-        order_lock(run.root, run.graph)
-        if run.after and not stop.is_set() and all(r.good for r in run.results.values()):
-            run.closing = await asyncio.to_thread(run.after, run.root)
-        await artifacts.publish(run.root, run.graph, run.results)
-        return _final_state(run)
 
-    try:
-        return asyncio.run(_call(pipeline, run))
-    finally:
+async def _watched(run: Run, record: "Record", lives: Callable[[], str | None]) -> None:
+    """The walk, and a look at the server once a second until that is gone."""
+    walking = asyncio.create_task(walk(run, record))
+    while not walking.done():
+        await asyncio.wait({walking}, timeout=1.0)
+        if why := lives():
+            record.lose(why)
+            break
+    await walking
+
+
+class Record:
+    """Tells Prefect what happens, from a thread of its own. A `flows.walk.Watcher`."""
+
+    def __init__(self, run: Run) -> None:
+        _quieten()
+        self._run = run
+        wanted = run.graph.needed_for(run.stages) & run.graph.stale
+        self._nodes = [node for node in run.graph.nodes if node.name in wanted]
+        self._loop = asyncio.new_event_loop()
+        self._said: dict[str, asyncio.Queue[str | StageResult | None]] = {
+            node.name: asyncio.Queue() for node in self._nodes
+        }
+        self._over = asyncio.Event()
+        self.lost = False
+        threading.Thread(target=self._loop.run_forever, daemon=True, name="record").start()
+        self._ending = asyncio.run_coroutine_threadsafe(self._keep(), self._loop)
+
+    def started(self, name: str) -> None:
+        """A stage begins."""
+        self._tell(name, None)
+
+    def line(self, name: str, line: str) -> None:
+        """A stage has printed a line."""
+        self._tell(name, line)
+
+    def ended(self, result: StageResult) -> None:
+        """A stage has ended, or will not run at all."""
+        self._tell(result.name, result)
+
+    def lose(self, why: str) -> None:
+        """Give the record up, and say so once."""
+        if not self.lost:
+            self.lost = True
+            self._run.terminal.say(f"Prefect's record of this run is incomplete: {why}")
+
+    def close(self, url: str | None, lives: Callable[[], str | None]) -> State | None:
+        """Wait until the record is complete, or cannot be any more; the flow's final state."""
+        self._loop.call_soon_threadsafe(self._over.set)
+        deadline = time.monotonic() + RECORD_LIMIT_S
+        while not self.lost:
+            try:
+                return self._ending.result(POLL_S)
+            except concurrent.futures.TimeoutError:
+                pass
+            if self._ending.done():
+                return self._failed()
+            if why := lives() or _unheard(url, deadline):
+                self.lose(why)
+        return None
+
+    def _failed(self) -> None:
+        error = self._ending.exception()
+        text = str(error).strip().partition("\n")[0]
+        self.lose(f"{type(error).__name__}{f': {text}' if text else ''}")
+
+    def _tell(self, name: str, what: str | StageResult | None) -> None:
+        self._loop.call_soon_threadsafe(self._said[name].put_nowait, what)
+
+    async def _keep(self) -> State:
+        """The flow, until all of it has reached the server."""
+
+        @flow(name="pipeline", persist_result=False, validate_parameters=False)
+        async def pipeline(root: str, stages: list[str]) -> State:
+            """Bring the pipeline up to date."""
+            following: dict[str, asyncio.Task[State | None]] = {}
+            for node in self._nodes:
+                before = [following[name] for name in node.upstream if name in following]
+                following[node.name] = asyncio.create_task(self._follow(node, before))
+            await asyncio.gather(*following.values())
+            await self._over.wait()
+            await artifacts.publish(self._run.root, self._run.graph, self._run.results)
+            return _final_state(self._run)
+
+        state = await pipeline(
+            root=self._run.root.name, stages=sorted(self._run.stages), return_state=True
+        )
         # Task states travel as events, events and logs in the background.
         for worker in (EventsWorker, APILogWorker):
-            worker.drain_all(timeout=DRAIN_LIMIT_S, at_exit=False)
+            draining: Any = worker.drain_all(timeout=RECORD_LIMIT_S, at_exit=False)
+            await draining
+        return state
 
-
-async def _call(pipeline: Any, run: Run) -> State:
-    return await pipeline(root=run.root.name, stages=sorted(run.stages), return_state=True)
-
-
-async def _walk(run: Run, wanted: frozenset[str], stop: asyncio.Event) -> None:
-    """Run what is stale among `wanted`: each stage once all that it reads from is up to date."""
-    slots = Slots(os.cpu_count() or 1)
-    running: dict[str, asyncio.Task[State | None]] = {}
-    for node in run.graph.nodes:
-        if node.name not in wanted:
-            continue
-        if node.name not in run.graph.stale:
-            run.results[node.name] = StageResult(name=node.name, state="up to date")
-            continue
-        before = [running[name] for name in node.upstream if name in running]
-        running[node.name] = asyncio.create_task(_when_ready(run, node, before, slots, stop))
-    await asyncio.gather(*running.values())
-
-
-async def _when_ready(
-    run: Run,
-    node: StageNode,
-    before: list[asyncio.Task[State | None]],
-    slots: Slots,
-    stop: asyncio.Event,
-) -> State | None:
-    """One stage: wait for those before it and for slots, then run it as a task."""
-    states = [await earlier for earlier in before]
-    if not all(run.results[name].good for name in node.upstream if name in run.results):
-        run.results[node.name] = StageResult(name=node.name, state="not run")
-        return None
-    async with slots.take(node.slots):
-        if stop.is_set():
-            run.results[node.name] = StageResult(name=node.name, state="not run")
-            return None
-        return await _stage_task(run, node, stop)(
+    async def _follow(
+        self, node: StageNode, before: list[asyncio.Task[State | None]]
+    ) -> State | None:
+        """One stage as a task, which begins when the stage begins."""
+        states = [await earlier for earlier in before]
+        said = self._said[node.name]
+        if await said.get() is not None:
+            return None  # it was not run
+        return await _stage_task(node.name, said)(
             wait_for=[state for state in states if state is not None], return_state=True
         )
 
 
-def _stage_task(run: Run, node: StageNode, stop: asyncio.Event) -> Callable[..., Awaitable[State]]:
-    @task(name=node.name, task_run_name=node.name, cache_policy=NO_CACHE, persist_result=False)
+def _stage_task(
+    name: str, said: "asyncio.Queue[str | StageResult | None]"
+) -> Callable[..., Awaitable[State]]:
+    @task(name=name, task_run_name=name, cache_policy=NO_CACHE, persist_result=False)
     async def stage() -> State:
         logger = get_run_logger()
-
-        def show(line: str) -> None:
-            logger.info(line)
-            run.terminal.stage_line(node.name, line)
-
-        run.terminal.started(node.name)
-        result = await run_stage(
-            run.root, node.name, timeout_s=node.timeout_s, stop=stop, on_line=show,
-            grace_s=run.grace_s,
-        )  # fmt: skip
-        run.results[node.name] = result
-        run.terminal.ended(result)
-        ending = STAGE_ENDING.get(result.state, Completed)
-        return ending(message=f"{result.state} in {result.seconds:.1f} s")
+        while not isinstance(what := await said.get(), StageResult):
+            logger.info(what)
+        ending = STAGE_ENDING.get(what.state, Completed)
+        return ending(message=f"{what.state} in {what.seconds:.1f} s")
 
     return stage
 
 
-@contextmanager
-def _stopped_by_signals(stop: asyncio.Event, run: Run) -> Iterator[None]:
-    """Ctrl-C and SIGTERM ask once, kindly; a second one ends the flow at once."""
-    loop = asyncio.get_running_loop()
-    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+def _quieten() -> None:
+    """Prefect's workers tell the terminal, past its settings, what they cannot send."""
+    logging.raiseExceptions = False
+    for worker in (EventsWorker, APILogWorker):
+        logging.getLogger(worker.__name__).setLevel(logging.CRITICAL)
 
-    def ask() -> None:
-        for signum in signals:
-            loop.remove_signal_handler(signum)
-        run.cancelled = True
-        run.terminal.say("stopping: stages save what they need (once more to stop at once)")
-        stop.set()
 
-    for signum in signals:
-        loop.add_signal_handler(signum, ask)
-    try:
-        yield
-    finally:
-        for signum in signals:
-            loop.remove_signal_handler(signum)
+def _unheard(url: str | None, deadline: float) -> str | None:
+    """Why there is no point in waiting for the server; None: there is."""
+    if url and not answers(url, ANSWER_LIMIT_S):
+        return f"Prefect's server at {url} does not answer"
+    if time.monotonic() > deadline:
+        return f"Prefect's server took more than {RECORD_LIMIT_S:.0f} s to store it"
+    return None
 
 
 def _final_state(run: Run) -> State:
@@ -178,6 +198,12 @@ def _final_state(run: Run) -> State:
     message = ", ".join(f"{count} {state}" for state, count in sorted(counts.items()))
     if run.cancelled:
         return Cancelled(message=message)
-    if all(result.good for result in run.results.values()):
-        return Completed(message=message)
-    return Failed(message=message)
+    if run.closing.failed or not all(result.good for result in run.results.values()):
+        return Failed(message=_with_closing(message, run))
+    # Of type Completed, for nothing is to be tried again; the name is what automations look at.
+    name = {"promoted": "Promoted", "rejected": "Rejected"}.get(run.closing.verdict or "")
+    return Completed(name=name or "Completed", message=_with_closing(message, run))
+
+
+def _with_closing(message: str, run: Run) -> str:
+    return "; ".join([message, *(line.strip() for line in run.closing.lines)])

@@ -79,11 +79,13 @@ async def run_stage(
     stop: asyncio.Event,
     on_line: Callable[[str], None],
     grace_s: float = STOP_GRACE_S,
+    held: tuple[int, ...] = (),
 ) -> StageResult:
     """Run one stage with DVC in `root`, and return how it ended; never raises for its failure.
 
     on_line: gets every line of output as it appears, DVC's own included.
     stop: once set, the stage is stopped and the state is "cancelled".
+    held: file descriptors that guard and DVC keep open, even if we are killed.
     """
     began = time.monotonic()
     tail: deque[str] = deque(maxlen=TAIL_LINES)
@@ -96,8 +98,9 @@ async def run_stage(
         on_line(line)
 
     code, ending = await run_guarded(
-        dvc_command(name), root, timeout_s=timeout_s, stop=stop, on_line=hear, grace_s=grace_s
-    )
+        dvc_command(name), root, timeout_s=timeout_s, stop=stop, on_line=hear, grace_s=grace_s,
+        held=held,
+    )  # fmt: skip
     state: State = ending or ("failed" if code else (states[-1] if states else "ran"))
     return StageResult(
         name=name, state=state, seconds=time.monotonic() - began, code=code, tail=tuple(tail)
@@ -123,6 +126,7 @@ async def run_guarded(
     stop: asyncio.Event,
     on_line: Callable[[str], None],
     grace_s: float,
+    held: tuple[int, ...] = (),
 ) -> tuple[int, Literal["timed out", "cancelled"] | None]:
     """Run a command under the guard; its exit code, and how it was cut short, if it was."""
     process = await asyncio.create_subprocess_exec(
@@ -134,6 +138,7 @@ async def run_guarded(
         stderr=STDOUT,
         limit=LINE_LIMIT_BYTES,
         start_new_session=True,
+        pass_fds=held,
     )
     reading = asyncio.create_task(_read_lines(process, on_line))
     ending_by_itself = asyncio.create_task(_ended(process.pid))

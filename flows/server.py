@@ -2,27 +2,34 @@
 
 Prefect can start a temporary server itself, but that one shares our terminal's process group (a
 Ctrl-C ends it before the flow can record that it was cancelled), outlives a kill -9 of the flow,
-and gives up after 20 s. Here the same server runs under `infra/guard.py`.
+and gives up after 20 s. Here the same server runs under `infra/guard.py` and on the leash of
+`flows/leash.py`. It listens on a socket that was bound before it was started: no other program can
+come by its port, and nobody else's server can be taken for it.
+
+The server keeps a record and nothing else: what happens to it must not stop a run.
 """
 
 import contextlib
+import http.client
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-from infra.errors import UserError
+from infra.errors import UserError, ending
 from infra.guard import command_line
+from infra.loopback import listen
 
 START_LIMIT_S = 300.0
 STOP_GRACE_S = 3.0
 POLL_S = 0.1
+LEASH = Path(__file__).with_name("leash.py")
 
 
 class ServerError(UserError):
@@ -40,8 +47,8 @@ def prefect_environment(root: Path) -> dict[str, str]:
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "DO_NOT_TRACK": "1",
         "PREFECT_LOGGING_LEVEL": "INFO",  # what the server keeps of a run
-        "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "ERROR",  # the terminal is ours
-        "PREFECT_LOGGING_INTERNAL_LEVEL": "ERROR",
+        "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",  # the terminal is ours
+        "PREFECT_LOGGING_INTERNAL_LEVEL": "CRITICAL",
         "PREFECT_SERVER_LOGGING_LEVEL": "ERROR",
         "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": str(int(START_LIMIT_S)),
         "NO_PROXY": local,
@@ -50,9 +57,9 @@ def prefect_environment(root: Path) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def server(root: Path) -> Iterator["Server"]:
+def server(root: Path, *, held: tuple[int, ...] = ()) -> Iterator["Server"]:
     """A server for one run. Starts at once; `wait()` before the first use."""
-    started = Server(root)
+    started = Server(root, held=held)
     try:
         yield started
     finally:
@@ -60,17 +67,37 @@ def server(root: Path) -> Iterator["Server"]:
 
 
 class Server:
-    """A server process on a free port of the loopback interface."""
+    """A server process on a free port of the loopback interface.
 
-    def __init__(self, root: Path) -> None:
+    Args:
+        root: the checkout, whose database it has.
+        held: file descriptors that it keeps open, such as the lock of the run.
+
+    Raises:
+        LoopbackError: there is no loopback interface.
+        OSError: its folder cannot be written.
+    """
+
+    def __init__(self, root: Path, *, held: tuple[int, ...] = ()) -> None:
         self.home = root / "work" / "prefect"
         self.home.mkdir(parents=True, exist_ok=True)
         self.log = self.home / "server.log"
-        self.port = _free_port()
+        follow, self._leash = os.pipe()
+        try:
+            with listen() as listener:
+                self.port = listener.getsockname()[1]
+                self.process = self._start(listener.fileno(), follow, held)
+        except OSError:
+            os.close(self._leash)
+            raise
+        finally:
+            os.close(follow)
+
+    def _start(self, listener: int, follow: int, held: tuple[int, ...]) -> subprocess.Popen:
         command = [
-            sys.executable, "-m", "uvicorn", "--factory", "prefect.server.api.server:create_app",
-            "--host", "127.0.0.1", "--port", str(self.port), "--log-level", "error",
-            "--lifespan", "on",
+            sys.executable, "-P", str(LEASH), str(follow),
+            "uvicorn", "--factory", "prefect.server.api.server:create_app",
+            "--fd", str(listener), "--log-level", "error", "--lifespan", "on",
         ]  # fmt: skip
         environment = {
             **os.environ,
@@ -81,13 +108,14 @@ class Server:
         }
         environment.pop("PREFECT_API_URL", None)
         with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
+            return subprocess.Popen(
                 command_line(command, STOP_GRACE_S),
                 env=environment,
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                pass_fds=(listener, follow, *held),
             )
 
     @property
@@ -95,21 +123,29 @@ class Server:
         """What PREFECT_API_URL should be."""
         return f"http://127.0.0.1:{self.port}/api"
 
+    @property
+    def lives(self) -> bool:
+        """Whether it has not ended by itself, or been killed."""
+        return self.process.poll() is None
+
+    @property
+    def ending(self) -> str:
+        """How it ended, in words."""
+        code = self.process.wait()  # of the guard: 128 + the signal that ended the server
+        return ending(128 - code if code > 128 else code)
+
     def wait(self, limit_s: float = START_LIMIT_S) -> str:
         """Block until the server answers; its URL. Raises ServerError."""
         deadline = time.monotonic() + limit_s
         while time.monotonic() < deadline:
-            if self._answers():
+            if answers(self.url):
                 return self.url
-            if (code := self.process.poll()) is not None:
-                raise ServerError(
-                    f"Prefect's server ended with code {code} before it answered; "
-                    f"its last words, from {self.log}:\n{self._last_words()}"
-                )
+            if not self.lives:
+                raise ServerError(f"Prefect's server {self.ending}: {self._last_words()}")
             time.sleep(POLL_S)
         raise ServerError(
-            f"Prefect's server did not answer within {limit_s:.0f} s; see {self.log}, "
-            "or set PREFECT_API_URL to a server that runs"
+            f"Prefect's server did not answer within {limit_s:.0f} s (see {self.log}); "
+            "PREFECT_API_URL can name one that runs"
         )
 
     def stop(self) -> None:
@@ -119,22 +155,23 @@ class Server:
         try:
             self.process.wait(STOP_GRACE_S * 1.25 + 10)
         finally:
+            os.close(self._leash)
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
 
-    def _answers(self) -> bool:
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        try:
-            with opener.open(f"{self.url}/health", timeout=5) as response:
-                return response.status == 200
-        except (urllib.error.URLError, TimeoutError, ConnectionError):
-            return False
-
     def _last_words(self) -> str:
-        return "\n".join(self.log.read_text("utf-8", "replace").splitlines()[-15:])
+        lines = [line.strip() for line in self.log.read_text("utf-8", "replace").splitlines()]
+        return f"{next(filter(None, reversed(lines)), 'it said nothing')} ({self.log})"
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def answers(url: str, timeout_s: float = 5.0) -> bool:
+    """Whether a Prefect server is reached at `url`, whatever it says."""
+    local = urllib.parse.urlsplit(url).hostname == "127.0.0.1"
+    handlers = [urllib.request.ProxyHandler({})] if local else []
+    try:
+        with urllib.request.build_opener(*handlers).open(f"{url}/health", timeout=timeout_s):
+            return True
+    except urllib.error.HTTPError:
+        return not local  # it wants a key, say
+    except (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException):
+        return False

@@ -5,18 +5,21 @@ another profile must not rewrite the params.yaml that somebody is editing. So su
 worktree of the working tree as it is now, with the merged params.yaml and the shared DVC cache.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import io
 import os
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from flows.lock import LOCK_FILE, RunLock, run_lock
 from flows.recipes import with_profile
 from infra.config import PARAMS_FILE, apply_overrides, canonical_json, load_params
 from infra.errors import ConfigError
-from infra.git import git, snapshot
+from infra.git import GitError, common_folder, git, repository_lock, snapshot
 from infra.registry import cache_folder
 from infra.stage import START_FOLDER
 
@@ -53,36 +56,102 @@ class Variation:
         return apply_overrides(params, self.overrides)
 
 
-def prepare(root: Path, variation: Variation, folder: Path | None = None) -> Path:
-    """Make or bring up to date the workspace of a variation; its path.
+@contextlib.contextmanager
+def workspace(
+    root: Path,
+    variation: Variation,
+    folder: Path | None = None,
+    say: Callable[[str], None] = print,
+) -> Iterator[RunLock]:
+    """Make or bring up to date the workspace of a variation, and hold its lock.
 
     Its sources are the working tree of `root` as it is, uncommitted changes included, and the
     models of data/start. Outputs and state of an earlier run in the same workspace stay: they are
-    what a second run goes on from.
+    what a second run goes on from. Without the lock nothing in it is changed.
+
+    Raises:
+        BusyError: a run goes on in it.
+        ConfigError: there is no such parameter, or `folder` is not a workspace of this checkout.
     """
     params = variation.apply(root)
     folder = (folder or root / "work" / "workspaces" / variation.name).resolve()
-    commit = snapshot(root)
-    if (folder / ".git").exists():
-        kept = {name: (folder / name).read_bytes() for name in KEPT_FILES if _is_file(folder, name)}
-        git(folder, "checkout", "--quiet", "--force", "--detach", commit)
-        for name, content in kept.items():
-            (folder / name).write_bytes(content)
-    elif folder.exists() and any(folder.iterdir()):
-        raise ConfigError(
-            f"--workspace {folder} is neither empty nor a workspace; name a new folder"
-        )
-    else:
+    commit = snapshot(root, say)
+    _make_worktree(root, folder, commit)
+    with run_lock(folder, say) as lock:
+        _check_out(folder, commit, lock)
+        _share_cache(root, folder)
+        _share_starts(root, folder)
+        _write_atomic(folder / PARAMS_FILE, yaml_text(params).encode())
+        yield lock
+
+
+def _make_worktree(root: Path, folder: Path, commit: str) -> None:
+    """A git worktree at `folder`, of which nothing is checked out; one that is there stays."""
+    with repository_lock(root):
+        if (folder / ".git").exists() and not _is_unborn(folder):
+            _require_ours(root, folder)
+            return
+        if folder.exists() and not folder.is_dir():
+            raise ConfigError(f"--workspace {folder} is not a directory; name a new folder")
+        if folder.exists() and any(path.name != ".git" for path in folder.iterdir()):
+            raise ConfigError(
+                f"--workspace {folder} is neither empty nor a workspace; name a new folder"
+            )
+        (folder / ".git").unlink(missing_ok=True)
         git(root, "worktree", "prune")
-        git(root, "worktree", "add", "--quiet", "--detach", str(folder), commit)
-    _share_cache(root, folder)
-    _share_starts(root, folder)
-    (folder / PARAMS_FILE).write_text(yaml_text(params), encoding="utf-8")
-    return folder
+        # Forced: one whose making was killed is known to git and locked.
+        git(root, "worktree", "add", "--quiet", "--force", "--force", "--no-checkout", "--detach",
+            str(folder), commit)  # fmt: skip
 
 
-def _is_file(folder: Path, name: str) -> bool:
-    return (folder / name).is_file()
+def _is_unborn(folder: Path) -> bool:
+    """Whether the making of this worktree was killed before it was one."""
+    if not (folder / ".git").is_file() or [path.name for path in folder.iterdir()] != [".git"]:
+        return False
+    try:
+        git(folder, "rev-parse", "--verify", "--quiet", "HEAD^{commit}")
+    except GitError:
+        return True
+    return False
+
+
+def _require_ours(root: Path, folder: Path) -> None:
+    """Raises ConfigError for a folder in which a run would overwrite somebody's work."""
+    foreign = common_folder(root) != common_folder(folder)
+    if folder == root.resolve() or foreign or not (folder / ".git").is_file():
+        raise ConfigError(
+            f"--workspace {folder} is a checkout, not a workspace made from {root}; "
+            "name a new folder"
+        )
+    branch = git(folder, "branch", "--show-current")
+    if branch:
+        raise ConfigError(
+            f"--workspace {folder} has branch {branch!r} checked out, which a run would overwrite; "
+            "name a new folder"
+        )
+
+
+def _check_out(folder: Path, commit: str, lock: RunLock) -> None:
+    """Bring the sources up to date. What the workspace keeps survives even a kill meanwhile."""
+    aside = folder / LOCK_FILE.parent / "kept"
+    for name in KEPT_FILES:
+        if (folder / name).is_file() and not (aside / name).is_file():
+            aside.mkdir(exist_ok=True)
+            _write_atomic(aside / name, (folder / name).read_bytes())
+    # Git of a run that was killed has ended: it has held the lock too.
+    (folder / git(folder, "rev-parse", "--git-path", "index.lock")).unlink(missing_ok=True)
+    git(folder, "checkout", "--quiet", "--force", "--detach", commit, held=(lock.descriptor,))
+    for name in KEPT_FILES:
+        if (aside / name).is_file():
+            (aside / name).replace(folder / name)
+
+
+def _write_atomic(path: Path, content: bytes, mode: int = 0o666) -> None:
+    temporary = path.with_name(f".{path.name}.part")
+    temporary.unlink(missing_ok=True)
+    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+        file.write(content)
+    temporary.replace(path)
 
 
 def _share_cache(root: Path, folder: Path) -> None:
@@ -94,8 +163,10 @@ def _share_cache(root: Path, folder: Path) -> None:
     if not parser.has_section("cache"):
         parser.add_section("cache")
     parser.set("cache", "dir", str(cache_folder(root).resolve()))
-    with (folder / ".dvc" / "config.local").open("w", encoding="utf-8") as file:
-        parser.write(file)
+    text = io.StringIO()
+    parser.write(text)
+    # It may hold keys: for nobody else's eyes, whatever the umask.
+    _write_atomic(folder / ".dvc" / "config.local", text.getvalue().encode(), mode=0o600)
 
 
 def _share_starts(root: Path, folder: Path) -> None:

@@ -22,3 +22,26 @@ class LayoutError(UserError):
 
 class ModelError(UserError):
     """A model folder is incomplete, or a model cannot do what was asked of it."""
+
+
+class KilledError(RuntimeError):
+    """A process that we started was ended by somebody else, most often for want of memory.
+
+    No fault of ours and none that a user has made: one line, and exit code 1.
+    """
+
+    @classmethod
+    def of(cls, what: str, exit_code: int) -> "KilledError":
+        """For a child whose exit code, as `os.waitstatus_to_exitcode` gives it, was unexpected."""
+        return cls(f"{what} {ending(exit_code)}")
+
+
+def ending(exit_code: int) -> str:
+    """How a process ended, in words: `was killed by SIGKILL (out of memory?)`."""
+    if exit_code >= 0:
+        return f"ended unasked with exit code {exit_code}"
+    import signal
+
+    signum = -exit_code
+    name = signal.Signals(signum).name if signum in set(signal.Signals) else f"signal {signum}"
+    return f"was killed by {name}{' (out of memory?)' if signum == signal.SIGKILL else ''}"

@@ -3,15 +3,22 @@
 Nothing here touches the user's branch, index or stash.
 """
 
+import contextlib
+import fcntl
 import os
 import subprocess
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from infra.errors import UserError
+from infra.files import cannot_write
+from infra.project import belongs
 
 RUN_REFS = "refs/runs"
 """Commits made for runs stay reachable here: no branch, not shown by `git log` or `git branch`."""
+ADDED_AT_ONCE = 500
+"""paths on one command line"""
 FALLBACK_IDENTITY = {"name": "VLFoundry", "email": "vlfoundry@localhost"}
 
 
@@ -19,8 +26,13 @@ class GitError(UserError):
     """A git command failed."""
 
 
-def git(root: Path, *arguments: str, env: dict[str, str] | None = None) -> str:
-    """Run git in `root`; what it printed, without the last newline. Raises GitError."""
+def git(
+    root: Path, *arguments: str, env: dict[str, str] | None = None, held: tuple[int, ...] = ()
+) -> str:
+    """Run git in `root`; what it printed, without the last newline. Raises GitError.
+
+    held: file descriptors that it keeps open, such as that of a lock, even if we are killed.
+    """
     result = subprocess.run(
         ["git", *arguments],
         cwd=root,
@@ -28,10 +40,32 @@ def git(root: Path, *arguments: str, env: dict[str, str] | None = None) -> str:
         capture_output=True,
         text=True,
         check=False,
+        pass_fds=held,
     )
     if result.returncode:
         raise GitError(f"git {' '.join(arguments)} failed in {root}: {result.stderr.strip()}")
     return result.stdout.rstrip("\n")
+
+
+def common_folder(root: Path) -> Path:
+    """Where the repository of `root` keeps what all its worktrees share."""
+    return (root / git(root, "rev-parse", "--git-common-dir")).resolve()
+
+
+@contextlib.contextmanager
+def repository_lock(root: Path) -> Iterator[None]:
+    """Wait for our other processes that write to the same repository (refs, worktrees).
+
+    Git's own locks fail at once and tell people to delete files. Must not be nested.
+    """
+    path = common_folder(root) / "vlfoundry.lock"
+    try:
+        file = path.open("a")
+    except OSError as error:
+        raise cannot_write(path, "the lock of the repository", error) from error
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def identity(root: Path) -> dict[str, str]:
@@ -56,18 +90,37 @@ def head(root: Path) -> str | None:
         return None
 
 
-def snapshot(root: Path) -> str:
-    """A commit that holds the working tree as it is, ignored files left out; returns its id.
+def snapshot(root: Path, say: Callable[[str], None] = lambda _: None) -> str:
+    """A commit that holds the working tree as it is; returns its id.
+
+    Of files that git does not know only those are in it that a run is made of (`infra.project`):
+    a tag will point to the commit, and be pushed. What was left out is said.
 
     That is HEAD itself where nothing differs. Else a new commit on top of HEAD, kept under
     `refs/runs/<tree>`; the same working tree gives the same commit again.
     """
+    with repository_lock(root):
+        return _snapshot(root, say)
+
+
+def _snapshot(root: Path, say: Callable[[str], None]) -> str:
     parent = head(root)
     with tempfile.TemporaryDirectory(prefix="vlfoundry-index-") as folder:
         index = {"GIT_INDEX_FILE": str(Path(folder) / "index")}
         if parent:
             git(root, "read-tree", parent, env=index)
-        git(root, "add", "--all", "--", ":/", env=index)
+            git(root, "add", "--update", "--", ":/", env=index)
+        listing = git(root, "ls-files", "-z", "--others", "--exclude-standard", env=index)
+        ours, others = belongs(root, list(filter(None, listing.split("\0"))))
+        for start in range(0, len(ours), ADDED_AT_ONCE):
+            some = [f":(literal){path}" for path in ours[start : start + ADDED_AT_ONCE]]
+            git(root, "add", "--", *some, env=index)
+        if others:
+            say(
+                f"left out of the run: {len(others)} files that git does not know, and that "
+                f"neither dvc.yaml nor the sources name, e.g. {others[0]}; `git add` what belongs "
+                "to it"
+            )
         tree = git(root, "write-tree", env=index)
     if parent and git(root, "rev-parse", f"{parent}^{{tree}}") == tree:
         return parent

@@ -13,6 +13,10 @@ or 128 + the signal that ended it.
 
 Only the standard library is imported, and nothing of ours: it must start in milliseconds and
 run under `python -P -S` from a file path.
+
+Whether all have ended is the kernel's to say, by ECHILD of waitpid(2): whoever is left below a
+subreaper is, or is below, one of its children. A look through /proc cannot say it: a process whose
+main thread has ended is a zombie there while its other threads, and its children, live on.
 """
 
 import ctypes
@@ -25,7 +29,6 @@ from pathlib import Path
 
 PR_SET_CHILD_SUBREAPER = 36
 POLL_S = 0.1
-COLLECT_LIMIT_S = 5.0
 
 
 def command_line(command: list[str], grace_s: float) -> list[str]:
@@ -37,6 +40,7 @@ def command_line(command: list[str], grace_s: float) -> list[str]:
 def descendants(pid: int) -> list[int]:
     """Process ids of all living descendants of `pid`, parents before children."""
     children: dict[int, list[int]] = {}
+    zombies: set[int] = set()
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
             continue
@@ -45,14 +49,15 @@ def descendants(pid: int) -> list[int]:
         except (FileNotFoundError, ProcessLookupError):
             continue  # it ended while we looked
         state, parent = stat[stat.rindex(b")") + 2 :].split()[:2]
-        if state != b"Z":
-            children.setdefault(int(parent), []).append(int(entry.name))
+        children.setdefault(int(parent), []).append(int(entry.name))
+        if state == b"Z":  # it may have children yet, see the head of this file
+            zombies.add(int(entry.name))
     found: list[int] = []
     frontier = [pid]
     while frontier:
         frontier = [child for parent in frontier for child in children.get(parent, [])]
         found += frontier
-    return found
+    return [child for child in found if child not in zombies]
 
 
 def send(signum: int, pids: list[int]) -> None:
@@ -65,32 +70,30 @@ def send(signum: int, pids: list[int]) -> None:
 
 
 def stop_descendants(grace_s: float) -> None:
-    """End everything below this process: SIGINT, then SIGTERM, then SIGKILL."""
+    """End everything below this process: SIGINT, then SIGTERM, then SIGKILL. All is collected:
+
+    uncollected, the CPU time of a child would be in nobody's account.
+    """
     for signum, patience_s in ((signal.SIGINT, grace_s), (signal.SIGTERM, grace_s / 4)):
         send(signum, descendants(os.getpid()))
         deadline = time.monotonic() + patience_s
         while time.monotonic() < deadline:
-            reap()
-            if not descendants(os.getpid()):
-                collect()
+            if all_ended():
                 return
-            time.sleep(POLL_S)
-    while remaining := descendants(os.getpid()):
-        send(signal.SIGKILL, remaining)
-        reap()
+            time.sleep(POLL_S / 4)
+    while not all_ended():
+        send(signal.SIGKILL, descendants(os.getpid()))
         time.sleep(POLL_S / 10)
-    collect()
 
 
-def collect() -> None:
-    """Reap children that are ending: uncollected, their CPU time would be in nobody's account."""
-    deadline = time.monotonic() + COLLECT_LIMIT_S
-    while time.monotonic() < deadline:
-        try:
-            if os.waitpid(-1, os.WNOHANG)[0] == 0:
-                time.sleep(POLL_S / 10)
-        except ChildProcessError:
-            return
+def all_ended() -> bool:
+    """Collect what has ended; whether nothing is left below this process."""
+    reap()
+    try:
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return True
+    return False
 
 
 def reap() -> dict[int, int]:

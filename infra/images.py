@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from infra.errors import DataError
 from infra.splitmix import mix64, numbers_of
 
 if TYPE_CHECKING:
@@ -23,24 +22,21 @@ HOG_CELL = 8
 HOG_BINS = 8
 COLOUR_GRID = 8
 COLOUR_WEIGHT = 1.0
+AT_ONCE_PX = 1 << 20
+"""pixels of a large picture that are composited at once"""
 GREY = np.array([0.299, 0.587, 0.114], np.float32)
 
 
-def decode_rgba(data: bytes, size_px: int | None = None) -> np.ndarray:
-    """Decode any picture that Pillow reads to uint8 [H, W, 4]; resize to a square if asked.
+def decode_rgba(data: bytes, size_px: int | None = None, where: str = "picture") -> np.ndarray:
+    """Decode a picture (`infra.decode`) to uint8 [H, W, 4]; squeeze it to a square if asked.
 
-    Raises DataError if the bytes are no picture.
+    Raises DataError naming `where` if the bytes cannot be read as a picture.
     """
-    from PIL import Image, UnidentifiedImageError
+    from infra import decode
+    from infra.geometry import squeeze
 
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            image = image.convert("RGBA")
-    except (UnidentifiedImageError, OSError) as error:
-        raise DataError(f"{len(data)} bytes are no readable picture: {error}") from error
-    if size_px is not None and image.size != (size_px, size_px):
-        image = image.resize((size_px, size_px), Image.Resampling.BICUBIC)
-    return np.asarray(image)
+    rgba = decode.decode_rgba(data, where)
+    return rgba if size_px is None else squeeze(rgba, size_px)
 
 
 def encode_webp(rgba: np.ndarray, quality: int | None = None) -> bytes:
@@ -63,6 +59,10 @@ def composite(images: np.ndarray, background: Sequence[int] = WHITE) -> np.ndarr
     """
     if images.shape[-1] == 3:
         return images
+    rows = max(1, AT_ONCE_PX // images.shape[-2])
+    if images.ndim == 3 and len(images) > rows:  # the sums below are several times as large
+        parts = (images[at : at + rows] for at in range(0, len(images), rows))
+        return np.concatenate([composite(part, background) for part in parts])
     alpha = images[..., 3:].astype(np.uint16)
     ground = np.asarray(background, np.uint16) * (255 - alpha)
     return ((images[..., :3] * alpha + ground + 127) // 255).astype(np.uint8)
@@ -139,8 +139,6 @@ def _unit(rows: np.ndarray) -> np.ndarray:
 class AugmentConfig:
     """How training pictures vary. Never mirrored: arrows, letters and clocks have a direction."""
 
-    size_px: int = 64
-    """Side of the pictures that come out."""
     scale_min: float = 0.75
     """Smallest size of the drawing relative to its canvas."""
     scale_max: float = 1.15
@@ -169,11 +167,14 @@ def augment(
     seed: int,
     positions: Sequence[tuple[int, int]],
     config: AugmentConfig | None = None,
+    *,
+    size_px: int | None = None,
 ) -> "torch.Tensor":
     """Vary RGBA pictures for training: uint8 [N, H, W, 4] -> float32 [N, 3, S, S] in 0..1.
 
     `positions` are the (epoch, index) of `SampleStream.indices`: what happens to a picture depends
-    on (seed, epoch, index) alone, not on the batch or rank in which it comes.
+    on (seed, epoch, index) alone, not on the batch or rank in which it comes. S is `size_px`, or as
+    the pictures have it: what the model sees decides, never the augmentation.
     """
     import torch
 
@@ -182,7 +183,7 @@ def augment(
     planes = np.ascontiguousarray(rgba.transpose(0, 3, 1, 2))  # as bytes: 4x less to move
     picture = torch.from_numpy(planes).float().mul_(1.0 / 255.0)
     picture[:, :3] *= picture[:, 3:]  # premultiplied: no dark fringes
-    grid = torch.from_numpy(_sampling_grid(draws, config))
+    grid = torch.from_numpy(_sampling_grid(draws, config, size_px or rgba.shape[1]))
     moved = torch.nn.functional.grid_sample(picture, grid, "bilinear", "zeros", False)
     colour = _jitter(moved[:, :3], moved[:, 3:], draws, config)
     white = draws[:, 8:9] < config.white_share
@@ -202,18 +203,18 @@ def uniforms(seed: int, positions: Sequence[tuple[int, int]], count: int) -> np.
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def _sampling_grid(draws: np.ndarray, config: AugmentConfig) -> np.ndarray:
+def _sampling_grid(draws: np.ndarray, config: AugmentConfig, size_px: int) -> np.ndarray:
     """Where each output pixel reads its input, in -1..1. float32 [N, S, S, 2]."""
     signed = 2.0 * draws - 1.0
     scale = config.scale_min + draws[:, 0] * (config.scale_max - config.scale_min)
     stretch = 1.0 + config.stretch * signed[:, 1]
     angle = np.deg2rad(config.rotate_degrees) * signed[:, 2]
     shift_x, shift_y = 2 * config.shift * signed[:, 3], 2 * config.shift * signed[:, 4]
-    axis = (np.arange(config.size_px) + 0.5) * (2.0 / config.size_px) - 1.0
+    axis = (np.arange(size_px) + 0.5) * (2.0 / size_px) - 1.0
     x = axis[None, None, :] - shift_x[:, None, None]
     y = axis[None, :, None] - shift_y[:, None, None]
     cos, sin = np.cos(angle)[:, None, None], np.sin(angle)[:, None, None]
-    grid = np.empty((len(draws), config.size_px, config.size_px, 2), np.float32)
+    grid = np.empty((len(draws), size_px, size_px, 2), np.float32)
     grid[..., 0] = (cos * x + sin * y) / (scale * stretch)[:, None, None]
     grid[..., 1] = (cos * y - sin * x) / (scale / stretch)[:, None, None]
     return grid

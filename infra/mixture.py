@@ -15,10 +15,9 @@ import numpy as np
 
 from infra.errors import ConfigError
 from infra.loader import SampleStream, global_order, rank_slice
+from infra.streams import Stream, stream_seed
 
 WINDOW = 1 << 14
-MIXTURE_STREAM = 1 << 35
-"""added to the seed, so that who comes next does not follow which of its samples does"""
 
 
 class Place(NamedTuple):
@@ -61,7 +60,7 @@ class Mixture:
         self._seed = seed
         self._streams = [
             # Sources of one length would otherwise be permuted alike.
-            SampleStream(lengths[name], seed + (number << 36))
+            SampleStream(lengths[name], stream_seed(seed, Stream.SOURCES, number))
             for number, name in enumerate(self.counts)
         ]
         self._windows: dict[int, _Order] = {}
@@ -93,7 +92,7 @@ class Mixture:
             if len(self._windows) >= 2:  # a batch is shorter than a window
                 del self._windows[min(self._windows)]
             each = np.array(list(self.counts.values()))
-            order = global_order(WINDOW, self._seed + MIXTURE_STREAM, window)
+            order = global_order(WINDOW, stream_seed(self._seed, Stream.MIXTURE), window)
             source = np.repeat(np.arange(len(each)), each)[order]
             number = np.empty_like(source)
             number[source.argsort(kind="stable")] = np.concatenate([np.arange(n) for n in each])

@@ -1,6 +1,6 @@
 """What goes wrong with pictures on the web, done on purpose and repeatably.
 
-Every function takes uint8 RGBA [S, S, 4] and a generator, and returns a new picture of that size.
+Every function takes uint8 RGBA [H, W, 4] and a generator, and returns a new picture of that size.
 """
 
 import numpy as np
@@ -34,7 +34,8 @@ def reencode(rgba: np.ndarray, rng: np.random.Generator) -> bytes:
     size = rgba.shape[1::-1]
     image = Image.fromarray(rgba).convert("RGBa")
     if rng.random() < 0.5:
-        side = int(rng.integers(round(0.9 * size[0]), size[0]))
+        least = min(round(0.9 * size[0]), size[0] - 1)
+        side = max(1, int(rng.integers(least, size[0])))
         image = image.resize((side, side), Image.Resampling.BICUBIC)
         image = image.resize(size, Image.Resampling.BICUBIC)
     quality = int(rng.integers(REENCODE_QUALITY[0], REENCODE_QUALITY[1] + 1))
@@ -45,21 +46,22 @@ def overlay_text(rgba: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Print a line of text over the picture, mostly on a bar from edge to edge."""
     from PIL import Image, ImageDraw, ImageFont
 
-    size = rgba.shape[0]
+    side, width = rgba.shape[:2]
     text = PHRASES[int(rng.integers(len(PHRASES)))]
-    height = int(rng.integers(size // 6, size // 4 + 1))
-    top = int(rng.integers(0, size - height + 1))
+    least = min(side, max(2, side // 6))
+    height = int(rng.integers(least, max(least, side // 4) + 1))
+    top = int(rng.integers(0, side - height + 1))
     is_dark = bool(rng.random() < 0.5)
     level = int(rng.integers(0, 60))
     bar = (level,) * 3 if is_dark else (255 - level,) * 3
     ink = (255, 255, 255) if is_dark else (0, 0, 0)
-    layer = Image.new("RGBA", (size, size), (0, 0, 0, 0))
+    layer = Image.new("RGBA", (width, side), (0, 0, 0, 0))
     draw = ImageDraw.Draw(layer)
-    font = ImageFont.load_default(size=height - 1)
+    font = ImageFont.load_default(size=max(1, height - 1))
     at = (int(rng.integers(-4, 3)), top - height // 6)
     if rng.random() < BAR_SHARE:
         opacity = int(rng.integers(170, 256))
-        draw.rectangle((0, top, size, top + height - 1), fill=(*bar, opacity))
+        draw.rectangle((0, top, width, top + height - 1), fill=(*bar, opacity))
         draw.text(at, text, font=font, fill=(*ink, 255))
     else:
         draw.text(at, text, font=font, fill=(*ink, 255), stroke_width=1, stroke_fill=(*bar, 255))

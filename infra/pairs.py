@@ -7,9 +7,8 @@ import numpy as np
 
 from infra.images import decode_rgba, uniforms
 from infra.loader import SampleStream, ShardSet
+from infra.streams import Stream, stream_seed
 
-CAPTION_STREAM = 1 << 34
-"""added to the seed, so that the choice of captions does not follow the augmentation's numbers"""
 KEEP_BYTES = 1 << 30
 
 
@@ -68,7 +67,7 @@ class PairStream:
     def take(self, step: int, batch: int, rank: int, ranks: int) -> Pairs:
         """This rank's slice of global batch number `step`."""
         positions = self._order.rank_indices(step, batch, rank, ranks)
-        draws = uniforms(self._seed + CAPTION_STREAM, positions, self._most)
+        draws = uniforms(stream_seed(self._seed, Stream.CAPTIONS), positions, self._most)
         chosen = [
             self._choose(picture, row) for (_, picture), row in zip(positions, draws, strict=True)
         ]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Callable
 from typing import Any
 
-from infra.errors import UserError
+from infra.errors import KilledError, UserError, ending
 from infra.launch import die_with_parent
 
 DEPTH = 2
@@ -47,6 +48,12 @@ class Prefetch:
             batch = next(self._batches)
             if isinstance(batch, _Failed):
                 raise batch.error
+        except RuntimeError as error:
+            killed = self._killed()
+            self.close()
+            if killed is None:
+                raise
+            raise KilledError(f"a worker that makes batches {ending(killed)}: {error}") from error
         except BaseException:
             self.close()
             raise
@@ -64,11 +71,17 @@ class Prefetch:
             self._batches._shutdown_workers()
         self._batches, self._next = None, -1
 
+    def _killed(self) -> int | None:
+        """Exit code of a worker that has ended unasked."""
+        codes = [worker.exitcode for worker in self._batches._workers]
+        return next((code for code in codes if code), None)
+
     def _start(self, first: int) -> Any:
         import torch
         from torch.utils.data import DataLoader
 
         parent = os.getpid()
+        before = signal.getsignal(signal.SIGCHLD)
         loader = DataLoader(
             _Steps(self._batch_at),  # pyrefly: ignore[bad-argument-type]
             sampler=range(first, self._steps),
@@ -80,7 +93,12 @@ class Prefetch:
             worker_init_fn=lambda _: _be_worker(parent),
             generator=torch.Generator(),  # else it draws from the one that dropout draws from
         )
-        return iter(loader)
+        batches = iter(loader)
+        if threading.current_thread() is threading.main_thread():
+            # torch's raises the death of a worker wherever this process happens to be; we hear of
+            # it, within 5 s, when we wait for a batch.
+            signal.signal(signal.SIGCHLD, before)
+        return batches
 
 
 class _Failed:

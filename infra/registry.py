@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from infra.config import parse_value
-from infra.errors import DataError, ModelError
+from infra.errors import ConfigError, DataError, ModelError
 from infra.git import git, identity, read, snapshot
+from infra.project import find_root
 
 CHAMPION = "champion"
 GATE_DECISION = "artifacts/gate/gate.json"
@@ -51,23 +52,9 @@ class Version:
         return f"{self.name}@{self.version}"
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Registry:
-    """What the tags say."""
-
-    versions: tuple[Version, ...]
-    """Oldest first."""
-    newest: dict[str, str]
-    """Stage -> the ref that was assigned to it last, over all names."""
-
-
 def list_models(root: Path) -> tuple[Version, ...]:
-    """All registered versions, oldest first, with what each stands as now."""
-    return read_registry(root).versions
-
-
-def read_registry(root: Path) -> Registry:
-    """Read all tags. Those that are not ours, or not of GTO's form, are left out."""
+    """All registered versions, oldest first, with what each stands as now. Tags that are not ours,
+    or not of GTO's form, are left out."""
     from gto.constants import Action
 
     tags = _tags(root)
@@ -89,22 +76,16 @@ def read_registry(root: Path) -> Registry:
         if tag.action is Action.DEREGISTER:
             versions.pop(f"{tag.name}@{tag.version}", None)
     standing: dict[tuple[str, str], str] = {}
-    newest: dict[str, str] = {}
     # Git's times have whole seconds, so two assignments can be simultaneous: GTO's counter decides.
     for tag in sorted(tags, key=lambda tag: (tag.created, tag.counter)):
         if tag.action is Action.ASSIGN and (ref := by_commit.get((tag.name, tag.commit))):
             if ref in versions:
-                standing[tag.name, tag.stage] = newest[tag.stage] = ref
+                standing[tag.name, tag.stage] = ref
         elif tag.action is Action.UNASSIGN:
-            gone = standing.pop((tag.name, tag.stage), None)
-            if newest.get(tag.stage) == gone:
-                newest.pop(tag.stage, None)
-    return Registry(
-        versions=tuple(
-            dataclasses.replace(version, stages=tuple(_stages(ref, standing)))
-            for ref, version in versions.items()
-        ),
-        newest=newest,
+            standing.pop((tag.name, tag.stage), None)
+    return tuple(
+        dataclasses.replace(version, stages=tuple(_stages(ref, standing)))
+        for ref, version in versions.items()
     )
 
 
@@ -125,7 +106,7 @@ def register_model(root: Path, folder: Path, *, promote: str | None = None) -> V
     path = os.path.relpath(folder.resolve(), root.resolve())
     lock = (root / "dvc.lock").read_text("utf-8") if (root / "dvc.lock").is_file() else ""
     entries, md5 = locked_files(root, lock, path)
-    _check_files(folder, entries)
+    check_files(folder, entries)
 
     who = identity(root)
     author = {"author": who["name"], "author_email": who["email"]}
@@ -170,19 +151,30 @@ def resolve_model(ref: str | Path, root: Path | None = None) -> Path:
 
     Args:
         ref: a folder with a config.json; `internvl_c` (its champion, else its newest version),
-            `internvl_c@v0.1.0`, `internvl_c#champion`; or a stage alone, `champion`.
+            `internvl_c@v0.1.0`, `internvl_c#champion`; or a stage alone, `champion`, where one
+            model has it.
         root: the checkout whose registry is asked; default: the working directory.
 
     Raises ModelError, naming the registered models, if it is neither.
     """
     if (Path(ref) / "config.json").is_file():
         return Path(ref)
-    root = root or Path(git(Path.cwd(), "rev-parse", "--show-toplevel"))
+    root = root or _project_of(ref)
     version = find_version(root, str(ref))
     folder = root / "work" / "registry" / version.md5.removesuffix(".dir")[:16]
     if not folder.is_dir():
         fetch_version(root, version, folder)
     return folder
+
+
+def _project_of(ref: str | Path) -> Path:
+    try:
+        return find_root()
+    except ConfigError as error:
+        raise ModelError(
+            f"{ref} is not a model folder (it has no config.json), and registered names need a "
+            f"project: {error}"
+        ) from None
 
 
 def fetch_version(root: Path, version: Version, folder: Path, path: str | None = None) -> str:
@@ -203,29 +195,39 @@ def fetch_version(root: Path, version: Version, folder: Path, path: str | None =
 
 
 def find_version(root: Path, ref: str) -> Version:
-    """The registered version that `ref` names. Raises ModelError, naming those there are."""
-    registry = read_registry(root)
+    """The registered version that `ref` names.
+
+    Raises ModelError, naming those there are; also for a stage alone that several models have.
+    """
+    versions = list_models(root)
     match = REF_PATTERN.fullmatch(ref)
     found: list[Version] = []
     if match:
         name, number, stage = match["name"], match["version"], match["stage"]
-        named = [v for v in registry.versions if v.name == name]
+        named = [v for v in versions if v.name == name]
         if number:
             found = [v for v in named if v.version == number]
         elif stage:
             found = [v for v in named if stage in v.stages]
         else:
-            newest = registry.newest.get(name)
-            found = [v for v in registry.versions if v.ref == newest]
-            found = [v for v in named if CHAMPION in v.stages] or named or found
+            found = [v for v in named if CHAMPION in v.stages] or named
+            found = found or _only(ref, [v for v in versions if name in v.stages])
     if found:
         return found[-1]
-    refs = [v.ref + "".join(f" #{stage}" for stage in v.stages) for v in registry.versions]
+    refs = [v.ref + "".join(f" #{stage}" for stage in v.stages) for v in versions]
     known = ", ".join(refs) or "none is registered yet (`make run` registers what its gate passes)"
     raise ModelError(
         f"no model {ref!r}: it is no folder with a config.json and no registered name; "
         f"expected a folder, NAME, NAME@VERSION, NAME#STAGE or a stage; registered: {known}"
     )
+
+
+def _only(stage: str, standing: list[Version]) -> list[Version]:
+    """The one that stands as `stage`. Raises ModelError if models of several kinds do."""
+    if len(standing) > 1:
+        several = ", ".join(f"{v.name}#{stage} ({v.ref})" for v in standing)
+        raise ModelError(f"{stage!r} is several models: {several}; say which")
+    return standing
 
 
 def model_kind(folder: Path) -> str:
@@ -360,13 +362,14 @@ def _object(root: Path, md5: str) -> Path:
     path = cache_folder(root) / "files" / "md5" / md5[:2] / md5[2:]
     if not path.is_file():
         raise DataError(
-            f"DVC's cache in {cache_folder(root)} lacks {md5}; fetch it with "
-            "`dvc fetch --all-commits` if there is a remote, or run the pipeline again"
+            f"DVC's cache in {cache_folder(root)} lacks {md5}; `vlfoundry fetch MODEL` gets it "
+            "from DVC's remote, if there is one; or run the pipeline again"
         )
     return path
 
 
-def _check_files(folder: Path, entries: dict[str, str]) -> None:
+def check_files(folder: Path, entries: dict[str, str]) -> None:
+    """Raises DataError, naming the files, unless the folder has just these, each of its hash."""
     found = {
         file.relative_to(folder).as_posix(): _md5(file)
         for file in sorted(folder.rglob("*"))
@@ -376,7 +379,7 @@ def _check_files(folder: Path, entries: dict[str, str]) -> None:
         differing = sorted(name for name in found | entries if found.get(name) != entries.get(name))
         raise DataError(
             f"{folder} is not what dvc.lock says: {', '.join(differing)} differ; "
-            "run `dvc repro` or `make run`, then register again"
+            "`make run` (or `dvc repro`) makes it again"
         )
 
 

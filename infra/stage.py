@@ -4,11 +4,15 @@
 
 A stage declares its parameters, inputs and outputs once; `dvc.yaml` says the same and a test ties
 the two. Everything that must outlive a kill lies in `work/NAME/`, which belongs to one run key:
-when parameters, inputs or sources change, the old folder is moved aside and the stage starts clean.
+when parameters, inputs or sources change, the old folder is set aside and the stage starts clean.
+Nothing here deletes it.
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -16,18 +20,25 @@ import posixpath
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from infra.config import apply_overrides, build, canonical_json, load_params, to_dict
-from infra.errors import ConfigError, DataError, UserError
+from infra.errors import ConfigError, DataError, KilledError, UserError
 from infra.fingerprint import fingerprint
 from infra.runkey import import_closure, run_key
+from infra.space import no_space
 
+EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
+COPY_PATIENCE_S = 60.0
 LINEAGE_FORMAT = "vlfoundry.lineage.v1"
+KEY_FILE = "run_key"
+"""in a work folder: whose it is"""
+SET_ASIDE = ".old-"
+"""between a work folder's name and the run key whose state was set aside"""
 START_FOLDER = "data/start"
 ORIGIN_FILE = "origin.json"
 """in a model folder: which model it is a copy of, or what it was imported from"""
@@ -159,9 +170,18 @@ def main(stage: Stage, arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"{stage.name}: {error}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
+    except KilledError as error:
+        print(f"{stage.name}: {error}; run it again", file=sys.stderr, flush=True)
+        return EXIT_FAILED
     except (Interrupted, KeyboardInterrupt) as stop:
         print(f"{stage.name}: stopped; {str(stop) or 'run it again to go on'}", flush=True)
         return EXIT_INTERRUPTED
+    except Exception as error:
+        full = no_space(error, Path("work"), Path("artifacts"))
+        if full is None:
+            raise
+        print(f"{stage.name}: {full}", file=sys.stderr, flush=True)
+        return EXIT_USER_ERROR
 
 
 def parameters_of(stage: Stage, params: dict[str, Any]) -> Any:
@@ -198,12 +218,38 @@ def _main(stage: Stage, arguments: list[str]) -> int:
         print(_plan(bound, config))
         return 0
     root = Path.cwd()
-    facts = _key_facts(bound, config, root)
-    key = run_key(stage.name, facts["parameters"], facts["inputs"], map(Path, facts["sources"]))
-    context = Context(bound, root, key)
-    _claim_work_folder(context)
-    _run(bound, config, context, facts)
+    with _only_copy(root / "work" / f"{bound.address.replace('@', '-')}.lock", bound.address):
+        facts = _key_facts(bound, config, root)
+        key = run_key(stage.name, facts["parameters"], facts["inputs"], map(Path, facts["sources"]))
+        context = Context(bound, root, key)
+        _claim_work_folder(context)
+        _run(bound, config, context, facts)
     return 0
+
+
+@contextlib.contextmanager
+def _only_copy(path: Path, address: str) -> Iterator[None]:
+    """Two copies of a stage would write the same files, and one that was killed may yet be saving.
+
+    Whatever it forks inherits the lock. Raises DataError if another one holds it for too long.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        deadline, waiting = time.monotonic() + COPY_PATIENCE_S, False
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise DataError(
+                        f"another copy of {address} runs here; wait for it, or stop it"
+                    ) from None
+            if not waiting:
+                print(f"{address}: waiting for another copy to end", flush=True)
+                waiting = True
+            time.sleep(0.1)
+        yield
 
 
 def _key_facts(bound: Bound, config: Any, root: Path) -> dict[str, Any]:
@@ -266,24 +312,44 @@ def _write_lineage(bound: Bound, context: Context, facts: dict[str, Any]) -> Non
 
 
 def _claim_work_folder(context: Context) -> None:
-    marker = context.work / "run_key"
-    if context.work.exists() and (
-        not marker.is_file() or marker.read_text(encoding="utf-8") != context.run_key
-    ):
-        aside = _free_name(context.work.with_name(context.work.name + ".old"))
-        context.work.rename(aside)
-        context.log(f"parameters, inputs or sources changed: the old run lies in {aside.name}")
-    context.work.mkdir(parents=True, exist_ok=True)
-    _write_atomic(marker, context.run_key)
+    """Make `work/NAME` this run key's: what another one left there is set aside, never deleted, and
+    comes back when parameters, inputs and sources are again what they were."""
+    held = _key_of(context.work)
+    if held == context.run_key:
+        return
+    if context.work.exists():
+        aside = _set_aside(context.work, held)
+        context.log(
+            f"parameters, inputs or sources changed: the old run lies in {aside.name}; they bring "
+            "it back, `vlfoundry gc` deletes it"
+        )
+    earlier = old_folder(context.work, context.run_key)
+    if _key_of(earlier) == context.run_key:
+        earlier.rename(context.work)
+        context.log(f"{earlier.name} is of just this run: it goes on")
+        return
+    made = context.work.with_name(context.work.name + ".new")
+    made.mkdir(parents=True, exist_ok=True)
+    _write_atomic(made / KEY_FILE, context.run_key)
+    made.rename(context.work)
 
 
-def _free_name(path: Path) -> Path:
-    """`path`, whose former content is removed: one old run is kept."""
-    import shutil
+def old_folder(work: Path, key: str) -> Path:
+    """Where the state of a run key lies while another one has `work`."""
+    return work.with_name(f"{work.name}{SET_ASIDE}{key[:12]}")
 
-    if path.exists():
-        shutil.rmtree(path)
-    return path
+
+def _key_of(work: Path) -> str | None:
+    marker = work / KEY_FILE
+    return marker.read_text(encoding="utf-8") if marker.is_file() else None
+
+
+def _set_aside(work: Path, key: str | None) -> Path:
+    wanted = old_folder(work, key or "unknown")
+    others = (wanted.with_name(f"{wanted.name}.{number}") for number in itertools.count(2))
+    free = next(path for path in itertools.chain([wanted], others) if not path.exists())
+    work.rename(free)
+    return free
 
 
 def _plan(bound: Bound, config: Any) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from infra.errors import DataError
+from infra.images import composite
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,31 +21,7 @@ STD = (0.229, 0.224, 0.225)
 
 def over_background(image: np.ndarray, background: tuple[int, int, int]) -> np.ndarray:
     """uint8 [H, W, 4] on a plain background -> uint8 [H, W, 3]; RGB passes unchanged."""
-    if image.shape[-1] == 3:
-        return image
-    colour = image[..., :3].astype(np.uint16)
-    alpha = image[..., 3:].astype(np.uint16)
-    mixed = colour * alpha + np.asarray(background, np.uint16) * (255 - alpha)
-    return ((mixed + 127) // 255).astype(np.uint8)
-
-
-def resize(images: np.ndarray, side_px: int) -> np.ndarray:
-    """uint8 [B, H, W, 3] -> uint8 [B, side, side, 3], bicubic, the aspect ratio not kept."""
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
-        raise DataError(
-            f"images are {images.dtype} {list(images.shape)}, expected uint8 [B, H, W, 3]; "
-            "lay transparent pictures over a background first"
-        )
-    if images.shape[1:3] == (side_px, side_px):
-        return images
-    from PIL import Image
-
-    size = (side_px, side_px)
-    resized = [
-        np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
-        for image in images
-    ]
-    return np.stack(resized) if resized else np.empty((0, *size, 3), np.uint8)
+    return composite(image, background)
 
 
 def normalise(images: np.ndarray) -> Tensor:

@@ -8,20 +8,22 @@ grids, boxes and (with `compat`) pixels are reproduced.
 from __future__ import annotations
 
 import functools
-import io
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from infra import decode
+from infra.decode import Encoded
 from infra.errors import ConfigError, DataError
+from infra.geometry import crop
 from models.preprocess import MEAN, over_background
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-type Picture = bytes | np.ndarray | Image
-"""An encoded picture, uint8 [H, W, 3 or 4], or a Pillow image."""
+type Picture = Encoded | bytes | np.ndarray | Image
+"""An encoded picture, upright uint8 [H, W, 3 or 4], or a Pillow image."""
 
 WHITE = (255, 255, 255)
 
@@ -38,9 +40,13 @@ class Tiling:
     """Most tiles of a grid; the thumbnail comes on top."""
     thumbnail: bool = True
     """Append the whole picture as last tile wherever the grid has more than one."""
+    fit: Literal["squeeze", "pad", "crop"] = "squeeze"
+    """How a picture that is not cut becomes a square: its proportions not kept; ImageNet's mean
+    colour added to the shorter side; or the middle of the longer side alone."""
     compat: bool = False
     """Pixels as the official code gives them under Pillow 13 (several times slower): bit-exact, and
-    transparency is dropped and not laid on white. Otherwise at most 2 levels from Pillow 11.3,
+    transparency is dropped and not laid on white, EXIF orientation is ignored, and grey of more
+    than 8 bits is clipped. Otherwise at most 2 levels from Pillow 11.3,
     which published checkpoints saw; Pillow 13 is up to 12 levels from it."""
 
     def __post_init__(self) -> None:
@@ -151,21 +157,24 @@ def plan(width_px: int, height_px: int, config: Tiling | None = None) -> Plan:
     )
 
 
-def picture_size(data: bytes) -> tuple[int, int]:
-    """Width and height (px) of an encoded picture, from its header."""
-    return _open(data).size
+def picture_size(picture: Encoded | bytes, *, compat: bool = False) -> tuple[int, int]:
+    """Width and height (px) of an encoded picture, from its header: upright, but for `compat`."""
+    data, where = _encoded(picture)
+    return decode.picture_size(data, where, upright=not compat)
 
 
 def tile(picture: Picture, config: Tiling | None = None) -> np.ndarray:
     """Cut one picture into uint8 [N, S, S, 3]: the grid row by row, then the thumbnail.
 
-    The picture is stretched to the grid, its aspect ratio not kept. Raises DataError if it cannot
-    be read.
+    The picture is stretched to the grid, its aspect ratio not kept; one that is not cut becomes a
+    square as `fit` says. Raises DataError if it cannot be read.
     """
     config = config or Tiling()
     source = _Source(picture, config.compat)
-    layout = plan(*source.size_px, config)
+    layout = plan(*source.full_px, config)
     (columns, rows), side = layout.grid, config.tile_px
+    if config.fit != "squeeze" and layout.tiles == 1:
+        return source.fitted(config.fit, side)
     whole = source.resized(layout.resized_px)
     tiles = np.empty((layout.tiles, side, side, 3), np.uint8)
     tiles[: rows * columns].reshape(rows, columns, side, side, 3)[:] = whole.reshape(
@@ -183,10 +192,8 @@ def single(
 
     The padding is ImageNet's mean colour, in equal parts on both sides.
     """
-    source = _Source(picture, compat)
-    if pad:
-        source = _Source(pad_to_square(source.rgb), compat)
-    return np.array(source.resized((side_px, side_px)))[None]
+    fit = "pad" if pad else "squeeze"
+    return tile(picture, Tiling(tile_px=side_px, max_tiles=1, fit=fit, compat=compat))
 
 
 def pad_to_square(rgb: np.ndarray) -> np.ndarray:
@@ -224,7 +231,11 @@ class _Source:
     """A picture that is decoded once and resized to one or two sizes."""
 
     def __init__(self, picture: Picture, compat: bool) -> None:
-        self.rgb = _rgb(picture, compat)
+        self.rgb, self._compat = _rgb(picture, compat), compat
+        self.full_px = self.size_px
+        """width and height of the picture itself: a very large one is decoded smaller"""
+        if isinstance(picture, Encoded | bytes):
+            self.full_px = picture_size(picture, compat=compat)
         self._image = None
         if compat:
             from PIL import Image
@@ -234,6 +245,13 @@ class _Source:
     @property
     def size_px(self) -> tuple[int, int]:
         return self.rgb.shape[1], self.rgb.shape[0]
+
+    def fitted(self, fit: str, side_px: int) -> np.ndarray:
+        """uint8 [1, S, S, 3], padded or cropped."""
+        if fit == "crop":
+            return np.array(crop(self.rgb, side_px))[None]
+        square = _Source(pad_to_square(self.rgb), self._compat)
+        return np.array(square.resized((side_px, side_px)))[None]
 
     def resized(self, size_px: tuple[int, int]) -> np.ndarray:
         """uint8 [H, W, 3] of this (width, height)."""
@@ -258,45 +276,31 @@ def _fast_resize(rgb: np.ndarray, size_px: tuple[int, int]) -> np.ndarray:
 
 def _rgb(picture: Picture, compat: bool) -> np.ndarray:
     """uint8 [H, W, 3], contiguous and writable."""
-    if isinstance(picture, np.ndarray):
-        if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[-1] not in (3, 4):
-            raise DataError(
-                f"a picture is {picture.dtype} {list(picture.shape)}, expected uint8 [H, W, 3 or 4]"
-            )
-        flat = picture[..., :3] if compat else over_background(picture, WHITE)
-        return np.require(flat, requirements=["C", "W"])
-    image = _open(picture) if isinstance(picture, bytes) else picture
-    if isinstance(picture, bytes) and image.format == "JPEG" and image.mode in ("RGB", "L"):
-        pixels = _decode_jpeg(picture)
-        if pixels is not None:
-            return pixels
-    try:
-        if image.mode == "RGB" and "transparency" not in image.info:
-            return np.array(image)
-        if compat or not image.has_transparency_data:
-            return np.array(image.convert("RGB"))
-        return over_background(np.array(image.convert("RGBA")), WHITE)
-    except (OSError, SyntaxError, ValueError) as error:
-        raise DataError(f"a picture of {image.size} px cannot be decoded: {error}") from error
+    if compat and not isinstance(picture, np.ndarray):
+        return _official_rgb(picture)
+    if not isinstance(picture, Encoded | bytes | np.ndarray):
+        picture = _of_pillow(picture)
+    found = decode.pixels(picture)
+    flat = found[..., :3] if compat else over_background(found, WHITE)
+    return np.require(flat, requirements=["C", "W"])
 
 
-def _decode_jpeg(data: bytes) -> np.ndarray | None:
-    """The pixels that Pillow gives, in about half its time; None if anything in the file is odd.
-
-    What is odd is left to Pillow, which reads some of it and says what is wrong with the rest.
-    """
-    import simplejpeg
-
-    try:
-        return simplejpeg.decode_jpeg(data, "RGB")
-    except ValueError:
-        return None
+def _of_pillow(image: Image) -> np.ndarray:
+    """uint8 [H, W, 3 or 4] of a Pillow image, which is taken as it stands."""
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return np.array(image)
+    return np.array(image.convert("RGBA" if image.has_transparency_data else "RGB"))
 
 
-def _open(data: bytes) -> Image:
-    from PIL import Image
+def _official_rgb(picture: Encoded | bytes | Image) -> np.ndarray:
+    """`Image.open(...).convert("RGB")`, as the official code has it."""
+    if not isinstance(picture, Encoded | bytes):
+        return np.array(picture.convert("RGB"))
+    data, where = _encoded(picture)
+    return decode.with_pillow(data, where, lambda image: np.array(image.convert("RGB")))
 
-    try:
-        return Image.open(io.BytesIO(data))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{len(data)} bytes are no readable picture: {error}") from error
+
+def _encoded(picture: Encoded | bytes) -> tuple[bytes, str]:
+    if isinstance(picture, Encoded):
+        return picture.data, picture.where
+    return picture, "picture"

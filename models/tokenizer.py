@@ -8,6 +8,7 @@ Letters: B batch, T tokens.
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from infra.errors import ModelError
+from models.chat.control import GROUNDING, any_of, control_tokens, without_added
 from models.chat.dialogue import Dialogue, PlainDialogue
 from models.chat.templates import END_IMG, IMG, IMG_CONTEXT
 from models.common.tokenizerfiles import read_backend
@@ -38,6 +40,7 @@ SPECIAL_TOKENS = (
     "<box>",
     "</box>",
 )
+"""in the order of their ids, which folders of trained models hold"""
 PAD_ID, BOS_ID, EOS_ID, IMG_ID, END_IMG_ID, IMG_CONTEXT_ID = range(6)
 """of our own tokenizer; another has other ids, so ask the tokenizer in hand"""
 
@@ -66,7 +69,7 @@ class TextTokenizer(ABC):
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, without begin and end."""
+        """Ids of a text, without begin and end. Control tokens written out in it are text."""
 
     @abstractmethod
     def continuation(self, before: str, text: str) -> list[int]:
@@ -152,7 +155,19 @@ class Tokenizer(TextTokenizer):
         return PlainDialogue(self)
 
     def encode(self, text: str) -> list[int]:
-        return self._backend.encode(text, add_special_tokens=False).ids
+        if any_of(control_tokens()).search(text) is None:
+            return self._backend.encode(text, add_special_tokens=False).ids
+        ids: list[int] = []
+        for piece in any_of(GROUNDING).split(text):
+            if piece in GROUNDING:
+                ids.append(SPECIAL_TOKENS.index(piece))
+            else:
+                ids += self._letters.encode(piece, add_special_tokens=False).ids
+        return ids
+
+    @functools.cached_property
+    def _letters(self) -> Backend:
+        return without_added(self._backend)
 
     def continuation(self, before: str, text: str) -> list[int]:
         return self.encode(text)

@@ -13,17 +13,16 @@ threshold a meaning (see `stages/filter.py`).
 import importlib
 import math
 from collections import Counter, defaultdict
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from multiprocessing import get_context
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from infra.artwork import hash64
 from infra.errors import ConfigError, DataError
+from infra.forked import run_forked
 from infra.images import decode_rgba, hog_features
-from infra.launch import die_with_parent
 from infra.progress import Progress
 from infra.stage import Context, Stage, main
 from infra.tables import read_table, write_table
@@ -107,10 +106,12 @@ def run(config: Config, context: Context) -> None:
     # Imported before the fork, so that it is paid once; nothing is computed with it here, for
     # torch's threads would not survive the fork.
     importlib.import_module("models.scorer.model")
-    executor = ProcessPoolExecutor(FOLDS, get_context("fork"), initializer=die_with_parent)
-    with executor:
-        jobs = [executor.submit(_fold, config, corpus, fold, number) for number in range(FOLDS)]
-        results = [job.result() for job in jobs]
+    results = run_forked(
+        {
+            f"the worker of fold {number + 1}": partial(_fold, config, corpus, fold, number)
+            for number in range(FOLDS)
+        }
+    )
     scores = {name: np.empty(len(fold), np.float32) for name in SCORES}
     for number, (columns, _) in enumerate(results):
         for name in SCORES:
@@ -178,7 +179,9 @@ def _features(context: Context, image_ids: list[str]) -> np.ndarray:
     with Progress(len(image_ids), unit="pictures", label="bootstrap features") as progress:
         for start in range(0, len(image_ids), FEATURE_BATCH):
             part = image_ids[start : start + FEATURE_BATCH]
-            batches.append(hog_features(np.stack([decode_rgba(stored[i], 64) for i in part])))
+            batches.append(
+                hog_features(np.stack([decode_rgba(stored[i], 64, f"picture {i}") for i in part]))
+            )
             progress.update(len(part))
     return np.concatenate(batches)
 

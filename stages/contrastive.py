@@ -16,18 +16,17 @@ from infra.images import AugmentConfig, augment, uniforms
 from infra.loader import ShardSet
 from infra.pairs import PairStream
 from infra.stage import Context, Stage, check_folders, main
+from infra.streams import Stream, stream_seed
 from infra.train.config import TrainConfig
 from infra.train.session import Job, Place, train
 from models.internvl.config import InternVLConfig
 from models.internvl.cut import check_layout
 from models.internvl.start import Start, plan_start
-from models.objectives.contrastive import ContrastiveConfig
+from models.objectives.options import ContrastiveConfig
 
 SHARDS = "artifacts/shard/stage1"
 MODEL = "artifacts/contrastive/model"
 HISTORY = "artifacts/contrastive/history.json"
-MASK_STREAM = 1 << 32
-"""added to the seed, so that masks do not follow the augmentation's numbers"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +117,7 @@ def kept_patches(
     Depends on (seed, epoch, index) alone, as everything random about a sample does.
     """
     kept = max(1, round(patches * (1 - mask_ratio)))
-    draws = uniforms(seed + MASK_STREAM, positions, patches)
+    draws = uniforms(stream_seed(seed, Stream.MASKS), positions, patches)
     return np.sort(draws.argsort(1)[:, :kept], axis=1)
 
 
@@ -147,9 +146,11 @@ def job(config: Config, context: Context, place: Place) -> Job:
 
     def batch_at(step: int) -> dict[str, torch.Tensor]:
         masked = bool(options.mask_ratio) and step < unmasked_from
-        pairs = streams[masked_px if masked else vision.image_px]
-        batch = pairs.take(step, options.train.batch_samples, place.rank, place.ranks)
-        pictures = augment(batch.rgba, config.seed, batch.positions, options.augment)
+        size_px = masked_px if masked else vision.image_px
+        batch = streams[size_px].take(step, options.train.batch_samples, place.rank, place.ranks)
+        pictures = augment(
+            batch.rgba, config.seed, batch.positions, options.augment, size_px=size_px
+        )
         ids, mask = tokenizer.encode_batch(
             batch.captions, prefix=SUMMARIZE, max_tokens=options.max_tokens
         )
@@ -161,7 +162,7 @@ def job(config: Config, context: Context, place: Place) -> Job:
         if vision.drop_path:
             tensors["samples"] = drop_samples(config.seed, batch.positions)
         if masked:
-            patches = (masked_px // vision.patch_px) ** 2
+            patches = (size_px // vision.patch_px) ** 2
             kept = kept_patches(config.seed, batch.positions, patches, options.mask_ratio)
             tensors["kept"] = torch.from_numpy(kept)
         return tensors

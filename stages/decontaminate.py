@@ -110,7 +110,9 @@ def prints(encoded: list[bytes]) -> Prints:
     with Progress(len(encoded), unit="pictures", label="decontaminate") as progress:
         for start in range(0, len(encoded), PICTURE_BATCH):
             part = encoded[start : start + PICTURE_BATCH]
-            pictures = np.stack([decode_rgba(data, 64) for data in part])
+            pictures = np.stack(
+                [decode_rgba(data, 64, f"picture {i}") for i, data in enumerate(part, start)]
+            )
             hashes.append(perceptual_hash(pictures))
             colours.append(colour_grid(pictures))
             progress.update(len(part))
@@ -153,7 +155,7 @@ def _alike(a: Prints, b: Prints, limits: DecontaminateConfig) -> tuple[np.ndarra
 def _plant(encoded: list[bytes], count: int, seed: int) -> list[bytes]:
     rng = np.random.default_rng(hash64(seed, "planted"))
     chosen = rng.permutation(len(encoded))[:count]
-    return [reencode(decode_rgba(encoded[i]), rng) for i in chosen]
+    return [reencode(decode_rgba(encoded[i], where=f"picture {i}"), rng) for i in chosen]
 
 
 def _test_file(context: Context) -> str:

@@ -133,7 +133,9 @@ def _hashes(context: Context, image_ids: list[str]) -> tuple[np.ndarray, np.ndar
     with Progress(len(distinct), unit="pictures", label="dedup") as progress:
         for start in range(0, len(distinct), PICTURE_BATCH):
             part = distinct[start : start + PICTURE_BATCH].tolist()
-            pictures = np.stack([decode_rgba(stored[image_id], 64) for image_id in part])
+            pictures = np.stack(
+                [decode_rgba(stored[image_id], 64, f"picture {image_id}") for image_id in part]
+            )
             hashes.append(perceptual_hash(pictures))
             colours.append(colour_grid(pictures))
             progress.update(len(part))

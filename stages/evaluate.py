@@ -23,13 +23,13 @@ from infra.errors import ConfigError
 from infra.progress import Progress
 from infra.registry import model_kind
 from infra.stage import Context, Stage, check_folders, main, read_origin
+from infra.streams import Stream, stream_seed
 from infra.tables import read_table
 
 DATA = "data"
 CLASSES = "artifacts/ingest/classes.parquet"
 RECORDS = "artifacts/ingest/records.parquet"
 ARTWORK = ("emojitwo", "fluent", "fluent_flat", "fxemoji", "noto", "noto_v1", "twemoji")
-UNTRAINED_SEED_OFFSET = 1_000_003
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +106,7 @@ def run(config: Config, context: Context) -> None:
     items = context.output(f"{folder}/items")
     runs: list[tuple[str, Path, int | None, Path]] = [
         ("trained", made, None, items),
-        ("untrained", made, config.seed + UNTRAINED_SEED_OFFSET, context.work / "items"),
+        ("untrained", made, stream_seed(config.seed, Stream.UNTRAINED), context.work / "items"),
     ]
     baseline = baseline_of(config, context.variant)
     for path in baseline:

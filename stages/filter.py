@@ -175,7 +175,9 @@ def _measure(context: Context, records: dict[str, list[Any]]) -> dict[str, np.nd
     with Progress(len(encoded), unit="pictures", label="filter") as progress:
         for start in range(0, len(encoded), PICTURE_BATCH):
             part = encoded[start : start + PICTURE_BATCH]
-            pictures = np.stack([decode_rgba(data, 64) for data in part])
+            pictures = np.stack(
+                [decode_rgba(data, 64, f"picture {i}") for i, data in enumerate(part, start)]
+            )
             sides.append(effective_side(pictures))
             strokes.append(text_strokes(pictures))
             progress.update(len(part))

@@ -54,6 +54,9 @@ def run(config: Config, context: Context) -> None:
     passed = all(check.passed for check in checks)
     for check in checks:
         context.log(_line(check))
+    unwatched = sorted(set(MODELS) - {rule.variant for rule in gate.rules})
+    if unwatched:
+        context.log(f"WARNING: no rule looks at {', '.join(unwatched)}: it may be of any quality")
     context.log(f"gate: {gate.candidate} {'passed' if passed else 'did not pass'}")
     document = read_document(files[gate.candidate])
     baseline = document.get("baseline")
@@ -67,6 +70,7 @@ def run(config: Config, context: Context) -> None:
             "model": MODELS[gate.candidate],
             "fingerprint": document["model"]["fingerprint"],
             "baseline": baseline,
+            "unwatched": unwatched,
             "reasons": [_line(check) for check in checks if not check.passed],
             "checks": [dataclasses.asdict(check) for check in checks],
         },

@@ -18,7 +18,7 @@ from infra.train.session import Job, Place, train
 from models.internvl.config import InternVLConfig
 from models.internvl.cut import check_layout
 from models.internvl.start import Start, plan_start
-from models.objectives.generative import GenerativeConfig
+from models.objectives.options import GenerativeConfig
 
 SHARDS = "artifacts/shard/stage2"
 MODEL = "artifacts/generative/model"
@@ -100,7 +100,9 @@ def _job(config: Config, context: Context, place: Place) -> Job:
 
     def batch_at(step: int) -> dict[str, Any]:
         batch = pairs.take(step, options.train.batch_samples, place.rank, place.ranks)
-        pictures = augment(batch.rgba, config.seed, batch.positions, options.augment)
+        pictures = augment(
+            batch.rgba, config.seed, batch.positions, options.augment, size_px=size_px
+        )
         texts = text_rows(tokenizer, batch.metas[0], options.max_tokens)
         if config.model.vision.drop_path:
             texts["samples"] = drop_samples(config.seed, batch.positions)

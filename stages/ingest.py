@@ -122,12 +122,18 @@ class ImageStore:
 
     def __init__(self) -> None:
         self.images: dict[str, bytes] = {}
+        self._names: dict[str, str] = {}
 
-    def add(self, data: bytes) -> str:
-        """Keep the bytes once and return their id."""
+    def add(self, data: bytes, name: str = "a changed picture") -> str:
+        """Keep the bytes once and return their id; `name` is what errors call the picture."""
         image_id = hashlib.sha256(data).hexdigest()[:16]
         self.images[image_id] = data
+        self._names.setdefault(image_id, name)
         return image_id
+
+    def decoded(self, image_id: str) -> np.ndarray:
+        """uint8 [H, W, 4]. Raises DataError naming the picture."""
+        return decode_rgba(self.images[image_id], where=self._names[image_id])
 
 
 def run(config: Config, context: Context) -> None:
@@ -203,7 +209,7 @@ def clean_records(
             if split.get(drawing.concept) != "train":
                 continue
             concept = concepts[drawing.concept]
-            image_id = store.add(drawing.image_bytes)
+            image_id = store.add(drawing.image_bytes, f"drawing {drawing.id} of {source}")
             for lang in config.languages:
                 captions = (concept.names[lang], keyword_caption(concept, lang))
                 for kind, caption in zip(KINDS, captions, strict=True):
@@ -243,9 +249,9 @@ def identical_pairs(drawings: Sequence[Artwork]) -> list[list[str]]:
     """Pairs of concepts whose drawings are the same picture, pixel by pixel."""
     same = defaultdict(list)
     for drawing in drawings:
-        rgba = decode_rgba(drawing.image_bytes).copy()
+        rgba = decode_rgba(drawing.image_bytes, where=f"drawing {drawing.id}").copy()
         rgba[rgba[..., 3] == 0] = 0  # colour that cannot be seen makes no difference
-        same[rgba.tobytes()].append(drawing.concept)
+        same[rgba.shape, rgba.tobytes()].append(drawing.concept)
     pairs = []
     for concepts in same.values():
         ordered = sorted(set(concepts))
@@ -280,13 +286,13 @@ def _shuffle(
 
 
 def _lower(record: Record, rng: Any, store: ImageStore, *_: Any) -> Record:
-    rgba, side = low_resolution(decode_rgba(store.images[record.image_id]), rng)
+    rgba, side = low_resolution(store.decoded(record.image_id), rng)
     image_id = store.add(lossless(rgba))
     return replace(record, image_id=image_id, noise="low_resolution", detail=f"{side} px")
 
 
 def _duplicate(record: Record, rng: Any, store: ImageStore, *_: Any) -> Record:
-    image_id = store.add(reencode(decode_rgba(store.images[record.image_id]), rng))
+    image_id = store.add(reencode(store.decoded(record.image_id), rng))
     return replace(
         record, key=f"{record.key}/duplicate", image_id=image_id, noise="duplicate",
         detail=f"of {record.image_id}", original=record.key,
@@ -294,7 +300,7 @@ def _duplicate(record: Record, rng: Any, store: ImageStore, *_: Any) -> Record:
 
 
 def _overlay(record: Record, rng: Any, store: ImageStore, *_: Any) -> Record:
-    rgba = overlay_text(decode_rgba(store.images[record.image_id]), rng)
+    rgba = overlay_text(store.decoded(record.image_id), rng)
     return replace(record, image_id=store.add(lossless(rgba)), noise="overlay")
 
 
@@ -337,7 +343,7 @@ def _write_records(context: Context, records: list[Record]) -> None:
 
 def _write_images(context: Context, store: ImageStore, records: list[Record]) -> None:
     ids = sorted({record.image_id for record in records})
-    sizes = [decode_rgba(store.images[i]).shape for i in ids]
+    sizes = [store.decoded(i).shape for i in ids]
     table = {
         "image_id": ids,
         "bytes": [store.images[i] for i in ids],

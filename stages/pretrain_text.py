@@ -28,17 +28,16 @@ from infra.scenes import (
     pick,
 )
 from infra.stage import Context, Stage, main
+from infra.streams import Stream, stream_seed
 from infra.train.config import TrainConfig
 from infra.train.session import Job, Place, train
 from models.internvl.config import InternVLConfig
 from models.internvl.cut import check_layout
-from models.objectives.next_token import NextTokenConfig
+from models.objectives.options import NextTokenConfig
 
 SHARDS = "artifacts/shard/stage1"
 MODEL = "artifacts/pretrain_text/model"
 HISTORY = "artifacts/pretrain_text/history.json"
-CONVERSATION_STREAM = 1 << 34
-"""added to the seed, so that conversations do not repeat another stage's numbers"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,12 +139,13 @@ def imagined(
     seed: int,
 ) -> tuple[str, str] | None:
     """Question and answer of sample `number`; None where the sample is a caption."""
-    draws = uniforms(seed + CONVERSATION_STREAM, [(0, number)], 3)[0]
+    own = stream_seed(seed, Stream.CONVERSATIONS)
+    draws = uniforms(own, [(0, number)], 3)[0]
     if draws[0] >= config.conversation_share:
         return None
     kind = pick(config.conversation_mix, draws[1])
     lang, name = names[int(draws[2] * len(names))]
-    rng = np.random.Generator(np.random.Philox(key=[seed + CONVERSATION_STREAM, number]))
+    rng = np.random.Generator(np.random.Philox(key=[own, number]))
     scene = imagine(rng, name, size_px)
     return conversation(scene, kind, lang, {name: name}, box_grid=box_grid)
 

@@ -20,13 +20,14 @@ from infra.loader import ShardSet, rank_slice
 from infra.packing import pack
 from infra.scenes import KINDS, Drawing, Scene, compose, conversation, pick
 from infra.stage import Context, Stage, check_folders, main
+from infra.streams import Stream, stream_seed
 from infra.train.config import TrainConfig
 from infra.train.session import Job, Place, train
 from models.common.config import LoraConfig
 from models.internvl.config import InternVLConfig
 from models.internvl.cut import check_layout
 from models.internvl.start import Start, plan_start
-from models.objectives.next_token import NextTokenConfig
+from models.objectives.options import NextTokenConfig
 
 if TYPE_CHECKING:
     import torch
@@ -44,8 +45,6 @@ TOWERS = ("vision", "text", "language")
 KIND = {"simple": "chat_simple", "full": "chat_full"}
 WRITES = {"simple": "language", "full": "chat"}
 """which folder of `start` has the language model, and with it the tokenizer"""
-SCENE_STREAM = 1 << 33
-"""added to the seed, so that scenes do not repeat another stage's numbers"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,8 +120,9 @@ class SftStageConfig:
     """what conversations are taken from: "scenes", and files of data/chat without their .jsonl"""
     max_tokens: int = 4096
     """longest conversation of a file"""
-    max_tiles: int = 6
-    """most tiles of a picture, or of all pictures of a conversation; a thumbnail comes on top"""
+    max_tiles: int | None = None
+    """most tiles of a picture, or of all pictures of a conversation; a thumbnail comes on top;
+    None: model.pictures.max_tiles"""
     objective: NextTokenConfig = field(default_factory=NextTokenConfig)
     """how answer tokens are weighted"""
 
@@ -192,8 +192,10 @@ def run(config: Config, context: Context) -> None:
 
 
 def _architecture(config: Config) -> InternVLConfig:
-    lora = config.sft.lora
-    return config.model.with_lora(**lora) if lora else config.model
+    """The new model; its folder says how it was given pictures, so that it is asked alike."""
+    lora, most = config.sft.lora, config.sft.max_tiles
+    model = config.model.with_lora(**lora) if lora else config.model
+    return model if most is None else model.with_tiles(most)
 
 
 def _start(config: Config, context: Context) -> Start:
@@ -243,8 +245,9 @@ class SceneQuestions:
 
     def sample(self, index: int, size_px: int) -> tuple[Scene, str, str]:
         """Scene, question and answer number `index`."""
-        draws = uniforms(self._seed + SCENE_STREAM, [(0, index)], 3)[0]
-        rng = np.random.Generator(np.random.Philox(key=[self._seed + SCENE_STREAM, index]))
+        own = stream_seed(self._seed, Stream.SCENES)
+        draws = uniforms(own, [(0, index)], 3)[0]
+        rng = np.random.Generator(np.random.Philox(key=[own, index]))
         mix = self._config.weights(self._variant, index / self._samples)
         kind = pick(mix, draws[0])
         one = kind in ("box", "position")
@@ -266,7 +269,6 @@ def _stream(config: Config, context: Context, dialogue: Dialogue) -> Conversatio
     from models.chat.examples import Conversations, Example
     from models.chat.stream import ConversationStream
     from models.internvl.prompts import IGNORE
-    from models.tiling import Tiling
 
     assert context.variant
     options, kind = config.sft, KIND[context.variant]
@@ -297,7 +299,7 @@ def _stream(config: Config, context: Context, dialogue: Dialogue) -> Conversatio
             context.path(CHAT_DATA) / f"{name}.jsonl",
             source.root,
             dialogue,
-            tiling=Tiling(tile_px=size_px, max_tiles=options.max_tiles),
+            tiling=_architecture(config).pictures.tiling(size_px),
             tile_tokens=tokens,
             max_tokens=options.max_tokens,
         )

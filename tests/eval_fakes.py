@@ -10,9 +10,11 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from eval.datasets import ConceptSet, DataFolder
-from eval.pictures import decode_squares
 from eval.questions import Question
 from eval.suites.retrieval import keyword_caption
+from infra.decode import pixels
+from infra.geometry import squeeze
+from infra.images import composite
 
 SIDE_PX = 32
 LANGUAGES = ("en", "zh")
@@ -24,24 +26,28 @@ CAN = {
 }
 
 
+def looks(picture) -> bytes:
+    """What a picture looks like, whether it is stored or composed."""
+    return composite(pixels(picture)).tobytes()
+
+
 class Oracle:
     """Embeds a picture and its texts at the same place; answers questions by looking them up."""
 
     def __init__(
         self, data: DataFolder, questions: Sequence[Question] = (), kind: str = "internvl_g"
     ) -> None:
-        self.kind, self.image_size = kind, SIDE_PX
+        self.kind = kind
         self.capabilities = CAN[kind]
         self._places: dict[object, set[int]] = {}
         self._width = len(data) + 1  # one place is nobody's
-        images = decode_squares([p.data for p in data.pictures], SIDE_PX)
-        for index, (picture, image) in enumerate(zip(data.pictures, images, strict=True)):
+        for index, picture in enumerate(data.pictures):
             place = index
             if isinstance(data, ConceptSet):
                 place = data.drawn.index(picture.concept)
-            for key in (image.tobytes(), *self._texts(data, picture)):
+            for key in (looks(picture.data), *self._texts(data, picture)):
                 self._places.setdefault(key, set()).add(place)
-        self._answers = {(q.image.tobytes(), q.prompt): q.answer for q in questions}
+        self._answers = {(looks(q.image), q.prompt): q.answer for q in questions}
 
     @staticmethod
     def _texts(data, picture):
@@ -54,8 +60,8 @@ class Oracle:
             for lang, words in concept.keywords.items()
         ]
 
-    def embed_images(self, images: np.ndarray) -> np.ndarray:
-        return self._embed([image.tobytes() for image in images])
+    def embed_images(self, images, task="retrieval") -> np.ndarray:
+        return self._embed([looks(image) for image in images])
 
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
         return self._embed(texts)
@@ -66,12 +72,13 @@ class Oracle:
             out[row, sorted(self._places.get(key, {self._width - 1}))] = 1
         return out / np.linalg.norm(out, axis=1, keepdims=True)
 
-    def image_features(self, images: np.ndarray) -> np.ndarray:
-        return images.reshape(len(images), -1).astype(np.float32)[:, ::7]
+    def image_features(self, images, task="linear_probe") -> np.ndarray:
+        squares = np.stack([squeeze(composite(pixels(image)), SIDE_PX) for image in images])
+        return squares.reshape(len(images), -1).astype(np.float32)[:, ::7]
 
     def generate(self, images, prompts, max_new_tokens):
         return [
-            self._answers.get((image.tobytes(), prompt), "")
+            self._answers.get((looks(image), prompt), "")
             for image, prompt in zip(images, prompts, strict=True)
         ]
 
@@ -80,16 +87,16 @@ class Guesser:
     """Gives every input a vector, and every question an answer, that has nothing to do with it."""
 
     def __init__(self, kind: str = "internvl_g", width: int = 32, reply: str = "no idea") -> None:
-        self.kind, self.image_size, self.width, self.reply = kind, SIDE_PX, width, reply
+        self.kind, self.width, self.reply = kind, width, reply
         self.capabilities = CAN[kind]
 
-    def embed_images(self, images: np.ndarray) -> np.ndarray:
-        return np.stack([self._vector(image.tobytes()) for image in images])
+    def embed_images(self, images, task="retrieval") -> np.ndarray:
+        return np.stack([self._vector(looks(image)) for image in images])
 
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
         return np.stack([self._vector(text.encode()) for text in texts])
 
-    def image_features(self, images: np.ndarray) -> np.ndarray:
+    def image_features(self, images, task="linear_probe") -> np.ndarray:
         return self.embed_images(images)
 
     def generate(self, images, prompts, max_new_tokens):

@@ -17,7 +17,7 @@ from eval.variants import MODELS
 from infra.config import build
 from infra.stage import Context
 from infra.tables import write_table
-from tests.eval_fakes import CAN, Guesser
+from tests.eval_fakes import CAN, Guesser, looks
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 LANGUAGES = ("en", "zh", "ja", "ar", "it")
@@ -46,10 +46,10 @@ class HalfTaught(Guesser):
         super().__init__(kind, width=len(data.drawn))
         self._share = share
         self._column: dict[object, int] = {}
-        for picture, image in zip(data.pictures, data.squares(self.image_size), strict=True):
+        for picture in data.pictures:
             place = data.drawn.index(picture.concept)
             concept = data.concepts[picture.concept]
-            self._column[image.tobytes()] = place
+            self._column[looks(picture.data)] = place
             for lang in LANGUAGES:
                 words = concept.keywords.get(lang, ())
                 self._column[concept.names[lang].encode()] = place
@@ -58,10 +58,7 @@ class HalfTaught(Guesser):
             q for k in KINDS for q in ask(data, k, languages=LANGUAGES, count=SCENES, seed=SEED)
         ]
         self._answers = {
-            (q.image.tobytes(), q.prompt): (k, q)
-            for k in KINDS
-            for q in asked
-            if q.id.startswith(k)
+            (looks(q.image), q.prompt): (k, q) for k in KINDS for q in asked if q.id.startswith(k)
         }
 
     def _vector(self, data: bytes) -> np.ndarray:
@@ -72,8 +69,7 @@ class HalfTaught(Guesser):
 
     def generate(self, images, prompts, max_new_tokens):
         return [
-            self._say(image.tobytes(), prompt)
-            for image, prompt in zip(images, prompts, strict=True)
+            self._say(looks(image), prompt) for image, prompt in zip(images, prompts, strict=True)
         ]
 
     def _say(self, image: bytes, prompt: str) -> str:

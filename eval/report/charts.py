@@ -46,12 +46,23 @@ def funnel_chart(funnel: Mapping[str, Any]) -> str:
 
 
 def loss_chart(
-    stage: str, curve: Mapping[str, Sequence[tuple[float, float]]], guess: float | None = None
+    stage: str,
+    curve: Mapping[str, Sequence[tuple[float, float]]],
+    guesses: Mapping[str, float] | None = None,
+    changes: Sequence[tuple[float, str]] = (),
 ) -> str:
-    """Loss terms over steps; `guess` is a dashed line, e.g. ln(batch): the loss of guessing."""
+    """Loss terms over steps.
+
+    Args:
+        stage: for the title.
+        curve: term -> (step, value).
+        guesses: what guessing costs, in words -> its loss, each a dashed line.
+        changes: steps from which something else is trained on, with what; each an upright line.
+    """
+    guesses = guesses or {}
     width, height, left, bottom, top, right = 420, 240, 48, 34, 14, 12
     smooth = {name: smoothed(points) for name, points in curve.items()}
-    values = [v for points in smooth.values() for _, v in points] + ([guess] if guess else [])
+    values = [v for points in smooth.values() for _, v in points] + list(guesses.values())
     last = max(step for points in smooth.values() for step, _ in points) or 1
     low, high, ticks = axis(min(0.0, *values), max(values))
 
@@ -75,13 +86,21 @@ def loss_chart(
             f'<text x="{x}" y="{height - bottom + 16}" text-anchor="{anchor}" '
             f'fill="{MUTED}">{step:,.0f}</text>'
         )
-    if guess:
-        start, end = place(0, guess).split(","), place(last, guess).split(",")
+    for step, what in changes:
+        x = place(min(step, last), low).split(",")[0]
+        parts.append(
+            f'<line x1="{x}" x2="{x}" y1="{top}" y2="{height - bottom}" stroke="{ORANGE}" '
+            'stroke-dasharray="2 3"/>'
+            f'<text x="{float(x) - 5:.1f}" y="{top + 10}" text-anchor="end" fill="{ORANGE}">'
+            f"{escape(what)}</text>"
+        )
+    for words, loss in guesses.items():
+        start, end = place(0, loss).split(","), place(last, loss).split(",")
         parts.append(
             f'<line x1="{start[0]}" x2="{end[0]}" y1="{start[1]}" y2="{end[1]}" '
             f'stroke="{MUTED}" stroke-dasharray="4 4"/>'
             f'<text x="{end[0]}" y="{float(end[1]) - 5:.1f}" text-anchor="end" fill="{MUTED}">'
-            f"guessing, ln(batch) = {guess:.2f}</text>"
+            f"guessing, {escape(words)} = {loss:.2f}</text>"
         )
     for colour, (name, points) in zip(SERIES * 3, smooth.items(), strict=False):
         path = " ".join(place(step, value) for step, value in points)
@@ -91,7 +110,7 @@ def loss_chart(
         )
     if len(smooth) > 1:
         for index, (colour, name) in enumerate(zip(SERIES * 3, smooth, strict=False)):
-            y = top + (34 if guess else 14) + 16 * index
+            y = top + (34 if guesses or changes else 14) + 16 * index
             parts.append(
                 f'<rect x="{width - 110}" y="{y - 9}" width="10" height="10" fill="{colour}"/>'
                 f'<text x="{width - 95}" y="{y}" fill="{INK}">{escape(name)}</text>'

@@ -119,18 +119,38 @@ def histories(root: Path) -> dict[str, dict[str, list[tuple[float, float]]]]:
     return {stage: curves[stage] for stage in TRAINED if stage in curves}
 
 
-def guessing_loss(root: Path, stage: str) -> float | None:
-    """ln(batch), where a contrastive loss starts that has learnt nothing; None for other losses.
+def guessing_losses(root: Path, stage: str) -> dict[str, float]:
+    """What losses cost that have learnt nothing, in words: ln(batch) for a contrastive one, ln 2
+    for matching, which says yes or no.
 
     The stage's record or metrics say how many samples a batch had.
     """
+    if stage == "generative":
+        return {"ITM: ln 2": math.log(2)}
     if stage == "bootstrap":
         folds = (_json(root / "artifacts/bootstrap/metrics.json") or {}).get("folds") or [{}]
         batch = folds[0].get("batch_samples")
     else:
         record = work_records(root).get(stage, {}) if stage == "contrastive" else {}
         batch = record["samples"] / record["steps"] if record.get("steps") else None
-    return math.log(batch) if batch else None
+    return {"ln(batch)": math.log(batch)} if batch else {}
+
+
+def mixture_changes(root: Path, stage: str) -> list[tuple[float, str]]:
+    """Steps from which a stage trains on something else, with what: a loss may jump there."""
+    lineage = _json(root / artefact(stage) / "lineage.json") or {}
+    parameters = lineage.get("parameters", {})
+    name, _, variant = stage.partition("@")
+    options = parameters.get(name, {})
+    trained = options.get("train", {})
+    steps = (trained.get(variant, {}) if variant else trained).get("steps", 0)
+    if name == "sft":
+        begins = options.get("begins", {}).get(variant, {})
+        later = sorted((share, kind) for kind, share in begins.items() if share > 0)
+        return [(share * steps, f"{kind} begins") for share, kind in later]
+    if name == "contrastive" and options.get("mask_ratio"):
+        return [(steps * (1 - options["unmasked_share"]), "whole pictures")]
+    return []
 
 
 def ends(curve: dict[str, list[tuple[float, float]]]) -> dict[str, dict[str, float]]:

@@ -160,7 +160,12 @@ def _curves(root: Path, losses: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [
         {
             "stage": stage,
-            "svg": charts.loss_chart(stage, curve, collect.guessing_loss(root, stage)),
+            "svg": charts.loss_chart(
+                stage,
+                curve,
+                collect.guessing_losses(root, stage),
+                collect.mixture_changes(root, stage),
+            ),
             "ends": losses[stage],
         }
         for stage, curve in curves.items()

@@ -32,7 +32,7 @@ def why_not(model: Model, suite: str) -> str:
     Raises ModelError for a suite that does not exist.
     """
     if suite not in NEEDS:
-        raise ModelError(f"there is no suite {suite!r}; there are {list(NEEDS)}")
+        raise ModelError(f"unknown suite {suite!r}; choose from {', '.join(NEEDS)}")
     able = abilities(model)
     if NEEDS[suite] in able:
         return ""

@@ -24,7 +24,7 @@ def run(model: Model, data: DataFolder, setting: Setting) -> list[Score]:
     )
     keep_scenes(setting.items_dir, questions)
     said = replies(
-        model, np.stack([q.image for q in questions]), [q.prompt for q in questions], MAX_NEW_TOKENS
+        model, [q.image for q in questions], [q.prompt for q in questions], MAX_NEW_TOKENS
     )
     boxes = [list(parse_box(text) or ()) for text in said]
     truths = [list(q.box) for q in questions]

@@ -12,9 +12,9 @@ import numpy as np
 from eval.datasets import ConceptSet, DataFolder, Picture
 from eval.embedding import Model, Setting
 from eval.metrics import compute
-from eval.pictures import decode_squares
 from eval.questions import ask, best_constant, by_language, keep_scenes, nearest_answers, replies
 from eval.scores import Score, mean_score, write_items
+from infra.decode import Picture as Shown
 from infra.errors import DataError
 from infra.scenes import caption_question
 
@@ -29,8 +29,8 @@ class Task:
 
     id: str
     """Unique inside the suite."""
-    image: np.ndarray
-    """uint8 [S, S, 3]."""
+    image: Shown
+    """The picture, as it is stored or as it was composed."""
     lang: str
     """Language of the caption."""
     prompt: str
@@ -51,10 +51,8 @@ def run(model: Model, data: DataFolder, setting: Setting) -> list[Score]:
     if is_chat and isinstance(data, ConceptSet):
         tasks = _scene_tasks(data, setting)
     else:
-        tasks = _picture_tasks(data, setting, is_chat, model.image_size)
-    said = replies(
-        model, np.stack([t.image for t in tasks]), [t.prompt for t in tasks], MAX_NEW_TOKENS
-    )
+        tasks = _picture_tasks(data, setting, is_chat)
+    said = replies(model, [t.image for t in tasks], [t.prompt for t in tasks], MAX_NEW_TOKENS)
     references = [list(task.references) for task in tasks]
     values = {m: _values(m, said, references) for m in MEASURES}
     items = write_items(
@@ -117,7 +115,7 @@ def _scene_tasks(data: ConceptSet, setting: Setting) -> list[Task]:
     ]
 
 
-def _picture_tasks(data: DataFolder, setting: Setting, is_chat: bool, side_px: int) -> list[Task]:
+def _picture_tasks(data: DataFolder, setting: Setting, is_chat: bool) -> list[Task]:
     rng = np.random.default_rng([setting.seed, len(data)])
     pool = [
         (index, lang, texts)
@@ -129,12 +127,11 @@ def _picture_tasks(data: DataFolder, setting: Setting, is_chat: bool, side_px: i
         raise DataError(f"{data.folder}: no picture has a caption in {list(setting.languages)}")
     chosen = pool[: setting.scenes]
     pictures = [data.pictures[index] for index, _, _ in chosen]
-    images = decode_squares([p.data for p in pictures], side_px, names=[p.id for p in pictures])
     near = _nearest_names(data, setting)
     return [
         Task(
             id=f"{NAME}-{row:03d}",
-            image=images[row],
+            image=pictures[row].encoded,
             lang=lang,
             prompt=_prompt(lang, is_chat),
             answer=texts[0],

@@ -26,12 +26,12 @@ def run(model: Model, data: DataFolder, setting: Setting) -> list[Score]:
     if not isinstance(data, ConceptSet) or setting.train is None:
         raise DataError(
             f"{data.folder}: linear_probe needs a concept set and pictures to fit on, from other "
-            "sources of the same folder: name them as training sources"
+            "sources of the same folder: name them with --train-source"
         )
     train = _with_group(setting.train)
     test = _with_group(data)
     fit_labels, labels = _groups(train), _groups(test)
-    features, to_label = probe_features(model, train), probe_features(model, test)
+    features, to_label = (probe_features(model, part, NAME) for part in (train, test))
     guesses = _fit_predict(features, fit_labels, to_label)
     hits = _accuracy(guesses, labels)
     names, counts = np.unique(fit_labels, return_counts=True)

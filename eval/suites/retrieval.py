@@ -40,7 +40,7 @@ def run(model: Model, data: DataFolder, setting: Setting) -> list[Score]:
     same share their captions. Rank counting: the rank of the best right answer is one more than
     the number of wrong ones that score at least as high (ties count against the model).
     """
-    pictures = embed_pictures(model, data)
+    pictures = embed_pictures(model, data, NAME)
     scores = []
     for lang in setting.languages:
         pairs = pair_up(data, lang)

@@ -32,7 +32,7 @@ def run(
     """
     named = as_concept_set(data)
     languages = setting.languages if isinstance(data, ConceptSet) else ("",)
-    pictures = embed_pictures(model, named)
+    pictures = embed_pictures(model, named, NAME)
     vectors = {lang: _class_vectors(model, named, lang, templates) for lang in languages}
     scores = []
     for lang, by_class in vectors.items():
@@ -55,13 +55,20 @@ def as_concept_set(data: DataFolder) -> ConceptSet:
     assert isinstance(data, PairSet)
     import dataclasses
 
-    labelled = [dataclasses.replace(p, concept=p.label) for p in data.pictures if p.label]
-    classes = sorted({picture.label for picture in labelled})
+    classes = sorted({picture.label for picture in data.pictures} - {""})
     if len(classes) < 2:
         raise DataError(
             f"{data.folder}: zero_shot needs classes, and this pair set has {len(classes)} labels; "
             "expected a column `label` with at least two, or a concept set; retrieval needs none"
         )
+    without = [picture for picture in data.pictures if not picture.label]
+    if without:
+        raise DataError(
+            f"{data.folder}/{without[0].source}.parquet, row {without[0].row}: label is empty or "
+            f"missing, as in {len(without)} of {len(data)} rows; zero_shot needs one in each row: "
+            "fill them in, or leave these rows out"
+        )
+    labelled = [dataclasses.replace(p, concept=p.label) for p in data.pictures]
     concepts = {c: Concept(concept=c, names={"": c}, keywords={}) for c in classes}
     return ConceptSet(data.folder, labelled, concepts)
 

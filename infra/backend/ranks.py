@@ -25,10 +25,13 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
-from infra.errors import UserError
+from infra.errors import KilledError, UserError, ending
 from infra.launch import die_with_parent
+from infra.loopback import listen
+from infra.space import no_space
 
 EXIT_FAILED = 1
 EXIT_STOPPED = 130
@@ -42,7 +45,11 @@ _SECOND_INTERRUPT_S = 1.0
 
 
 class RankError(RuntimeError):
-    """A rank failed, was killed, or did not end in time. The message holds its traceback."""
+    """A rank failed or did not end in time. The message holds its traceback."""
+
+
+class RankKilledError(RankError, KilledError):
+    """A rank was killed."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,12 +116,14 @@ def run_ranks(
         timeout_s: kill all of them after so many seconds; None: never.
 
     Raises:
-        UserError: a rank raised one; it is raised again here, without a traceback of the rank.
-        RankError: a rank failed otherwise, was killed, or time ran out.
+        UserError: a rank raised one; it is raised again here, without a traceback of the rank. Or
+            there is no loopback interface.
+        KilledError: a rank, or a process that a rank had started, was killed.
+        RankError: a rank failed otherwise, or time ran out.
         KeyboardInterrupt: the parent was asked to stop and the ranks had nothing to save.
     """
     _prepare_parent()
-    with socket.create_server(("127.0.0.1", 0)) as listener:
+    with listen() as listener:
         crew = _Crew()
         with _forward_signals(crew):
             try:
@@ -272,9 +281,7 @@ class _Crew:
                 raise member.content
         for index, member in failed.items():
             if member.exit_code < 0:
-                name = signal.Signals(-member.exit_code).name
-                hint = " (out of memory?)" if -member.exit_code == signal.SIGKILL else ""
-                raise RankError(f"rank {index} was killed by {name}{hint}")
+                raise RankKilledError(f"rank {index} {ending(member.exit_code)}")
         index, member = next(iter(failed.items()))
         text = member.content or f"it said nothing; exit code {member.exit_code}"
         raise RankError(f"rank {index} of {len(self._members)} failed:\n{text}")
@@ -301,10 +308,12 @@ def _be_rank(
         torch.set_num_threads(threads)
         payload = pickle.dumps(("value", work()))
         code = 0
-    except UserError as error:
+    except (UserError, KilledError) as error:
         payload = pickle.dumps(("user", error))
-    except BaseException:  # noqa: BLE001 - the parent raises it
-        payload = pickle.dumps(("error", traceback.format_exc()))
+    except BaseException as error:  # noqa: BLE001 - the parent raises it
+        full = no_space(error, Path("work"), Path("artifacts"))
+        said = ("user", full) if full else ("error", traceback.format_exc())
+        payload = pickle.dumps(said)
     try:
         sys.stdout.flush()
         sys.stderr.flush()

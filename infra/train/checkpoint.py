@@ -21,13 +21,16 @@ import queue
 import shutil
 import signal
 import tempfile
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from infra.config import canonical_json
+from infra.errors import KilledError
 from infra.launch import die_with_parent
+from infra.space import no_space
 from infra.train.config import TrainConfig
 from infra.train.ema import Ema
 from infra.train.fp8 import Fp8Run
@@ -128,15 +131,20 @@ class Checkpoints:
         pending, self._pending = self._pending, None
         assert pending is not None, "nothing was begun"
         written = pending.writer.result()
+        heard: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(heard, (written.digests, written.failure))
+        failures = [failure for _, failure in heard if failure]
+        if failures:
+            if dist.get_rank() == 0:
+                shutil.rmtree(pending.unfinished)
+            raise failures[0]
         if written.results is not None:
             filesystem_async.get_write_results_queue().put(written.results)
-        for finalize in pending.request.finalize_fns:  # raises where a rank could not write
+        for finalize in pending.request.finalize_fns:
             finalize()
-        digests: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(digests, written.digests)
         if dist.get_rank() != 0:
             return
-        files = {name: digest for found in digests for name, digest in found.items()}
+        files = {name: digest for digests, _ in heard for name, digest in digests.items()}
         for path in pending.unfinished.iterdir():  # what is written last is small
             if path.name not in files:
                 files[path.name] = _digest(path)
@@ -270,6 +278,8 @@ class _Written:
     """what Megatron puts into the checkpoint's metadata; None: this rank had nothing to write"""
     digests: dict[str, str] = dataclasses.field(default_factory=dict)
     """checksum of each file that it wrote"""
+    failure: Exception | None = None
+    """why there is no checkpoint; every rank raises it"""
 
 
 class _Writer:
@@ -307,15 +317,17 @@ class _Writer:
             self._code = os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
 
     def result(self) -> _Written:
-        """What it wrote; where it failed, Megatron gets the error and raises it on all ranks."""
+        """What it wrote, or why it did not."""
         assert self._code is not None, "it still writes"
         if not self._pid:
             return _Written()
         with self._answer as stream:
             stream.seek(0)
-            with contextlib.suppress(EOFError):
+            with contextlib.suppress(EOFError, pickle.UnpicklingError):
                 return pickle.load(stream)
-        return _Written(results=RuntimeError(f"the writer ended with exit code {self._code}"))
+        if self._code > 0:
+            return _Written(failure=RuntimeError(f"the writer ended with exit code {self._code}"))
+        return _Written(failure=KilledError.of("the process that writes a checkpoint", self._code))
 
 
 def _be_writer(parent: int, function: Callable, arguments: list[Any], answer: Any) -> None:
@@ -325,15 +337,30 @@ def _be_writer(parent: int, function: Callable, arguments: list[Any], answer: An
         die_with_parent(signal.SIGKILL)
         if os.getppid() != parent:  # it was gone before we could ask
             os._exit(code)
-        rank, buckets, _ = arguments
-        results: queue.Queue = queue.Queue()
-        function(rank, buckets, results)
-        digests = {Path(path).name: _digest(Path(path)) for path, _, _ in buckets}
-        pickle.dump(_Written(results=results.get_nowait(), digests=digests), answer)
+        pickle.dump(_write(function, *arguments), answer)
         answer.flush()
         code = 0
     finally:
         os._exit(code)
+
+
+def _write(function: Callable, rank: Any, buckets: Any, _: Any) -> _Written:
+    """Write this rank's part; what Megatron swallows, the cause, is found out at once."""
+    results: queue.Queue = queue.Queue()
+    folders = {Path(path).parent for path, _, _ in buckets}
+    try:
+        function(rank, buckets, results)
+        result = results.get_nowait()
+        if isinstance(result, Exception):
+            raise result
+        digests = {Path(path).name: _digest(Path(path)) for path, _, _ in buckets}
+    except Exception as error:  # noqa: BLE001 - the ranks raise it
+        full = no_space(error, *folders, ask_disks=True)
+        if full is None:
+            text = f"the writer ended with exit code 1:\n{traceback.format_exc()}"
+            return _Written(failure=RuntimeError(text))
+        return _Written(failure=full)
+    return _Written(results=result, digests=digests)
 
 
 def newest(

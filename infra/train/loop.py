@@ -14,6 +14,7 @@ from infra.backend import Layout, device_literals, install
 from infra.backend.placement import to_device
 from infra.backend.ranks import stop_requests
 from infra.progress import Progress
+from infra.streams import Stream, stream_seed
 from infra.train.checkpoint import Checkpoints, Saved, best_checkpoint, newest
 from infra.train.config import TrainConfig
 from infra.train.ema import Ema
@@ -284,7 +285,8 @@ class _Trainer:
         if not self.checkpoints.load(saved):
             from infra.backend.parallel import seed_everything
 
-            seed_everything(self._config.seed + saved.account.step)
+            own = stream_seed(self._config.seed, Stream.RESUMED)
+            seed_everything(own + saved.account.step)
             self._log(
                 f"{saved.ranks} ranks wrote this checkpoint: dropout goes on with other numbers"
             )

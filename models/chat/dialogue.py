@@ -56,6 +56,8 @@ class Dialogue(ABC):
     ) -> tuple[list[int], list[int]]:
         """Ids and labels [T] of a conversation; -100 but on the answers and their ends.
 
+        Control tokens that are written out in a message are text (`models.chat.control`).
+
         Args:
             messages: each "<image>" of a question is a picture.
             visual_tokens: of each picture, in order.
@@ -133,7 +135,8 @@ class TemplateDialogue(Dialogue):
         return jinja.named(self._template, begins=bool(self._tokenizer.begin))
 
     def question(self, text: str, visual_tokens: int) -> list[int]:
-        messages, counts = [_asked(text, visual_tokens)], [visual_tokens] if visual_tokens else []
+        messages = self._as_text([_asked(text, visual_tokens)])
+        counts = [visual_tokens] if visual_tokens else []
         if self._template.own_image_id is None:
             messages = with_image_tokens(messages, counts)
         text = generation_prompt(self._template, messages)
@@ -153,9 +156,14 @@ class TemplateDialogue(Dialogue):
     def conversation(
         self, messages: Sequence[Message], visual_tokens: Sequence[int]
     ) -> tuple[list[int], list[int]]:
+        messages = self._as_text(messages)
         made = row(self._tokenizer, self._template, messages, image_tokens=visual_tokens)
         repeats = self._repeats(made.ids, visual_tokens)
         return np.repeat(made.ids, repeats).tolist(), np.repeat(made.labels, repeats).tolist()
+
+    def _as_text(self, messages: Sequence[Message]) -> list[Message]:
+        """What people wrote; the template's own tokens come to it afterwards."""
+        return [Message(role, self._tokenizer.as_text(text)) for role, text in messages]
 
     def _repeats(self, ids: np.ndarray, visual_tokens: Sequence[int]) -> np.ndarray:
         """How often each of `ids` [T] is needed: once, but for an id that stands for a picture."""

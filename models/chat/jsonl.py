@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +21,23 @@ from typing import BinaryIO
 import numpy as np
 
 from infra.errors import DataError
+from infra.roots import is_text, open_plain, what_is_wrong
+from models.chat.control import written_out
 from models.chat.templates import IMAGE, Message, Role
 from models.chat.visual import VIDEO, frame_lines
 
 ROLES: tuple[Role, ...] = ("system", "human", "gpt")
 FIELDS = ("id", "image", "video", "width", "height", "conversations")
 TURN_FIELDS = ("from", "value")
+MAX_LINE_BYTES = 16 << 20
+"""longest line: a conversation is some kilobytes"""
+MAX_SIDE_PX = 1_000_000
+"""no picture has a longer side"""
+WHOLE_LETTERS = "text without halves of surrogate pairs: it was cut in the middle of a letter"
+SHOWN = 80
+"""letters of a wrong value that a message quotes"""
+A_CHAT_FILE = "expected a chat file, one JSON object a line"
+BLOCK = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +51,14 @@ class Sample:
     video: str | None = None
     sizes_px: tuple[tuple[int, int], ...] = ()
     """width and height of each picture, or nothing where the line does not say"""
+
+    def control_tokens(self) -> list[tuple[str, str]]:
+        """Field and control token of each that is written out in a text: it is read as text."""
+        return [
+            (f"conversations[{i}].value", token)
+            for i, message in enumerate(self.messages)
+            for token in written_out(message.text)
+        ]
 
     def with_frames(self, frames: int) -> tuple[Message, ...]:
         """The messages of a video, its placeholder as one numbered line a frame."""
@@ -65,80 +85,112 @@ class _Wrong(Exception):
     """A field that is not as documented."""
 
     def __init__(self, field: str, got: object, expected: str):
-        shown = got if isinstance(got, _Words) else json.dumps(got, ensure_ascii=False)
-        shown = shown if len(shown) <= 80 else shown[:77] + "..."
-        super().__init__(f"got {shown}, expected {expected}")
-        self.field = field
+        super().__init__(f"got {_shown(got)}, expected {expected}")
+        self.field = printable(field)
+
+
+def _shown(got: object) -> str:
+    if isinstance(got, _Words):
+        return printable(got)
+    shown = printable(json.dumps(got, ensure_ascii=False))
+    return shown if len(shown) <= SHOWN else shown[: SHOWN - 3] + "..."
+
+
+def printable(text: str) -> str:
+    """Text that any terminal takes: halves of surrogate pairs and control characters as escapes."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", lambda found: ascii(found[0])[1:-1], text)
 
 
 class _Words(str):
     """What was got, told in words."""
 
 
-def read(path: str | Path) -> Iterator[Sample]:
+def read(path: str | Path, *, absolute_paths: bool = False) -> Iterator[Sample]:
     """The samples of a chat file, in order.
+
+    absolute_paths: whether pictures are named by absolute paths, because their root is `/`.
 
     Raises:
         DataError: at the first line that is not in the format; names file, line and field.
     """
-    for found in _lines(Path(path)):
-        if isinstance(found, Problem):
-            raise DataError(str(found))
-        yield found
+    file = ChatFile(path, absolute_paths=absolute_paths)
+    return (file[index] for index in range(len(file)))
 
 
 class ChatFile:
     """Random access to the samples of a chat file: memory is eight bytes a line.
+
+    Args:
+        path: of the file.
+        absolute_paths: whether pictures are named by absolute paths, because their root is `/`.
 
     Raises:
         DataError: the file does not exist or is empty; later, a line that is asked for is not in
             the format (names file, line and field).
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        starts = [0]
-        with _opened(self.path) as file:
-            starts += [file.tell() for _ in iter(file.readline, b"")]
-        if len(starts) == 1:
-            raise DataError(f"{self.path} is empty; expected a chat file, one JSON object a line")
-        self._starts = np.array(starts, np.int64)
+    def __init__(self, path: str | Path, *, absolute_paths: bool = False) -> None:
+        self.path, self._absolute = Path(path), absolute_paths
+        with self._opened() as file:
+            self._starts = _line_starts(file)
+        if len(self._starts) == 1:
+            raise DataError(f"{self.path} is empty; {A_CHAT_FILE}")
 
     def __len__(self) -> int:
         return len(self._starts) - 1
 
     def __getitem__(self, index: int) -> Sample:
-        start, end = self._starts[index : index + 2]
-        with _opened(self.path) as file:
-            file.seek(start)
-            found = _read(self.path, index + 1, file.read(end - start))
+        found = self.look(index)
         if isinstance(found, Problem):
             raise DataError(str(found))
         return found
 
+    def look(self, index: int) -> Sample | Problem:
+        """Sample `index`, or what is wrong with its line."""
+        start, end = self._starts[index : index + 2]
+        try:
+            if end - start > MAX_LINE_BYTES:
+                size = _Words(f"a line of {(end - start) >> 20} MiB")
+                raise _Wrong("(line)", size, f"at most {MAX_LINE_BYTES >> 20} MiB")
+            with self._opened() as file:
+                file.seek(start)
+                line = file.read(end - start)
+            return _sample(_parsed(line), absolute=self._absolute)
+        except _Wrong as error:
+            return self.problem(index, error.field, str(error))
 
-def problems(path: str | Path) -> list[Problem]:
+    def problem(self, index: int, field: str, message: str) -> Problem:
+        """What is wrong with a field of line `index`, counted from 0."""
+        return Problem(file=self.path, line=index + 1, field=field, message=message)
+
+    def _opened(self) -> BinaryIO:
+        try:
+            return open_plain(self.path)
+        except FileNotFoundError:
+            raise DataError(f"{self.path} does not exist; {A_CHAT_FILE}") from None
+        except OSError as error:
+            raise DataError(f"{self.path} cannot be read: {error.strerror}") from error
+        except DataError as error:
+            raise DataError(f"{self.path} {error}; {A_CHAT_FILE}") from None
+
+
+def _line_starts(file: BinaryIO) -> np.ndarray:
+    """Where each line begins, and where the last ends: int64 [lines + 1]. A block at a time: a
+    line may be longer than memory."""
+    starts, offset = [np.zeros(1, np.int64)], 0
+    while block := file.read(BLOCK):
+        ends = np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")).astype(np.int64)
+        starts.append(ends + 1 + offset)
+        offset += len(block)
+    found = np.concatenate(starts)
+    return found if found[-1] == offset else np.append(found, offset)
+
+
+def problems(path: str | Path, *, absolute_paths: bool = False) -> list[Problem]:
     """What is wrong with a chat file: the first problem of each line that has one."""
-    return [found for found in _lines(Path(path)) if isinstance(found, Problem)]
-
-
-def _lines(path: Path) -> Iterator[Sample | Problem]:
-    with _opened(path) as file:
-        for number, line in enumerate(file, start=1):
-            yield _read(path, number, line)
-
-
-def _opened(path: Path) -> BinaryIO:
-    if not path.is_file():
-        raise DataError(f"{path} does not exist; expected a chat file, one JSON object a line")
-    return path.open("rb")
-
-
-def _read(path: Path, number: int, line: bytes) -> Sample | Problem:
-    try:
-        return _sample(_parsed(line))
-    except _Wrong as error:
-        return Problem(file=path, line=number, field=error.field, message=str(error))
+    file = ChatFile(path, absolute_paths=absolute_paths)
+    looks = (file.look(index) for index in range(len(file)))
+    return [found for found in looks if isinstance(found, Problem)]
 
 
 def _parsed(line: bytes) -> dict[str, object]:
@@ -152,22 +204,29 @@ def _parsed(line: bytes) -> dict[str, object]:
         raise _Wrong(
             "(line)", _Words(f"{error.msg} at column {error.colno}"), "a JSON object"
         ) from None
+    except RecursionError:
+        raise _Wrong("(line)", _Words("values nested too deep"), "a JSON object") from None
+    except ValueError:  # Python's limit on the digits of a number
+        raise _Wrong("(line)", _Words("a number of thousands of digits"), "a JSON object") from None
     if not isinstance(record, dict):
         raise _Wrong("(line)", record, "a JSON object")
     return record
 
 
-def _sample(record: dict[str, object]) -> Sample:
+def _sample(record: dict[str, object], *, absolute: bool) -> Sample:
     """One parsed line. Raises an error that names the field."""
     _no_misspelling(record, FIELDS)
-    if isinstance(record.get("id"), bool | float | list | dict):
-        raise _Wrong("id", record["id"], "a string or a whole number")
+    name = record.get("id")
+    if isinstance(name, bool | float | list | dict) or (
+        isinstance(name, str) and not is_text(name)
+    ):
+        raise _Wrong("id", name, "a string or a whole number")
     messages = _messages(record.get("conversations"))
-    images, video = _images(record), _video(record)
+    images, video = _images(record, absolute), _video(record, absolute)
     if images and video:
         raise _Wrong("video", video, "no video beside image: a sample has one or the other")
     return Sample(
-        id=record.get("id"),
+        id=name,
         messages=_with_placeholders(messages, images, video),
         images=images,
         video=video,
@@ -214,6 +273,8 @@ def _message(turn: object, where: str) -> Message:
         raise _Wrong(f"{where}.from", role, " or ".join(ROLES))
     if not isinstance(text, str):
         raise _Wrong(f"{where}.value", text, "a string")
+    if not is_text(text):
+        raise _Wrong(f"{where}.value", text, WHOLE_LETTERS)
     if role == "gpt" and not text.strip():
         raise _Wrong(
             f"{where}.value", text, "an answer: there is nothing to learn from a blank one"
@@ -221,26 +282,29 @@ def _message(turn: object, where: str) -> Message:
     return Message(role, text)
 
 
-def _images(record: dict[str, object]) -> tuple[str, ...]:
+def _images(record: dict[str, object], absolute: bool) -> tuple[str, ...]:
     """Paths of the pictures; an empty `image` is the official way to say that there is none."""
     image = record.get("image")
     if image is None or image == "":
         return ()
     if isinstance(image, str):
-        return (image,)
+        return (_path("image", image, absolute),)
     if not isinstance(image, list):
         raise _Wrong("image", image, "a path or a list of paths")
-    for i, path in enumerate(image):
-        if not isinstance(path, str) or not path:
-            raise _Wrong(f"image[{i}]", path, "a path")
-    return tuple(image)
+    return tuple(_path(f"image[{i}]", path, absolute) for i, path in enumerate(image))
 
 
-def _video(record: dict[str, object]) -> str | None:
+def _video(record: dict[str, object], absolute: bool) -> str | None:
     video = record.get("video")
-    if video is not None and not isinstance(video, str):
-        raise _Wrong("video", video, "a path")
-    return video or None
+    return None if video is None or video == "" else _path("video", video, absolute)
+
+
+def _path(field: str, path: object, absolute: bool) -> str:
+    expected = what_is_wrong(path, absolute=absolute)
+    if expected is not None:
+        raise _Wrong(field, path, expected)
+    assert isinstance(path, str)
+    return path
 
 
 def _with_placeholders(
@@ -297,6 +361,11 @@ def _side(record: dict[str, object], name: str, images: int) -> tuple[int, ...]:
         raise _Wrong(name, side, wanted)
     sizes = list(side) if isinstance(side, list) else [side]
     for i, pixels in enumerate(sizes):
-        if isinstance(pixels, bool) or not isinstance(pixels, int) or pixels <= 0:
-            raise _Wrong(f"{name}[{i}]" if listed else name, pixels, "a whole number of pixels > 0")
+        is_number = isinstance(pixels, int) and not isinstance(pixels, bool)
+        if not is_number or not 0 < pixels <= MAX_SIDE_PX:
+            raise _Wrong(
+                f"{name}[{i}]" if listed else name,
+                pixels,
+                f"a whole number of pixels > 0 and at most {MAX_SIDE_PX:,}",
+            )
     return tuple(sizes)

@@ -68,10 +68,11 @@ class OfficialTokenizer(TextTokenizer):
         return self._backend.vocab_size
 
     def encode(self, text: str) -> list[int]:
-        return self._backend.pieces(text)
+        return self._backend.pieces(self._backend.as_text(text))
 
     def continuation(self, before: str, text: str) -> list[int]:
         """As in the base class. Both are encoded as one text, as the official code does."""
+        before, text = map(self._backend.as_text, (before, text))
         return self._backend.pieces(before + text)[len(self._backend.pieces(before)) :]
 
     def decode(self, ids: Iterable[int], *, keep_special: bool = False) -> str:

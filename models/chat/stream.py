@@ -8,10 +8,8 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from infra.mixture import Mixture
+from infra.streams import Stream, stream_seed
 from models.chat.examples import Conversations, Example
-
-DRAW_STREAM = 1 << 37
-"""added to the seed, so that what is drawn for a sample repeats no other stream's numbers"""
 
 Source = Conversations | Callable[[int], Example]
 """a chat file, or whatever makes the example for any number"""
@@ -51,5 +49,5 @@ class ConversationStream:
         source = self._sources[name]
         if not isinstance(source, Conversations):
             return source(number)
-        key = [self._seed + DRAW_STREAM, (epoch << 32) + index]
+        key = [stream_seed(self._seed, Stream.CHAT), (epoch << 32) + index]
         return source.example(index, np.random.Generator(np.random.Philox(key=key)))

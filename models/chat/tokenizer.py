@@ -6,13 +6,14 @@ has, and makes of it what the rest of the code takes.
 
 from __future__ import annotations
 
-import re
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from infra.errors import ModelError
+from models.chat.control import GUARD, any_of, control_tokens, guarded, without_added
 from models.common.tokenizerfiles import read_backend, read_merges, read_pieces
 
 if TYPE_CHECKING:
@@ -53,6 +54,17 @@ class ChatTokenizer(ABC):
         """Begin id, where there is one, and the ids of the text."""
         return [*self.begin, *self.pieces(text)]
 
+    @functools.cached_property
+    def control(self) -> frozenset[str]:
+        """The tokens that texts of people never hold, however they are written."""
+        by_role = {self.begin_id, self.pad_id}
+        roles = {token for token, index in self.added.items() if index in by_role}
+        return frozenset(roles | (control_tokens() & set(self.added)))
+
+    def as_text(self, text: str) -> str:
+        """What somebody wrote, so that `pieces` takes the control tokens in it for text."""
+        return guarded(text, self.control) if self.control else text
+
     def special_id(self, token: str) -> int:
         """Id of a special token. Raises ModelError if there is no such one."""
         if token not in self.added:
@@ -90,7 +102,20 @@ class ByteLevelTokenizer(ChatTokenizer):
         return 1 + max(self._backend.get_vocab().values())
 
     def pieces(self, text: str) -> list[int]:
-        return self._backend.encode(text, add_special_tokens=False).ids
+        if GUARD not in text:
+            return self._backend.encode(text, add_special_tokens=False).ids
+        ids: list[int] = []
+        for piece in any_of(frozenset(self.added)).split(text):
+            if piece in self.added:
+                ids.append(self.added[piece])
+            else:
+                letters = self._letters.encode(piece.replace(GUARD, ""), add_special_tokens=False)
+                ids += letters.ids
+        return ids
+
+    @functools.cached_property
+    def _letters(self) -> Backend:
+        return without_added(self._backend)
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._backend.decode(list(ids), skip_special_tokens=False)
@@ -124,8 +149,7 @@ class SentencePieceTokenizer(ChatTokenizer):
         self._processor = read_pieces(_existing(path), NO_DUMMY_PREFIX if blank_once else b"")
         self.added = dict(added)
         self._texts = {index: token for token, index in added.items()}
-        longest_first = sorted(added, key=len, reverse=True)
-        self._cut = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+        self._cut = any_of(frozenset(added))
         self._blank_once = blank_once
         self._swallow = frozenset(swallow_blanks_after)
         self._no_blank_before = frozenset(no_blank_before)
@@ -151,8 +175,35 @@ class SentencePieceTokenizer(ChatTokenizer):
                 ids.append(self.added[piece])
             else:
                 piece = piece.lstrip() if before in self._swallow else piece
-                ids += self._processor.encode(piece)
+                ids += self._run(piece.replace(GUARD, ""))
             before = piece
+        return ids
+
+    def _run(self, text: str) -> list[int]:
+        """Ids of a text between special tokens. A vocabulary may have a user-defined piece, such as
+        `[UNUSED_TOKEN_146]`, under the id of one: written out it is spelt letter by letter."""
+        ids = self._processor.encode(text)
+        if self._texts.keys().isdisjoint(ids):
+            return ids
+        spelt: list[int] = []
+        for index in ids:
+            literal = self._processor.id_to_piece(index)
+            spelt += self._spelt(literal) if self._is_control(index, literal, text) else [index]
+        return spelt
+
+    def _is_control(self, index: int, literal: str, text: str) -> bool:
+        return self._texts.get(index) in self.control and literal in text
+
+    def _spelt(self, literal: str) -> list[int]:
+        """Ids of the single letters of a text, or of their bytes."""
+        ids: list[int] = []
+        for letter in literal:
+            index = self._processor.piece_to_id(letter)
+            if self._processor.is_unknown(index):
+                by_byte = [f"<0x{byte:02X}>" for byte in letter.encode()]
+                ids += map(self._processor.piece_to_id, by_byte)
+            else:
+                ids.append(index)
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:

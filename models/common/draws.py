@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 
 from infra.splitmix import mix64, numbers_of
-
-DROP_STREAM = 1 << 34
-"""added to the seed, so that drop path does not follow what else is drawn of a sample"""
+from infra.streams import Stream, stream_seed
 
 
 def drop_samples(seed: int, positions: Sequence[tuple[int, int]]) -> Tensor:
     """What drop path draws by: a number for each (epoch, index), whoever has it. int64 [N]."""
-    return torch.from_numpy(numbers_of(seed + DROP_STREAM, positions).view(np.int64))
+    numbers = numbers_of(stream_seed(seed, Stream.DROP_PATH), positions)
+    return torch.from_numpy(numbers.view(np.int64))
 
 
 def uniforms(samples: Tensor, shape: tuple[int, ...]) -> Tensor:

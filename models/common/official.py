@@ -160,17 +160,19 @@ CHAT = Table(
         "downsample_ratio": number(0.5, low=1e-4, high=1),
         "ps_version": among("v1", "v1", "v2"),
         "template": text(),
-        "pad2square": only(
-            False, None, why="pictures are not filled up to a square in the mean colour here"
-        ),
+        "dynamic_image_size": flag(False),
+        "use_thumbnail": flag(False),
+        "min_dynamic_patch": size(1, most=1024),
+        "max_dynamic_patch": size(6, most=1024),
+        "pad2square": flag(False),
         "image_fold": empty("pictures are not folded here"),
         "img_context_token_id": size(None, least=0, most=ROWS, null=True),
         **_TOWER,
     },
     harmless=_GENERAL
     | names(
-        # How pictures are cut into tiles is said where a model is trained and where it is used.
-        "dynamic_image_size use_thumbnail min_dynamic_patch max_dynamic_patch system_message",
+        # Of the template, which has its own.
+        "system_message",
         # Of the language model, which says them itself.
         "hidden_size tie_word_embeddings vocab_size",
     ),
@@ -264,7 +266,7 @@ LLAVA = Table(
         freeze_mm_mlp_adapter mm_resampler_type mm_projector_lr mm_vision_tower_lr
         image_grid_pinpoints tokenizer_padding_side tokenizer_model_max_length
         pretrain_mm_mlp_adapter freeze_vision_tower vision_tower_config
-        unfreeze_mm_vision_tower mm_vision_select_layer2""",
+        vlfoundry_pictures unfreeze_mm_vision_tower mm_vision_select_layer2""",
     ),
 )
 SHAPES = names(

@@ -15,6 +15,7 @@ from models.connector.config import ConnectorConfig
 from models.internvit.config import InternViTConfig, internvit
 from models.llama.config import llama
 from models.qllama.config import PAPER, QLlamaConfig
+from models.sight import PictureConfig, Sight
 
 Kind = Literal["vision", "text", "internvl_c", "internvl_g", "chat_simple", "chat_full"]
 
@@ -50,6 +51,8 @@ class InternVLConfig:
     """vision tokens to the chat models' language model"""
     language: DecoderConfig | None = None
     """the chat models' language model; None: of the text tower's shape"""
+    pictures: PictureConfig = field(default_factory=PictureConfig)
+    """how a chat model is given pictures"""
     embed_dim: int = 128
     """channels of the shared space of images and texts"""
     pool_heads: int = 4
@@ -133,6 +136,12 @@ class InternVLConfig:
             language=dataclasses.replace(self.chat, lora=language),
         )
 
+    def with_tiles(self, most: int) -> InternVLConfig:
+        """The same model, whose pictures have at most so many tiles."""
+        least = min(self.pictures.min_tiles, most)
+        pictures = dataclasses.replace(self.pictures, min_tiles=least, max_tiles=most)
+        return dataclasses.replace(self, pictures=pictures)
+
     def depths(self, kind: str) -> dict[str, int]:
         """Layers of each tower that a configuration has."""
         towers = {"vision": self.vision, "text": self.text, "language": self.chat}
@@ -143,14 +152,27 @@ class InternVLConfig:
         towers = {"vision": self.vision, "text": self.text, "language": self.chat}
         return towers[part].lora if part in towers else None
 
+    def sight(self, kind: str) -> Sight:
+        """How a model of this kind is given pictures."""
+        return Sight(
+            chats="language" in PARTS[kind], side_px=self.vision.image_px, pictures=self.pictures
+        )
+
     def visual_tokens(self, kind: str) -> int:
-        """Tokens that one image takes in a chat model's prompt."""
+        """Tokens that one square of a picture takes in a chat model's prompt."""
         patches = self.vision.patches // self.connector.merge**2
         return patches + (self.queries.num_queries if kind == "chat_full" else 0)
 
 
+TILES = PictureConfig(max_tiles=12)
+"""as InternVL 1.5 and later are trained"""
+ONE = PictureConfig(geometry="squeeze")
+"""as InternVL 1.1 and 1.2 are"""
+
+
 def _paper() -> InternVLConfig:
     return InternVLConfig(
+        pictures=PictureConfig(geometry="pad"),
         vision=internvit("6b"),
         text=llama("chinese-alpaca-7b"),
         queries=PAPER,
@@ -161,10 +183,13 @@ def _paper() -> InternVLConfig:
     )
 
 
-def _chat(vision: str, language: str, **connector) -> InternVLConfig:
+def _chat(
+    vision: str, language: str, pictures: PictureConfig = TILES, **connector
+) -> InternVLConfig:
     return InternVLConfig(
         vision=internvit(vision),
         language=llama(language),
+        pictures=pictures,
         connector=ConnectorConfig(kind="pixel_shuffle", init_std=0.02, **connector),
     )
 
@@ -172,8 +197,8 @@ def _chat(vision: str, language: str, **connector) -> InternVLConfig:
 FLAVOURS: dict[str, Callable[[], InternVLConfig]] = {
     "paper": _paper,
     # Published chat models; of the kinds of model, they are for `chat_simple`.
-    "chat-v1.1": partial(_chat, "6b-448", "llama2-13b", ps_version="v1", select_layer=-4),
-    "chat-v1.2": partial(_chat, "6b-448-v1.2", "yi-34b", ps_version="v1"),
+    "chat-v1.1": partial(_chat, "6b-448", "llama2-13b", ONE, ps_version="v1", select_layer=-4),
+    "chat-v1.2": partial(_chat, "6b-448-v1.2", "yi-34b", ONE, ps_version="v1"),
     "chat-v1.5-26b": partial(_chat, "6b-448-v1.5", "internlm2-20b"),
     "internvl2-8b": partial(_chat, "300m", "internlm2-7b"),
     "internvl2-2b": partial(_chat, "300m", "internlm2-1.8b"),

@@ -6,6 +6,7 @@ An imported model folder has, beside its config and weights (in the types they c
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -27,7 +28,15 @@ from models.internvit import hf as vision_hf
 from models.internvl import hf
 from models.internvl.config import PARTS, InternVLConfig
 from models.internvl.folder import new_folder, read_config, refuse_overwriting, write_config
-from models.internvl.handover import has_tokenizer, is_ours, write_companions
+from models.internvl.handover import (
+    PICTURES,
+    has_tokenizer,
+    is_ours,
+    pictures_told,
+    tiles,
+    unlike_ours,
+    write_companions,
+)
 from models.internvl.hf_fields import taken_defaults, unknown_fields
 from models.internvl.lora import BASE_LAYER, MergedFiles, adapters, peft_keys
 from models.internvl.source import (
@@ -82,6 +91,8 @@ class Conversion:
     """names in the source that were left out on purpose"""
     unknown: tuple[str, ...] = ()
     """fields of its config.json that no official class has, and that were not looked at"""
+    note: str = ""
+    """what the reader of an export does in another way"""
 
     @property
     def summary(self) -> str:
@@ -188,6 +199,9 @@ def import_model(
     if tower_config is not None:
         facts[hf.TOWER] = read_mapping(tower_config)
     config = _read_config(config_file, form, facts)
+    if name == "transformers":
+        told = pictures_told(source)
+        config = dataclasses.replace(config, pictures=told) if told else config
     refuse_overwriting(target)
     small = small_files(source) if source.is_dir() else []
     with TensorFiles(source, inside=inside) as files, new_folder(target) as part:
@@ -296,11 +310,20 @@ def export_model(folder: str | Path, target: str | Path, format: str) -> Convers
             _keep(small_files(folder / KEPT), part)
         if kept is None or kept[0] != format:
             facts = dict(facts or {})
-            write_companions(folder, part, format, kind, config, facts, kept[1] if kept else {})
+            write_companions(folder, part, format, kind, config, facts)
+        elif format == "transformers" and pictures_told(folder / KEPT) != config.pictures:
+            _write_json(part / PICTURES, tiles(config))
         if facts is not None:
             _write_json(part / "config.json", facts)
     size = sum(fact.size for fact in done.values())
-    return Conversion(format=format, kind=kind, tensors=len(done), size=size, left_out=left_out)
+    return Conversion(
+        format=format,
+        kind=kind,
+        tensors=len(done),
+        size=size,
+        left_out=left_out,
+        note=unlike_ours(format, config),
+    )
 
 
 def merge_model(folder: str | Path, target: str | Path) -> int:
@@ -473,7 +496,10 @@ def _official_config(
     kept = _kept_config(folder)
     if kept is not None and kept[0] == format:
         merged = kept[1] | {name: 0 for name in hf.LORA_RANKS if kept[1].get(name)}
-        if FORMATS[format].read(merged) == config:
+        read = FORMATS[format].read(merged)
+        if format == "transformers":  # which says it elsewhere
+            read = dataclasses.replace(read, pictures=config.pictures)
+        if read == config:
             return None if merged == kept[1] else merged
     if format == "transformers":
         return hf.config_to_native(config, _image_token(folder, kept[1] if kept else {}))

@@ -28,6 +28,8 @@ def write_config(folder: Path, kind: str, config: InternVLConfig) -> None:
     """Write the `config.json` of a model folder."""
     folder.mkdir(parents=True, exist_ok=True)
     facts = {"format": FORMAT, "kind": kind, "model": to_dict(config)}
+    if "language" not in PARTS[kind]:
+        del facts["model"]["pictures"]  # how a chat model is given them
     text = json.dumps(facts, indent=2, sort_keys=True, ensure_ascii=False)
     (folder / "config.json").write_text(text + "\n", encoding="utf-8")
 

@@ -13,12 +13,15 @@ from typing import Any
 from infra.givenfiles import read_mapping
 from models.chat.official import KEPT, PIECES, OfficialTokenizer
 from models.chat.templates import END_IMG, IMG, IMG_CONTEXT
+from models.common.fields import size
 from models.internvl.config import InternVLConfig
 from models.internvl.tokenizer import load_tokenizer
 from models.preprocess import MEAN, STD
+from models.sight import PictureConfig
 from models.tokenizer import BOS, EOS, PAD, SPECIAL_TOKENS, TextTokenizer, Tokenizer
 
 OWN = "tokenizer.json"
+PICTURES = "preprocessor_config.json"
 BICUBIC = 3
 """Pillow's number"""
 EMBEDDING = ("internvl_14b", "internvl_c_pth")
@@ -56,7 +59,6 @@ def write_companions(
     kind: str,
     config: InternVLConfig,
     facts: dict[str, Any],
-    kept: Mapping[str, Any],
 ) -> None:
     """Write what belongs beside the weights, and the ids of special tokens into `facts`.
 
@@ -67,13 +69,12 @@ def write_companions(
         kind: of the model.
         config: of the model.
         facts: the config.json that will be written.
-        kept: the official config.json that was imported, or {}.
 
     Raises:
         ModelError: the tokenizer is damaged, or cannot be what the format needs.
     """
     if format != "transformers":
-        _write(target / "preprocessor_config.json", _clip(config.vision.image_px))
+        _write(target / PICTURES, _clip(config.vision.image_px))
     own = (folder / OWN).is_file()
     if format in SEEING or not has_tokenizer(folder) or not (own or format == "transformers"):
         return
@@ -94,7 +95,7 @@ def write_companions(
         told.pop("additional_special_tokens", None)
         if chats:
             _write_text(target / "chat_template.jinja", tokenizer.dialogue.jinja())
-        _write(target / "preprocessor_config.json", _tiles(config.vision.image_px, kept))
+        _write(target / PICTURES, tiles(config))
         processor = {
             "processor_class": _PROCESSOR,
             "image_seq_length": config.visual_tokens("chat_simple"),
@@ -157,18 +158,51 @@ def _write_own(source: Path, target: Path, *, embeds: bool) -> None:
     tokenizer.save(target, TemplateProcessing(single=f"{BOS} $A {EOS}", special_tokens=around))
 
 
-def _tiles(image_px: int, kept: Mapping[str, Any]) -> dict[str, Any]:
-    """How transformers cuts a picture. Ours are trained and asked with whole pictures."""
-    many = bool(kept.get("dynamic_image_size"))
+def tiles(config: InternVLConfig) -> dict[str, Any]:
+    """How transformers' processor cuts a picture: as the model is trained and asked, if it can."""
+    many = config.pictures.geometry == "tiles"
+    side = config.vision.image_px
     return {
         "image_processor_type": "GotOcr2ImageProcessor",
         "processor_class": _PROCESSOR,
         "crop_to_patches": many,
-        "min_patches": kept.get("min_dynamic_patch", 1) if many else 1,
-        "max_patches": kept.get("max_dynamic_patch", 6) if many else 1,
-        "size": {"height": image_px, "width": image_px},
+        "min_patches": config.pictures.min_tiles if many else 1,
+        "max_patches": config.pictures.max_tiles if many else 1,
+        "size": {"height": side, "width": side},
         **_pixels(),
     }
+
+
+def pictures_told(folder: Path) -> PictureConfig | None:
+    """How the processor of a folder of transformers cuts pictures; None: it does not say.
+
+    Raises:
+        ModelError: its file is damaged.
+    """
+    told = _read(folder / "processor_config.json").get("image_processor")
+    told = told if isinstance(told, dict) else _read(folder / PICTURES)
+    most: Any = told.get("max_patches")
+    least: Any = told.get("min_patches", 1)
+    if not all(size(most=1024).fits(number) for number in (most, least)):
+        return None
+    if most == 1:
+        return PictureConfig(geometry="squeeze")
+    return PictureConfig(min_tiles=min(least, most), max_tiles=most)
+
+
+def unlike_ours(format: str, config: InternVLConfig) -> str:
+    """What is done to pictures in another way where a model is exported to; empty: nothing."""
+    pictures = config.pictures
+    if format != "transformers" or pictures.geometry == "squeeze":
+        return ""
+    if pictures.geometry == "tiles":
+        if pictures.thumbnail or pictures.max_tiles == 1:
+            return ""
+        return "its processor adds a thumbnail to a picture in tiles, which this model is not given"
+    return (
+        "its processor squeezes pictures into a square; this model is given them by "
+        f"{pictures.geometry}"
+    )
 
 
 def _clip(image_px: int) -> dict[str, Any]:

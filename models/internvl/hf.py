@@ -27,6 +27,13 @@ from models.connector.config import ConnectorConfig
 from models.internvit import hf as vision_hf
 from models.internvit.config import InternViTConfig
 from models.internvl.config import InternVLConfig
+from models.internvl.hf_pictures import (
+    NATIVE_PICTURES,
+    pictures_from_llava,
+    pictures_from_official,
+    pictures_to_llava,
+    pictures_to_official,
+)
 from models.llama import hf as llama_hf
 from models.qllama.config import QLlamaConfig
 
@@ -84,6 +91,7 @@ def _chat(config: Mapping) -> InternVLConfig:
         vision=dataclasses.replace(vision, lora=_lora(said["use_backbone_lora"])),
         language=dataclasses.replace(language, lora=_lora(said["use_llm_lora"])),
         connector=_connector(config, said, vision, "select_layer", ps_version=said["ps_version"]),
+        pictures=pictures_from_official(config),
     )
 
 
@@ -170,6 +178,7 @@ def config_to_official(config: InternVLConfig, kind: str) -> dict[str, Any]:
         "select_layer": config.connector.select_layer,
         "downsample_ratio": 1 / config.connector.shuffle_side,
         "force_image_size": config.vision.image_px,
+        **pictures_to_official(config.pictures),
     }
 
 
@@ -218,6 +227,7 @@ def config_from_native(config: Mapping) -> InternVLConfig:
         vision=vision,
         language=dataclasses.replace(language, tied_head=_is_tied(config, said)),
         connector=_connector(config, said, vision, "vision_feature_layer", ps_version="v2"),
+        pictures=pictures_from_official(NATIVE_PICTURES),
     )
 
 
@@ -297,7 +307,9 @@ def config_from_llava(config: Mapping) -> InternVLConfig:
         whole = InternVLConfig(vision=vision_hf.config_from_official(tower, TOWER))
     _require_layer(config, said, whole.vision, "mm_vision_select_layer")
     connector = ConnectorConfig(kind="mlp2x", select_layer=said["mm_vision_select_layer"])
-    return dataclasses.replace(whole, language=language, connector=connector)
+    return dataclasses.replace(
+        whole, language=language, connector=connector, pictures=pictures_from_llava(config)
+    )
 
 
 def config_to_llava(config: InternVLConfig, kind: str) -> dict[str, Any]:
@@ -316,7 +328,7 @@ def config_to_llava(config: InternVLConfig, kind: str) -> dict[str, Any]:
         "mm_use_im_start_end": False,
         "mm_use_im_patch_token": False,
         "use_mm_proj": True,
-        "image_aspect_ratio": "pad",
+        **pictures_to_llava(config.pictures),
     }
 
 

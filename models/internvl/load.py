@@ -7,7 +7,7 @@ with whatever is trained from these, in the folder `official`.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from infra.backend import install
+from infra.decode import Picture
 from infra.errors import ModelError
 from infra.train.weights import gather_weights, load_weights, pieces, write_safetensors
 from models.chat.official import KEPT
@@ -31,11 +33,11 @@ from models.internvl.folder import (
 from models.internvl.model import Chunks, InternVL, build
 from models.internvl.prompts import SUMMARIZE
 from models.internvl.tokenizer import load_tokenizer
-from models.preprocess import normalise, resize
+from models.preprocess import normalise
 from models.tokenizer import TextTokenizer, pad
 
 BATCH = 64
-"""images or texts a forward pass takes"""
+"""squares of pictures, or texts, that a forward pass takes"""
 
 
 def save_model(
@@ -116,7 +118,7 @@ def _fill(
 
 
 def load_model(folder: str | Path, *, untrained_seed: int | None = None) -> Model:
-    """A model ready for use in this process.
+    """A model ready for use in this process: where training computes, and in its precision.
 
     Args:
         folder: a model folder.
@@ -135,11 +137,15 @@ def load_model(folder: str | Path, *, untrained_seed: int | None = None) -> Mode
     model = build(kind, config, seed=untrained_seed or 0, spec="local")
     if untrained_seed is None:
         load_weights(model, Path(folder) / "weights.safetensors")
-    return Model(model, config, tokenizer)
+    return Model(model.to(install().kind), config, tokenizer)
 
 
 class Model:
-    """A model as evaluation sees it: pictures and texts in, numbers and texts out."""
+    """A model as evaluation sees it: pictures and texts in, numbers and texts out.
+
+    Pictures are as they are stored, or uint8 [H, W, 3 or 4] of any size: what the vision tower is
+    given of them is the model's own affair (`models.sight`).
+    """
 
     def __init__(self, model: InternVL, config: InternVLConfig, tokenizer: TextTokenizer):
         """Raises ModelError if a chat model's way of being asked is not known."""
@@ -150,12 +156,12 @@ class Model:
         self.stop_id = self.dialogue.stop_id if self.dialogue else tokenizer.eos_id
         self.kind = model.kind
         self.capabilities = CAPABILITIES[model.kind]
-        self.image_size = config.vision.image_px
+        self.sight = config.sight(model.kind)
 
-    def embed_images(self, images: np.ndarray) -> np.ndarray:
-        """uint8 [B, H, W, 3] -> unit float32 [B, E]."""
+    def embed_images(self, images: Sequence[Picture], task: str = "retrieval") -> np.ndarray:
+        """B pictures -> unit float32 [B, E]; the task decides what is seen of an oblong one."""
         self._require("embed")
-        return self._by_batch(images, self.module.embed_images, self.config.embed_dim)
+        return self._by_batch(images, task, self.module.embed_images, self.config.embed_dim)
 
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
         """Texts as they are -> unit float32 [B, E]; the model adds its own prefix."""
@@ -166,64 +172,84 @@ class Model:
         for chunk in _chunks(list(texts)):
             ids, mask = self.tokenizer.encode_batch(chunk, prefix=SUMMARIZE, max_tokens=longest)
             with torch.inference_mode():
-                parts.append(self.module.embed_texts(_tensor(ids), _tensor(mask)).numpy())
+                parts.append(_numbers(self.module.embed_texts(self._there(ids), self._there(mask))))
         return np.concatenate(parts)
 
-    def image_features(self, images: np.ndarray) -> np.ndarray:
-        """uint8 [B, H, W, 3] -> float32 [B, W]: mean of the vision tower's patch tokens."""
+    def image_features(self, images: Sequence[Picture], task: str = "linear_probe") -> np.ndarray:
+        """B pictures -> float32 [B, W]: mean of the vision tower's patch tokens, of the first
+        square of each."""
         if self.module.vision is None:
             raise ModelError(f"a {self.kind} model sees no images")
         return self._by_batch(
             images,
+            task,
             lambda pixels: self.module.vision(pixels)[:, 1:].mean(1),
             self.config.vision.width,
         )
 
     def generate(
-        self, images: np.ndarray, prompts: Sequence[str], max_new_tokens: int
+        self, images: Sequence[Picture], prompts: Sequence[str], max_new_tokens: int
     ) -> list[str]:
         """Greedy texts about images, one each.
 
-        Chat models take a question; internvl_g takes a caption prompt such as
-        `models.internvl.prompts.caption_prompt("en")`.
+        Chat models take a question, and see the tiles that they were trained on; internvl_g takes a
+        caption prompt such as `models.internvl.prompts.caption_prompt("en")`.
         """
         self._require("generate")
+        seen = (self.sight.squares(image, "caption") for image in images)
         texts: list[str] = []
-        for start in range(0, len(prompts), BATCH):
-            pixels = self._pixels(images[start : start + BATCH])
-            rows = [self._prompt(prompt) for prompt in prompts[start : start + BATCH]]
-            ids, mask = pad(rows, self.tokenizer.pad_id, left=True)
-            with torch.inference_mode():
-                new = self.module.generate(
-                    _tensor(ids),
-                    _tensor(mask),
-                    pixels,
-                    max_new_tokens=max_new_tokens,
-                    eos_id=self.stop_id,
-                    **({"context_id": self.dialogue.context_id} if self.dialogue else {}),
-                )
-            texts += [self._text(row) for row in new.tolist()]
+        for squares, asked in _groups(zip(seen, prompts, strict=True)):
+            texts += self._answers(squares, asked, max_new_tokens)
         return texts
 
-    def _prompt(self, prompt: str) -> list[int]:
+    def _answers(
+        self, squares: Sequence[np.ndarray], prompts: Sequence[str], max_new_tokens: int
+    ) -> list[str]:
+        """Texts about pictures, each of which is uint8 [N, S, S, 3]."""
+        rows = [self._prompt(p, len(n)) for p, n in zip(prompts, squares, strict=True)]
+        ids, mask = pad(rows, self.tokenizer.pad_id, left=True)
+        with torch.inference_mode():
+            new = self.module.generate(
+                self._there(ids),
+                self._there(mask),
+                self._pixels(np.concatenate(squares)),
+                max_new_tokens=max_new_tokens,
+                eos_id=self.stop_id,
+                **({"context_id": self.dialogue.context_id} if self.dialogue else {}),
+            )
+        return [self._text(row) for row in new.tolist()]
+
+    def _prompt(self, prompt: str, squares: int) -> list[int]:
         if self.dialogue is None:
             return [*self.tokenizer.begin, *self.tokenizer.encode(prompt)]
-        return self.dialogue.question(prompt, self.config.visual_tokens(self.kind))
+        return self.dialogue.question(prompt, squares * self.config.visual_tokens(self.kind))
 
     def _text(self, row: list[int]) -> str:
         row = row[: row.index(self.stop_id)] if self.stop_id in row else row
         return self.tokenizer.decode(row, keep_special=True).strip()
 
-    def _pixels(self, images: np.ndarray) -> Tensor:
-        return normalise(resize(images, self.image_size))
+    def _pixels(self, squares: np.ndarray) -> Tensor:
+        return normalise(squares).to(self._device)
+
+    def _there(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self._device)
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.module.parameters()).device
 
     def _by_batch(
-        self, images: np.ndarray, encode: Callable[[Tensor], Tensor], width: int
+        self,
+        images: Sequence[Picture],
+        task: str,
+        encode: Callable[[Tensor], Tensor],
+        width: int,
     ) -> np.ndarray:
         parts = [np.empty((0, width), np.float32)]
         for chunk in _chunks(images):
+            squares = np.concatenate([self.sight.squares(image, task)[:1] for image in chunk])
             with torch.inference_mode():
-                parts.append(encode(self._pixels(chunk)).float().numpy())
+                parts.append(_numbers(encode(self._pixels(squares))))
         return np.concatenate(parts)
 
     def _require(self, capability: str) -> None:
@@ -238,5 +264,22 @@ def _chunks(items: Any) -> Iterator[Any]:
     return (items[start : start + BATCH] for start in range(0, len(items), BATCH))
 
 
-def _tensor(array: np.ndarray) -> Tensor:
-    return torch.from_numpy(array)
+def _groups(
+    pairs: Iterable[tuple[np.ndarray, str]],
+) -> Iterator[tuple[list[np.ndarray], list[str]]]:
+    """Neighbours as long as they have no more than `BATCH` squares together; a picture is whole."""
+    squares: list[np.ndarray] = []
+    prompts: list[str] = []
+    for found, prompt in pairs:
+        if squares and sum(map(len, squares)) + len(found) > BATCH:
+            yield squares, prompts
+            squares, prompts = [], []
+        squares.append(found)
+        prompts.append(prompt)
+    if squares:
+        yield squares, prompts
+
+
+def _numbers(tensor: Tensor) -> np.ndarray:
+    """float32, wherever it is and in whatever precision: NumPy has no bf16."""
+    return tensor.float().cpu().numpy()

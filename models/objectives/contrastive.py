@@ -6,15 +6,13 @@ Letters: B samples of this rank, U distinct captions, R ranks, E embedding.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.linalg import vecdot
 
 from infra.backend.parallel import text_peers
-from infra.errors import ConfigError
 from models.common.parallel import data_group
 from models.common.precision import wide
 from models.objectives.common import (
@@ -26,42 +24,11 @@ from models.objectives.common import (
     images_of,
     scatter_rows,
 )
+from models.objectives.options import ContrastiveConfig
 from models.objectives.tiled import TwoWay, softplus_sum, two_way_logsumexp
 
 LENGTH_GROUPS = 4
 """text batches that the captions of one step are split into, by length"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ContrastiveConfig:
-    """Options of the contrastive loss."""
-
-    loss: Literal["softmax", "sigmoid"] = "softmax"
-    """softmax: each picture and each caption chooses among all of the other kind (CLIP); sigmoid:
-    each pair matches or not (SigLIP), with a bias that the model learns"""
-    label_smoothing: float = 0.0
-    """share of the target spread over all columns; softmax alone"""
-    max_logit_scale: float | None = 100.0
-    """ceiling of the inverse temperature; None: none, as in the official code; softmax alone"""
-
-    def __post_init__(self) -> None:
-        if self.loss == "sigmoid" and self.label_smoothing:
-            raise ConfigError(
-                f"label_smoothing is {self.label_smoothing}, but the sigmoid loss spreads no "
-                'target; leave it at 0, or use loss "softmax"'
-            )
-
-    def require_softmax(self, option: str) -> None:
-        """Refuse the sigmoid loss where it is not meant.
-
-        Raises:
-            ConfigError: `option` asks for it.
-        """
-        if self.loss != "softmax":
-            raise ConfigError(
-                f'{option}.loss is {self.loss!r}; expected "softmax": the sigmoid loss, and the '
-                "bias that it learns, are stage 1's alone"
-            )
 
 
 class Contrastive(Objective):

@@ -5,9 +5,6 @@ Letters: B samples of this rank, T tokens.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
-
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, pad
@@ -25,29 +22,12 @@ from models.objectives.common import (
     max_over_ranks,
     sum_over_ranks,
 )
-from models.objectives.contrastive import ContrastiveConfig, info_nce
-from models.objectives.next_token import IGNORE, NextTokenConfig, mean_of, sums, totals
+from models.objectives.contrastive import info_nce
+from models.objectives.next_token import IGNORE, mean_of, sums, totals
+from models.objectives.options import GenerativeConfig
 
 EMPTY_TEXT_TOKENS = 2
 """begin and end: a matching text of this many tokens is empty"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class GenerativeConfig:
-    """Options of the three losses."""
-
-    negatives: Literal["given", "hard"] = "hard"
-    """ITM's wrong captions: the batch's own, or the most similar wrong caption of this rank's
-    samples by the frozen towers"""
-    empty_summary_tokens: int = 5
-    """an ITC text of this many tokens is empty: begin, the prefix, end"""
-    contrastive: ContrastiveConfig = field(default_factory=ContrastiveConfig)
-    """of ITC"""
-    next_token: NextTokenConfig = field(default_factory=NextTokenConfig)
-    """of ITG"""
-
-    def __post_init__(self) -> None:
-        self.contrastive.require_softmax("generative.objective.contrastive")
 
 
 class Generative(Objective):

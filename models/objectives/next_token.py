@@ -6,8 +6,6 @@ Letters: B batch, T tokens, N labelled tokens, D width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -27,20 +25,10 @@ from models.objectives.common import (
     split_rows,
     sum_over_ranks,
 )
+from models.objectives.options import Averaging, NextTokenConfig
 from models.tokenizer import IMG_CONTEXT_ID
 
 IGNORE = -100
-Averaging = Literal["token", "sample", "square"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class NextTokenConfig:
-    """Options of the next-token loss."""
-
-    averaging: Averaging = "token"
-    """weight of a token in a row of x labelled ones: 1, 1/x or 1/sqrt(x)"""
-    global_mean: bool = True
-    """divide by the weights of all ranks, so that the number of ranks changes nothing"""
 
 
 class NextToken(Objective):

@@ -1,5 +1,7 @@
 """Folders in the two formats, with all that can be odd or wrong in them."""
 
+from pathlib import Path
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -8,6 +10,7 @@ from PIL import Image
 
 from eval.datasets import ConceptSet, PairSet, read_concept_set, read_folder
 from eval.pictures import decode_squares
+from eval.suites.zero_shot import as_concept_set
 from infra.errors import DataError
 from tests.eval_fakes import drawing, encoded, write_concept_set, write_pair_set
 
@@ -40,11 +43,10 @@ def test_formats_agree(kind):
     assert np.abs(square.astype(int) - (200, 30, 60)).max() <= 8
 
 
-def test_proportions_are_kept_and_transparency_is_white():
-    wide = Image.new("RGBA", (40, 20), (0, 0, 0, 255))
+def test_the_whole_picture_is_squeezed_and_transparency_is_white():
+    wide = Image.new("RGBA", (42, 20), (0, 0, 0, 255))
     (square,) = decode_squares([encoded(wide)], 20)
-    assert (square[:5] == 255).all()
-    assert (square[6:14] == 0).all()
+    assert (square == 0).all()
     clear = Image.new("RGBA", (40, 40), (255, 0, 0, 0))
     assert (decode_squares([encoded(clear)], 8) == 255).all()
 
@@ -111,8 +113,8 @@ def test_same_pictures_are_found_whatever_their_file_format(tmp_path):
     ("change", "message"),
     [
         ({"image": {"bytes": None, "path": None}}, r"row 1: image has neither bytes nor a path"),
-        ({"image": {"bytes": None, "path": "gone.png"}}, r"row 1: .*'gone.png' is no file"),
-        ({"image": {"bytes": None, "path": "../../x.png"}}, r"row 1: .*leads out of the folder"),
+        ({"image": {"bytes": None, "path": "gone.png"}}, r"row 1: .*'gone.png': .*no such file"),
+        ({"image": {"bytes": None, "path": "../../x.png"}}, r"row 1: .*without `\.\.`"),
         ({"id": ""}, r"row 1: id is ''"),
         ({"id": "p0"}, r"id 'p0' stands in pairs.parquet and again"),
     ],
@@ -131,7 +133,7 @@ def test_an_unreadable_picture_is_named(tmp_path):
 
 
 def test_folders_that_are_in_neither_format(tmp_path):
-    with pytest.raises(DataError, match="is no folder; expected a concept set"):
+    with pytest.raises(DataError, match="is not a directory; expected a concept set"):
         read_folder(tmp_path / "nothing")
     with pytest.raises(DataError, match="holds no Parquet file"):
         read_folder(tmp_path)
@@ -157,3 +159,112 @@ def test_drawings_without_a_known_concept(tmp_path):
     pq.write_table(pa.Table.from_pylist(table), tmp_path / "concepts.parquet")
     with pytest.raises(DataError, match="none of 2 drawings has its concept"):
         read_folder(tmp_path)
+
+
+CASES = Path(__file__).parents[1] / "cases"
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("c_keywords_int", r"concepts.parquet, row 0: keywords.text is 1, expected a text"),
+        ("c_keywords_textint", r"concepts.parquet, row 0: keywords.text is 4, expected a list"),
+        ("path_long", r"a.parquet, row \d: image has no bytes, and its path .*(too long|at most)"),
+        ("type_caption_text_int", r"a.parquet, row 0: captions.text is 5, expected a text"),
+        ("type_caption_text_list", r"row 0: captions.text is \['a'\], expected a text"),
+        ("type_image_bytes_list", r"row 0: image.bytes is \[.*, expected the bytes of an encoded"),
+        ("type_image_bytes_str", r"row 0: image.bytes is '.*, expected the bytes of an encoded"),
+        ("utf8_bad_id", r"a.parquet, row \d: id holds bytes that are not UTF-8"),
+    ],
+)
+def test_columns_of_the_wrong_type_name_the_row(case, message):
+    with pytest.raises(DataError, match=message):
+        read_folder(CASES / "evaluate_wrong_types" / case)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"captions": [{"lang": 7, "text": "x"}]}, r"row 1: captions.lang is 7, expected a text"),
+        ({"captions": "a text"}, r"row 1: captions is 'a text', expected a list of"),
+        ({"captions": [["en", "x"]]}, r"row 1: captions is .*expected a list of"),
+        ({"id": 1.5}, r"row 1: id is 1.5, expected a text that is not empty"),
+        ({"id": True}, r"row 1: id is True, expected a text"),
+        ({"label": ["a"]}, r"row 1: label is .*expected a text or a number"),
+        ({"label": {"a": 1}}, r"row 1: label is .*expected a text or a number"),
+        ({"image": b""}, r"row 1: image is bytes, expected"),
+        ({"image": "a.png"}, r"row 1: image is str, expected"),
+        ({"image": {"bytes": None, "path": 7}}, r"row 1: image has no bytes.* path 7: .*a path"),
+        ({"image": {"bytes": None, "path": "a\0b"}}, r"row 1: .*text without NUL"),
+        ({"image": {"bytes": None, "path": "http://x/a"}}, r"row 1: .*may be a URL"),
+        ({"image": {"bytes": None, "path": "pipe"}}, r"row 1: .*is a pipe, expected a plain"),
+    ],
+)
+def test_a_value_of_the_wrong_type_names_the_row(tmp_path, change, message):
+    """One row group a file, so that every row may have a type of its own."""
+    import os
+
+    os.mkfifo(tmp_path / "pipe")
+    write_pair_set(tmp_path, [{**pair(1), **change}], "odd")
+    write_pair_set(tmp_path, [pair(0)], "good")
+    with pytest.raises(DataError, match=message.replace("row 1", "odd.parquet, row 0")):
+        read_folder(tmp_path)
+
+
+def labelled(labels) -> list[dict]:
+    return [pair(i, label=label) for i, label in enumerate(labels)]
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes"),
+    [
+        (["red ", " red", "blue", "yellow"], {"red", "blue", "yellow"}),
+        (["Red", "red", "red", "blue"], {"red", "blue"}),
+        (["caf\u00e9", "cafe\u0301", "bar"], {"caf\u00e9", "bar"}),
+        (["\uff21\uff22", "AB", "ab", "x"], {"AB", "x"}),
+        (["new  york", "New\tYork", "rome"], {"New York", "rome"}),
+        ([1, 2, 2, 3], {"1", "2", "3"}),
+        ([1.0, 2.0, 2.5], {"1", "2", "2.5"}),
+        ([True, False], {"True", "False"}),
+        (["stra\u00dfe", "STRASSE", "weg"], {"STRASSE", "weg"}),
+    ],
+)
+def test_labels_of_one_class_are_one(tmp_path, labels, classes):
+    data = read_folder(write_pair_set(tmp_path, labelled(labels)))
+    assert {picture.label for picture in data.pictures} == classes
+    tidy = all(str(label) in classes for label in labels) or isinstance(labels[0], float)
+    assert bool(data.told) != tidy
+    named = as_concept_set(data)
+    assert set(named.drawn) == classes
+
+
+@pytest.mark.parametrize(
+    "nothing", [None, "", "  ", "nan", "NaN", "None", "null", "<NA>", float("nan")]
+)
+def test_a_row_without_a_label_is_refused_by_zero_shot_alone(tmp_path, nothing):
+    words = [3.0, nothing, 4.0] if isinstance(nothing, float) else ["a", nothing, "b"]
+    data = read_folder(write_pair_set(tmp_path, labelled(words)))
+    assert data.pictures[1].label == ""
+    with pytest.raises(DataError, match=r"pairs.parquet, row 1: label is empty .* in 1 of 3 rows"):
+        as_concept_set(data)
+
+
+def test_what_was_done_to_labels_is_told(tmp_path):
+    data = read_folder(CASES / "labels-with-blanks" / "data")
+    assert data.told == ("' red', 'red ' are read as 'red'",)
+    assert sorted({p.label for p in data.pictures}) == ["blue", "red", "yellow"]
+
+
+def test_a_folder_may_be_a_url(tmp_path):
+    import fsspec
+
+    (tmp_path / "art").mkdir()
+    (tmp_path / "art" / "0.png").write_bytes(encoded(drawing(0)))
+    rows = [pair(0, image={"bytes": None, "path": "art/0.png"}), pair(1)]
+    write_pair_set(tmp_path, rows)
+    fsspec.filesystem("memory").put(f"{tmp_path}/", "/datasets/own/", recursive=True)
+    data = read_folder("memory://datasets/own/")
+    assert [p.data for p in data.pictures] == [p.data for p in read_folder(tmp_path).pictures]
+    assert data.facts()["folder"] == "own"
+    with pytest.raises(DataError, match="memory://datasets/none"):
+        read_folder("memory://datasets/none")

@@ -95,6 +95,34 @@ def test_a_folder_of_the_working_tree(run: Path) -> None:
         lineage_lines(run, "elsewhere")
 
 
+@pytest.mark.parametrize("change", ["other weights", "one more file", "one file less"])
+def test_a_folder_that_holds_another_model_has_no_lineage(run: Path, change: str) -> None:
+    """A stage that was run by hand leaves another model where dvc.lock knows the earlier one."""
+    folder = run / "artifacts/contrastive/model"
+    (folder / "weights").write_text("trained")
+    sh(run, sys.executable, "-m", "dvc", "commit", "--force", "--quiet", "contrastive")
+    assert lineage_lines(run, "artifacts/contrastive/model")
+    if change == "other weights":
+        (folder / "weights").write_text("trainee")
+    elif change == "one more file":
+        (folder / "adapters").touch()
+    else:
+        (folder / "weights").unlink()
+    with pytest.raises(DataError, match=r"is not what dvc\.lock says: (weights|adapters) differ"):
+        lineage_lines(run, "artifacts/contrastive/model")
+    with pytest.raises(DataError, match=r"is not what dvc\.lock says"):
+        write_rows(run, "artifacts/contrastive/model", run / "rows.parquet")
+    assert not (run / "rows.parquet").exists()
+
+
+def test_a_folder_outside_of_the_project(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run / "artifacts/contrastive/model", tmp_path / "elsewhere")
+    with pytest.raises(
+        DataError, match=r"elsewhere is outside of the project .*run, whose dvc\.lock"
+    ):
+        lineage_lines(run, str(tmp_path / "elsewhere"))
+
+
 def test_what_it_went_on_from(run: Path) -> None:
     """A start that is a registered model, and one of which nothing is known."""
     version = register_model(run, Path("artifacts/contrastive/model"))

@@ -42,7 +42,8 @@ def ask(url: str, path: str, **body: Any) -> list[dict[str, Any]]:
 
 def run_here(root: Path) -> tuple[Any, Any, str]:
     """Run the flow in this process; (the Run, its final state, what the terminal showed)."""
-    from flows.pipeline import Run, run_flow
+    from flows.pipeline import run_flow
+    from flows.walk import Run
 
     stream = io.StringIO()
     run = Run(root=root, graph=load_graph(root), terminal=Terminal(stream), grace_s=1)

@@ -8,10 +8,18 @@ from pathlib import Path
 
 import pytest
 
+from flows.fetch import fetch
 from flows.launch import finish
+from flows.start import bring
 from infra.errors import DataError, ModelError
 from infra.git import git
-from infra.registry import list_models, register_model, register_passed, resolve_model
+from infra.registry import (
+    find_version,
+    list_models,
+    register_model,
+    register_passed,
+    resolve_model,
+)
 from tests.flows.toy import PARAMS_YAML, commit_all, reproduce, sh
 
 MODEL = Path("artifacts/train/a")
@@ -38,7 +46,7 @@ def test_register_retrain_promote_resolve(trained: Path) -> None:
         return (resolve_model(ref) / "weights").read_text()
 
     assert weights("toy_a@v0.1.0") == weights("toy_a") == weights("toy_a#champion") == first_weights
-    assert weights("champion") == (root / "artifacts/train/b/weights").read_text()
+    assert weights("toy_b#champion") == (root / "artifacts/train/b/weights").read_text()
     assert weights("toy_a@v0.2.0") == (root / MODEL / "weights").read_text() != first_weights
     assert weights(str(MODEL)) == weights("toy_a@v0.2.0")
 
@@ -46,7 +54,7 @@ def test_register_retrain_promote_resolve(trained: Path) -> None:
     assert {version.ref: version.stages for version in list_models(root)} == {
         "toy_a@v0.1.0": (), "toy_a@v0.2.0": ("champion",), "toy_b@v0.1.0": ("champion",),
     }  # fmt: skip
-    assert weights("champion") == weights("toy_a@v0.2.0")
+    assert weights("toy_a#champion") == weights("toy_a@v0.2.0")
 
 
 def test_gto_reads_our_tags(trained: Path) -> None:
@@ -122,10 +130,10 @@ def test_a_champion_that_was_not_compared_with_is_not_replaced_in_silence(
     gate = trained / "artifacts/gate/gate.json"
     gate.parent.mkdir()
     gate.write_text(json.dumps({"passed": True, "model": str(MODEL), "baseline": baseline}))
-    first, *notes = finish(trained)
-    assert first.startswith("champion: toy_a@v0.2.0")
+    first, *notes = finish(trained).lines
+    assert first.startswith("gate: promoted; champion: toy_a@v0.2.0")
     assert (said in "".join(notes)) if said else not notes
-    assert len(finish(trained)) == 1  # it is the champion now
+    assert len(finish(trained).lines) == 1  # it is the champion now
 
 
 def test_a_committed_run_is_registered_at_head(trained: Path) -> None:
@@ -149,3 +157,42 @@ def test_models_and_register_on_the_command_line(trained: Path) -> None:
     assert refused.returncode == 2
     assert refused.stderr.startswith("vlfoundry: ")
     assert "Traceback" not in refused.stderr
+
+
+def test_a_stage_that_models_of_two_kinds_have_is_not_one_of_them(trained: Path) -> None:
+    register_model(trained, MODEL, promote="champion")
+    assert find_version(trained, "champion").ref == "toy_a@v0.1.0"
+    register_model(trained, Path("artifacts/train/b"), promote="champion")
+    several = r"toy_a#champion \(toy_a@v0\.1\.0\), toy_b#champion \(toy_b@v0\.1\.0\); say which"
+    for ask in (find_version, lambda root, ref: resolve_model(ref, root)):
+        with pytest.raises(ModelError, match=rf"'champion' is several models: {several}"):
+            ask(trained, "champion")
+    assert find_version(trained, "toy_b#champion").ref == "toy_b@v0.1.0"
+    assert find_version(trained, "toy_a").ref == "toy_a@v0.1.0"
+    with pytest.raises(ModelError, match="several models"):
+        bring(trained, "champion", trained / "data/start/champion")
+    assert not (trained / "data/start/champion").exists()
+
+
+def test_a_second_machine_fetches_from_a_remote_that_came_after_the_run(
+    trained: Path, tmp_path: Path
+) -> None:
+    version = register_model(trained, MODEL)
+    dvc = (sys.executable, "-m", "dvc")
+    sh(trained, *dvc, "remote", "add", "--quiet", "--default", "store", str(tmp_path / "store"))
+    sh(trained, *dvc, "push", "--quiet")
+    second = tmp_path / "second"
+    sh(tmp_path, "git", "clone", "--quiet", str(trained), str(second))
+    with pytest.raises(DataError, match=r"`vlfoundry fetch MODEL` gets it"):
+        resolve_model(version.ref, second)
+    with pytest.raises(DataError, match=r"DVC could not fetch toy_a@v0\.1\.0.*; `dvc remote"):
+        fetch(second, version.ref)
+    # As people write it: relative to .dvc, and only in the file that is not committed.
+    (second / ".dvc/config").write_text(
+        "[core]\n    remote = store\n['remote \"store\"']\n    url = ../../store\n"
+    )
+    assert "toy_a@v0.1.0" in fetch(second, "toy_a")
+    folder = resolve_model(version.ref, second)
+    assert (folder / "weights").read_bytes() == (trained / MODEL / "weights").read_bytes()
+    assert sh(second, "git", "worktree", "list").count("\n") == 1
+    assert not list((second / "work").glob("fetch-*"))

@@ -1,20 +1,32 @@
 """A run with its own parameters gets its own place and leaves the checkout alone."""
 
+import shutil
+import stat
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+import flows.cli
 from flows.graph import load_graph
-from flows.workspace import Variation, prepare
+from flows.workspace import Variation, workspace
 from infra.config import load_params
-from infra.errors import ConfigError
-from infra.registry import cache_folder
-from tests.flows.toy import sh
+from infra.errors import ConfigError, ModelError
+from infra.project import find_root
+from infra.registry import cache_folder, resolve_model
+from tests.flows.toy import DVC_YAML, sh
+
+
+def prepare(root: Path, variation: Variation, folder: Path | None = None) -> Path:
+    """The workspace, its lock let go again."""
+    with workspace(root, variation, folder) as lock:
+        return lock.root
 
 
 def test_profile_and_overrides_reach_params_yaml(toy: Path) -> None:
     (toy / "work.py").write_text((toy / "work.py").read_text() + "# not committed\n")
-    (toy / "new.txt").write_text("not even tracked\n")
+    (toy / "stages").mkdir()
+    (toy / "stages" / "new.py").write_text("# not even tracked\n")
     before = sh(toy, "git", "status", "--porcelain"), (toy / "params.yaml").read_text()
     variation = Variation(profile="base", overrides=("seed=7", "start=warm"))
     place = prepare(toy, variation)
@@ -24,7 +36,7 @@ def test_profile_and_overrides_reach_params_yaml(toy: Path) -> None:
         "seed": 7, "start": "warm", "train": {"lr": 0.1},
     }  # fmt: skip
     assert (place / "work.py").read_text() == (toy / "work.py").read_text()
-    assert (place / "new.txt").is_file()
+    assert (place / "stages" / "new.py").is_file()
     assert before == (sh(toy, "git", "status", "--porcelain"), (toy / "params.yaml").read_text())
     assert cache_folder(place) == cache_folder(toy)
     assert len(load_graph(place).nodes) == 4
@@ -71,3 +83,56 @@ def test_mistakes_are_messages(toy: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="neither empty nor a workspace"):
         prepare(toy, Variation(profile="base"), tmp_path / "full")
     assert not Variation()
+
+
+def test_secrets_stay_where_they_are(toy: Path) -> None:
+    """Keys in DVC's own file keep their mode; what nobody names is in no commit of a run."""
+    local = toy / ".dvc" / "config.local"
+    local.write_text("['remote \"store\"']\n    access_key_id = K\n")
+    local.chmod(0o600)
+    (toy / "dvc.yaml").write_text(
+        DVC_YAML.replace("[source.txt, work.py]", "[source.txt, work.py, data/chat]")
+    )
+    private = (".env", "notes/password.txt", "data/.env", "key.pem", "a b\n.txt", "data/chat/.env")
+    needed = ("data/chat/mine.jsonl", "profiles/mine.yaml", "infra/launchers/big.yaml", "raw.dvc")
+    for name in (*private, *needed):
+        (toy / name).parent.mkdir(parents=True, exist_ok=True)
+        (toy / name).write_text("secret")
+        (toy / name).chmod(0o600)
+    said: list[str] = []
+    with workspace(toy, Variation(overrides=("seed=7",)), say=said.append) as lock:
+        place = lock.root
+    kept = place / ".dvc" / "config.local"
+    assert stat.S_IMODE(kept.stat().st_mode) == 0o600
+    assert "access_key_id = K" in kept.read_text()
+    assert [name for name in private if (place / name).exists()] == []
+    assert [name for name in needed if not (place / name).exists()] == []
+    commit = sh(place, "git", "rev-parse", "HEAD").strip()
+    assert not set(private) & set(
+        sh(toy, "git", "ls-tree", "-rz", "--name-only", commit).split("\0")
+    )
+    assert any("left out of the run: 6 files that git does not know" in line for line in said)
+    assert "refs/runs/" in sh(toy, "git", "for-each-ref", "--points-at", commit)
+
+
+def test_a_project_below_the_root_of_its_repository_is_refused_at_once(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outer = tmp_path / "outer"
+    (outer / "inner").mkdir(parents=True)
+    sh(outer, "git", "init", "--quiet")
+    for name in ("dvc.yaml", "params.yaml", ".dvc"):
+        source, target = toy / name, outer / "inner" / name
+        shutil.copytree(source, target) if source.is_dir() else shutil.copy(source, target)
+    monkeypatch.chdir(outer / "inner")
+    with pytest.raises(ConfigError, match=r"has to be the root of its own.* or run `git init` in"):
+        find_root()
+    with pytest.raises(ModelError, match=r"registered names need a project: .*git init"):
+        resolve_model("champion")
+    before = sorted(path for path in outer.rglob("*") if ".git" not in path.parts)
+    for command in (["run", "--set", "seed=2"], ["models"], ["register", "x"], ["lineage", "x"]):
+        ended = CliRunner().invoke(flows.cli.app, command)
+        assert isinstance(ended.exception, ConfigError), command
+    assert sorted(path for path in outer.rglob("*") if ".git" not in path.parts) == before
+    sh(outer / "inner", "git", "init", "--quiet")
+    assert find_root() == outer / "inner"

@@ -34,7 +34,7 @@ def test_any_picture_can_be_decoded():
     Image.new("P", (10, 20), 3).save(buffer, "PNG")
     assert decode_rgba(buffer.getvalue()).shape == (20, 10, 4)
     assert decode_rgba(buffer.getvalue(), 64).shape == (64, 64, 4)
-    with pytest.raises(DataError, match="no readable picture"):
+    with pytest.raises(DataError, match="cannot be read as a picture"):
         decode_rgba(b"no picture")
 
 
@@ -109,5 +109,5 @@ def test_half_of_the_grounds_are_white():
 
 
 def test_augmentation_can_change_the_size(drawings):
-    result = augment(drawings[:2], 0, [(0, 0), (0, 1)], AugmentConfig(size_px=32))
+    result = augment(drawings[:2], 0, [(0, 0), (0, 1)], size_px=32)
     assert result.shape == (2, 3, 32, 32)

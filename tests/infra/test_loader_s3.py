@@ -80,3 +80,19 @@ def test_a_shard_that_was_replaced_is_refused(remote, options):
 def test_a_bucket_without_shards_is_refused(options):
     with pytest.raises(DataError, match=r"index\.json does not exist"):
         ShardSet(f"s3://{BUCKET}/elsewhere", options)
+
+
+def test_a_data_set_under_evaluation_may_be_there(options, monkeypatch, tmp_path):
+    from eval.datasets import read_folder
+    from tests.eval_fakes import write_concept_set
+
+    s3 = fsspec.filesystem("s3", **options)
+    s3.mkdir("own-data")
+    s3.put(f"{write_concept_set(tmp_path, count=3)}/", "own-data/set/", recursive=True)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", options["endpoint_url"])
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", options["key"])
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", options["secret"])
+    data = read_folder("s3://own-data/set")
+    assert data.facts() == read_folder(tmp_path).facts() | {"folder": "set"}
+    with pytest.raises(DataError, match="s3://no-such-bucket/x"):
+        read_folder("s3://no-such-bucket/x")

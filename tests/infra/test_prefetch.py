@@ -9,7 +9,7 @@ import numpy as np
 import psutil
 import pytest
 
-from infra.errors import DataError
+from infra.errors import DataError, KilledError
 from infra.images import decode_rgba, encode_webp
 from infra.loader import SampleStream, ShardSet
 from infra.prefetch import DEPTH, Prefetch
@@ -140,8 +140,21 @@ def test_another_mistake_keeps_its_traceback():
 
 def test_a_worker_that_is_killed_is_an_error():
     batches = Prefetch(lambda _: os.kill(os.getpid(), signal.SIGKILL), steps=3, workers=1)
-    with pytest.raises(RuntimeError, match=r"killed by signal|exited unexpectedly"):
+    with pytest.raises(KilledError, match=r"worker .* was killed by SIGKILL \(out of memory\?\)"):
         batches(0)
+    assert not psutil.Process().children()
+
+
+def test_a_worker_that_is_killed_while_nobody_waits_for_it():
+    """Not in the middle of whatever this process does, and within 10 s of the next batch."""
+    batches = Prefetch(lambda step: time.sleep(0.1 * step) or step, steps=100, workers=1)
+    batches(0)
+    os.kill(psutil.Process().children()[0].pid, signal.SIGKILL)
+    time.sleep(0.3)
+    began = time.monotonic()
+    with pytest.raises(KilledError, match="was killed by SIGKILL"):
+        list(map(batches, range(1, 10)))
+    assert time.monotonic() - began < 10
     assert not psutil.Process().children()
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -83,11 +84,37 @@ def test_state_survives_the_same_key_and_is_moved_aside_by_another(project: Path
     main(TOY, [])
     main(TOY, [])
     assert (project / "work/toy/state").is_file()
-    assert not (project / "work/toy.old").exists()
+    assert [path.name for path in (project / "work").iterdir()] == ["toy"]
     (project / "work/toy/state").write_text("of the first run")
     main(TOY, ["toy.factor=4"])
-    assert (project / "work/toy.old/state").read_text() == "of the first run"
+    (old,) = (project / "work").glob("toy.old-*")
+    assert (old / "state").read_text() == "of the first run"
     assert (project / "work/toy/state").read_text() == "kept"
+
+
+def test_no_run_deletes_the_state_of_another(project: Path, capsys: pytest.CaptureFixture) -> None:
+    """Three changes one after another, and back to each: nothing is lost, each goes on."""
+    for factor in (3, 4, 5, 6):
+        main(TOY, [f"toy.factor={factor}"])
+        (project / "work/toy/note").write_text(f"of factor {factor}")
+    assert len(list((project / "work").glob("toy.old-*"))) == 3
+    for factor in (5, 3, 4, 6):
+        capsys.readouterr()
+        main(TOY, [f"toy.factor={factor}"])
+        assert "is of just this run: it goes on" in capsys.readouterr().out
+        assert (project / "work/toy/note").read_text() == f"of factor {factor}"
+    assert len(list((project / "work").glob("toy.old-*"))) == 3
+
+
+def test_a_work_folder_of_nobody_is_set_aside_as_well(project: Path) -> None:
+    for number in (1, 2):
+        work = project / "work/toy"
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        (work / "state").write_text(f"number {number}")
+        main(TOY, [])
+    kept = sorted((project / "work").glob("toy.old-unknown*"))
+    assert [(path / "state").read_text() for path in kept] == ["number 1", "number 2"]
 
 
 def test_a_dry_run_writes_nothing(project: Path, capsys: pytest.CaptureFixture) -> None:
@@ -198,7 +225,8 @@ def test_what_the_config_names_counts_as_an_input(starting: Path) -> None:
     second = lineage_of(starting)
     assert second["run_key"] != first["run_key"]
     assert second["starts"] == {"data/start/a": {"ref": "toy@v0.1.0"}}
-    assert (starting / "work/toy.old/state").read_text() == "of the first run"
+    (old,) = (starting / "work").glob("toy.old-*")
+    assert (old / "state").read_text() == "of the first run"
 
 
 def test_a_folder_that_is_not_there(starting: Path, capsys: pytest.CaptureFixture) -> None:

@@ -1,14 +1,20 @@
 """Checkpoints: complete or invisible, verified to the last bit, and the right ones kept."""
 
 import json
+import os
 import shutil
+import signal
+import time
 
 import pytest
 
 from infra.backend.ranks import RankError
+from infra.errors import KilledError
+from infra.space import NoSpaceError
 from infra.train.checkpoint import best_checkpoint, newest
 from infra.train.config import TrainConfig
 from tests import tower
+from tests.small_disk import fill, small_disk
 
 CONFIG = TrainConfig(
     steps=6, batch_samples=tower.BATCH, lr=1e-2, warmup_steps=2, save_every_steps=2
@@ -104,6 +110,36 @@ def test_a_writer_that_fails_ends_the_run(run_ranks, tmp_path):
     with pytest.raises(RankError, match="the writer ended with exit code 1"):
         run_ranks(fail, ranks=2)
     assert not list((tmp_path / "checkpoints").glob("step-*"))
+
+
+def test_a_writer_that_is_killed_ends_the_run(run_ranks, tmp_path):
+    def killed():
+        from infra.backend.ranks import this_rank
+        from infra.train import checkpoint
+
+        def die(path):
+            os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(60)
+
+        if this_rank().index == 1:
+            checkpoint._digest = die
+        return tower.train(tmp_path, CONFIG)
+
+    with pytest.raises(KilledError, match="writes a checkpoint was killed by SIGKILL"):
+        run_ranks(killed, ranks=2)
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def test_a_full_disk_is_said(run_ranks, tmp_path):
+    with small_disk(tmp_path / "work", 3 << 20) as place:
+        filler = fill(place, 20 << 10)  # less than a checkpoint takes
+        with pytest.raises(NoSpaceError, match=rf"no space left on {place}.* \(0 MB free\); make"):
+            run_ranks(lambda: tower.train(place, CONFIG), ranks=2)
+        assert not list(place.rglob("*.part"))
+        filler.unlink()
+        resumed = run_ranks(lambda: tower.train(place, CONFIG), ranks=2)
+    whole = run_ranks(lambda: tower.train(tmp_path / "whole", CONFIG), ranks=2)
+    tower.assert_same(resumed[0], whole[0])
 
 
 def test_the_newest_and_the_best_are_kept(run_ranks, tmp_path):

@@ -52,7 +52,7 @@ CELLS = [
 
 @pytest.mark.parametrize(("stage", "layout"), CELLS[::2])
 def test_gradients_point_where_those_of_fp32_do(stage, layout):
-    """The other cells are in `make accept ISSUE=5`."""
+    """The other cells are in `make accept SUBJECT=fp8`."""
     gradients_point_where_those_of_fp32_do(stage, layout)
 
 

@@ -134,7 +134,8 @@ def test_padded_and_packed_hold_the_same(folder, tokenizer):
         (
             {"image": "wide.png", "conversations": TALK},
             {"max_tokens": 20},
-            r"talk.jsonl:2: \d+ tokens, 15 of them of 1 pictures; expected at most 20",
+            r"talk.jsonl:2: conversations: \d+ tokens, 15 of them of 5 tiles of 1 pictures; "
+            r"expected at most 20",
         ),
         ({"image": "wide.png"}, {}, r"talk.jsonl:2: conversations: got null"),
     ],

@@ -12,10 +12,11 @@ from PIL import Image
 from models.chat.official import official_tokenizer
 from models.chat.templates import IMG_CONTEXT, TEMPLATES, Message
 from models.internvl.convert import export_model, import_model
-from models.internvl.load import load_model, load_tokenizer, save_model
+from models.internvl.load import load_model, load_tokenizer, read_config, save_model
 from models.internvl.model import build
 from models.internvl.prompts import SUMMARIZE
 from models.preprocess import MEAN, STD
+from models.sight import PictureConfig
 from models.tokenizer import train
 from tests.models_helpers import TEXTS, tiny_config
 from tests.official_text import ROWS, write_template, write_tokenizer
@@ -86,11 +87,58 @@ def test_the_processor_gives_what_our_own_model_is_given(folders):
     tokens = model.config.visual_tokens("chat_simple")
     assert tokens == 9
     assert given["input_ids"].tolist() == [model.dialogue.question(QUESTION, tokens)]
-    wanted = model._pixels(np.asarray(image)[None])
+    wanted = model._pixels(model.sight.squares(np.asarray(image), "chat"))
     assert torch.allclose(given["pixel_values"], wanted, atol=1e-6)
-    # Whatever a picture's shape, it is one tile, as ours is asked with.
-    wide = processor(images=picture(171, 44), text=IMG_CONTEXT, return_tensors="pt")
-    assert wide["pixel_values"].shape == (1, 3, 30, 30)
+
+
+@pytest.mark.parametrize("size", [(171, 44), (60, 90), (31, 200), (75, 75)])
+def test_a_picture_of_any_shape_is_cut_as_ours_is(size, folders):
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(folders / "transformers")
+    model, image = load_model(folders / "ours"), picture(*size)
+    squares = model.sight.squares(np.asarray(image), "chat")
+    given = processor.apply_chat_template(
+        asked(image, QUESTION), tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    assert given["input_ids"].tolist() == [model.dialogue.question(QUESTION, 9 * len(squares))]
+    wanted = model._pixels(squares)
+    assert given["pixel_values"].shape == wanted.shape
+    # torchvision's bicubic and Pillow's differ by a level here and there.
+    assert (given["pixel_values"] - wanted).abs().max() < 2.1 / 255 / min(STD)
+
+
+def test_pictures_of_another_kind_are_told(tmp_path):
+    config = dataclasses.replace(config_of(), pictures=PictureConfig(geometry="squeeze"))
+    model = build("chat_simple", config, seed=3)
+    tokenizer = train(TEXTS * 3, 317)
+    save_model(tmp_path / "ours", "chat_simple", config, model, tokenizer)
+    assert export_model(tmp_path / "ours", tmp_path / "out", "transformers").note == ""
+    told = json.loads((tmp_path / "out" / "preprocessor_config.json").read_text())
+    assert (told["crop_to_patches"], told["max_patches"]) == (False, 1)
+    import_model(tmp_path / "out", tmp_path / "again")
+    assert read_config(tmp_path / "again")[1].pictures.geometry == "squeeze"
+
+    config = dataclasses.replace(config, pictures=PictureConfig(geometry="pad"))
+    save_model(tmp_path / "pad", "chat_simple", config, model, tokenizer)
+    done = export_model(tmp_path / "pad", tmp_path / "padded", "transformers")
+    assert "squeezes pictures into a square; this model is given them by pad" in done.note
+
+
+def test_the_number_of_tiles_comes_back(folders, tmp_path):
+    wanted = PictureConfig(min_tiles=2, max_tiles=7)
+    config = dataclasses.replace(config_of(), pictures=wanted)
+    model = build("chat_simple", config, seed=3)
+    save_model(tmp_path / "ours", "chat_simple", config, model, train(TEXTS * 3, 317))
+    export_model(tmp_path / "ours", tmp_path / "out", "transformers")
+    import_model(tmp_path / "out", tmp_path / "again")
+    assert read_config(tmp_path / "again")[1].pictures == wanted
+    facts = json.loads((tmp_path / "again" / "config.json").read_text())
+    facts["model"]["pictures"]["max_tiles"] = 3
+    (tmp_path / "again" / "config.json").write_text(json.dumps(facts))
+    export_model(tmp_path / "again", tmp_path / "third", "transformers")
+    told = json.loads((tmp_path / "third" / "preprocessor_config.json").read_text())
+    assert (told["min_patches"], told["max_patches"]) == (2, 3)
 
 
 def test_the_pipeline_says_what_our_own_model_says(folders):

@@ -163,7 +163,7 @@ assert len(LAYOUTS) % 3, "or every third cell would be of the same layouts in ev
 
 @pytest.mark.parametrize(("stage", "layout"), GRADIENTS[::3])
 def test_gradients_are_those_of_one_rank(stage, layout):
-    """The other cells are in `make accept ISSUE=4`."""
+    """The other cells are in `make accept SUBJECT=engine`."""
     gradients_are_those_of_one_rank(stage, LAYOUTS[layout])
 
 
@@ -204,7 +204,7 @@ def packed(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(("stage", "layout"), PACKED[1::3])
 def test_packed_gradients_are_those_of_padded_rows(stage, layout):
-    """The other cells are in `make accept ISSUE=4`."""
+    """The other cells are in `make accept SUBJECT=engine`."""
     packed_gradients_are_those_of_padded_rows(stage, LAYOUTS[layout])
 
 
@@ -247,7 +247,7 @@ def exact(stage: str) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("stage", ALL_STAGES)
 def test_micro_batches_and_data_ranks_are_exact(stage):
-    """Both at once; each alone is in `make accept ISSUE=4`."""
+    """Both at once; each alone is in `make accept SUBJECT=engine`."""
     micro_batches_and_data_ranks_are_exact(stage, DATA_LAYOUTS["DP2+micro-batches"])
 
 
@@ -313,19 +313,19 @@ def curve(stage: str, layout: Layout, work: Path, steps: int, optimizer: str = "
     ],
 )
 def test_loss_curves_agree(stage, layout, tmp_path):
-    """`make accept ISSUE=4` goes 20 steps with every objective in every layout."""
+    """`make accept SUBJECT=engine` goes 20 steps with every objective in every layout."""
     loss_curves_agree(stage, LAYOUTS[layout], tmp_path, steps=4)
 
 
 def test_loss_curves_agree_where_each_tower_has_its_own_layout(tmp_path):
-    """By the optimizer that sums over ranks; Megatron's is in `make accept ISSUE=4`."""
+    """By the optimizer that sums over ranks; Megatron's is in `make accept SUBJECT=engine`."""
     chosen = APART["TP2xDP2+SP, text 1"]
     loss_curves_agree("contrastive", chosen, tmp_path, steps=4, optimizer="stable_adamw")
 
 
 def test_goes_on_where_each_tower_has_its_own_layout(tmp_path):
     """The optimizer's state of the text tower is another rank's part in each. The way there is in
-    `make accept ISSUE=4`; this is the way back."""
+    `make accept SUBJECT=engine`; this is the way back."""
     first, second = APART["TP2, text 1"], LAYOUTS["TP1"]
     whole, expected = run_ranks(curve, "contrastive", first, tmp_path, 4, ranks=first.ranks)[0]
     shutil.rmtree(tmp_path / "checkpoints/step-00000004")

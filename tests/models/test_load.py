@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from infra.errors import DataError, ModelError
+from infra.errors import ModelError
+from models.chat.control import GROUNDING
 from models.common.config import DecoderConfig
 from models.internvl.config import PARTS, InternVLConfig
 from models.internvl.load import load_model, load_parts, read_config, save_model
 from models.internvl.model import build
 from models.internvl.prompts import IGNORE, caption_prompt, caption_rows, labelled_rows
-from models.preprocess import MEAN, STD, normalise, over_background, resize
+from models.preprocess import MEAN, STD, normalise, over_background
 from models.tokenizer import (
     BOS_ID,
     EOS_ID,
@@ -51,8 +52,12 @@ def test_training_a_tokenizer_is_repeatable(tokenizer, tmp_path):
 
 
 def test_special_tokens_are_single_ids(tokenizer):
-    assert [tokenizer.encode(token) for token in SPECIAL_TOKENS] == [
-        [i] for i in range(len(SPECIAL_TOKENS))
+    """Of texts that people write only those of grounding are taken (test_control_tokens)."""
+    assert [tokenizer._backend.token_to_id(token) for token in SPECIAL_TOKENS] == list(
+        range(len(SPECIAL_TOKENS))
+    )
+    assert [tokenizer.encode(token) for token in GROUNDING] == [
+        [SPECIAL_TOKENS.index(token)] for token in GROUNDING
     ]
     text = "<ref>a</ref><box>[[1, 2, 3, 4]]</box>"
     assert tokenizer.decode([*tokenizer.encode(text), EOS_ID], keep_special=True) == text
@@ -104,9 +109,6 @@ def test_pixels_are_normalised():
     image = np.full((1, 2, 2, 3), 255, np.uint8)
     expected = (1 - np.array(MEAN)) / np.array(STD)
     assert np.allclose(normalise(image)[0, :, 0, 0].numpy(), expected, atol=1e-5)
-    assert resize(image, 5).shape == (1, 5, 5, 3)
-    with pytest.raises(DataError, match=r"uint8 \[B, H, W, 3\]"):
-        resize(np.zeros((1, 2, 2, 4), np.uint8), 5)
 
 
 def test_transparency_shows_the_background():

@@ -81,7 +81,6 @@ def refused(source: Path, tmp_path: Path, address: str, value, match: str = "") 
         ("select_layer", -3),
         ("select_layer", 2),
         ("force_image_size", 56),
-        ("pad2square", True),
         ("downsample_ratio", 0.3),
         ("downsample_ratio", 0.25),
         ("quantization_config", {"quant_method": "awq"}),

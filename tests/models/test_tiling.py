@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import simplejpeg
-from PIL import Image
+from PIL import Image, ImageOps
 
 from infra.errors import ConfigError, DataError
 from models.tiling import (
@@ -226,7 +226,7 @@ def test_a_jpeg_has_the_pixels_that_pillow_gives(size: tuple, options: dict, mod
     picture = Image.fromarray(noise(size[1], size[0])).convert(mode)
     data = encoded(picture, "JPEG", **({"quality": 90} | options))
     config = Tiling(tile_px=28, max_tiles=2)
-    expected = tile(Image.open(io.BytesIO(data)).convert("RGB"), config)
+    expected = tile(ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB"), config)
     assert np.array_equal(tile(data, config), expected)
 
 
@@ -273,8 +273,8 @@ def test_torch_is_not_needed_to_plan_or_for_compat() -> None:
 @pytest.mark.parametrize(
     ("picture", "message"),
     [
-        (b"no picture", "10 bytes are no readable picture"),
-        (b"", "0 bytes are no readable picture"),
+        (b"no picture", "10 bytes cannot be read as a picture"),
+        (b"", "0 bytes cannot be read as a picture"),
         (np.zeros((4, 4), np.uint8), r"uint8 \[4, 4\], expected uint8 \[H, W, 3 or 4\]"),
         (np.zeros((4, 4, 3), np.float32), r"float32 \[4, 4, 3\]"),
         (np.zeros((0, 4, 3), np.uint8), "a picture of 4 x 0 px"),
@@ -287,14 +287,13 @@ def test_what_is_no_picture_says_so(picture: bytes | np.ndarray, message: str) -
 
 def test_a_cut_file_says_so() -> None:
     data = encoded(Image.fromarray(noise(120, 90)), "JPEG")
-    with pytest.raises(DataError, match=r"a picture of \(90, 120\) px cannot be decoded"):
+    with pytest.raises(DataError, match=r"\d+ bytes cannot be read as a picture \(.*truncated"):
         tile(data[: len(data) // 2])
 
 
-def test_a_bomb_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    data = encoded(Image.fromarray(noise(120, 90)))
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    with pytest.raises(DataError, match="exceeds limit"):
+def test_a_picture_that_takes_too_much_memory_is_refused() -> None:
+    data = encoded(Image.new("L", (13_001, 12_999)))
+    with pytest.raises(DataError, match=r"13001 x 12999 px; decoding it would take about \d+ MB"):
         tile(data)
 
 

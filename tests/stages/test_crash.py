@@ -15,7 +15,7 @@ from tests.tiny import artifacts, start_fork
 def test_a_kill_does_not_change_a_bit(
     trained: Path, tmp_path: Path, stage: str, variant: str
 ) -> None:
-    """`make accept ISSUE=4` kills 25 times."""
+    """`make accept SUBJECT=engine` kills 25 times."""
     target = Target(
         root=shutil.copytree(trained, tmp_path / "project"),
         stage=stage, variant=variant, start=start_fork,

@@ -14,7 +14,7 @@ from eval.scores import read_document, read_scores
 from eval.suites import NEEDS
 from eval.variants import MODELS
 from infra.config import build
-from infra.errors import ConfigError, DataError, ModelError
+from infra.errors import ConfigError, DataError, ModelError, UserError
 from infra.stage import Context
 from infra.tables import write_table
 from stages.evaluate import STAGE, Config
@@ -160,7 +160,7 @@ def test_any_folder_can_be_scored(root, resolved, tmp_path, models):
 
 def test_what_cannot_be_scored_is_said(root, resolved, tmp_path):
     out = tmp_path / "scores.json"
-    with pytest.raises(ModelError, match="there is no suite 'zeroshot'"):
+    with pytest.raises(ModelError, match="unknown suite 'zeroshot'"):
         evaluate_folder("internvl_c", root / "data", "zeroshot", out)
     with pytest.raises(ModelError, match="box needs a model that can chat"):
         evaluate_folder("internvl_c", root / "data", "box", out)
@@ -169,3 +169,22 @@ def test_what_cannot_be_scored_is_said(root, resolved, tmp_path):
     with pytest.raises(DataError, match="needs a concept set and pictures to fit on"):
         evaluate_folder("internvl_c", root / "data", "linear_probe", out)
     assert not out.exists()
+
+
+@pytest.mark.parametrize("place", ["folder", "file/x.json", "locked/x.json"])
+def test_a_place_that_cannot_be_written_is_said_before_the_model_is_read(
+    root, tmp_path, monkeypatch, place
+):
+    """As root everything may be written, so the third is a folder whose items are a file."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    (tmp_path / "locked").mkdir()
+    (tmp_path / "locked" / "x.items").touch()
+    import infra.registry
+
+    def too_late(ref):
+        raise AssertionError("the model was looked for first")
+
+    monkeypatch.setattr(infra.registry, "resolve_model", too_late)
+    with pytest.raises(UserError, match=r"(is a directory; name a file|is not a directory)"):
+        evaluate_folder("internvl_c", root / "data", "zero_shot", tmp_path / place)

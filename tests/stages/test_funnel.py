@@ -1,6 +1,7 @@
 """Bootstrap, filter, dedup, decontaminate, shard: what each must find, and that rows add up."""
 
 import json
+import time
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from infra.noise import reencode
 from infra.tables import read_table
 from models.scorer import evidence
 from stages import bootstrap, decontaminate, dedup, filter, shard
+from tests.tiny import LIMIT_S, make_project, start_process
 
 STEPS = ("filter", "dedup", "decontaminate")
 
@@ -79,6 +81,25 @@ def test_bootstrap_gives_the_same_bits_again(funnel, funnel_params, run_one, tmp
         run_one(bootstrap.STAGE, tmp_path / name, short)
         prints.append(fingerprint(tmp_path / name / "artifacts/bootstrap"))
     assert prints[0] == prints[1]
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_killed_worker_of_bootstrap_ends_it(funnel, funnel_params, tmp_path, which):
+    long = funnel_params | {"bootstrap": funnel_params["bootstrap"] | {"steps": 100_000}}
+    root = make_project(tmp_path / "project", long, concepts=1)
+    (root / "artifacts/ingest").symlink_to(funnel / "artifacts/ingest")
+    stage = start_process(root, "bootstrap")
+    deadline = time.monotonic() + LIMIT_S
+    while len(workers := stage.ranks()) < 2 and stage.collect() is None:
+        assert time.monotonic() < deadline, stage.output
+    time.sleep(1.0)
+    workers[which].kill()
+    began = time.monotonic()
+    assert stage.wait() == 1, stage.output
+    assert time.monotonic() - began < 10
+    last = stage.output.splitlines()[-1]
+    assert last.startswith(f"bootstrap: the worker of fold {which + 1} was killed by SIGKILL (out")
+    assert not [worker for worker in workers if worker.is_running()]
 
 
 @pytest.mark.parametrize(

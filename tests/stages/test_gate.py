@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +13,8 @@ from infra.config import build
 from infra.errors import ConfigError
 from infra.stage import Context
 from stages.gate import STAGE, Config
+
+ROOT = Path(__file__).parents[2]
 
 
 def score(hits=30, n=100, chance=0.05, untrained=5):
@@ -61,8 +64,16 @@ def test_a_baseline_counts_only_if_there_is_one():
     rule = {"better_than_baseline_by_stderr": 0}
     assert only(rule, score(30)).passed
     assert "no baseline" in only(rule, score(30)).reason
-    assert only(rule, beside(score(30), score(30))).passed
+    assert only(rule, beside(score(31), score(30))).passed
+    assert not only(rule, beside(score(30), score(30))).passed  # a copy of it is not better
     assert not only(rule, beside(score(29), score(30))).passed
+
+
+def test_a_negative_margin_lets_it_be_a_little_worse():
+    rule = {"better_than_baseline_by_stderr": -1}
+    assert only(rule, beside(score(30), score(30))).passed
+    assert only(rule, beside(score(29), score(30))).passed is False
+    assert not only(rule, beside(score(20), score(30))).passed
 
 
 def test_a_lead_is_measured_item_by_item():
@@ -110,4 +121,17 @@ def test_the_stage_writes_its_decision(tmp_path, at_least, passed):
     assert gate["model"] == MODELS["chat_full"]
     assert gate["baseline"] == {"name": "earlier chat_full"}
     assert [check["passed"] for check in gate["checks"]] == [passed, True]
+    assert gate["unwatched"] == ["chat_full", "chat_simple", "internvl_g"]
     assert len(gate["reasons"]) == (0 if passed else 1)
+
+
+def test_rules_look_at_every_model_of_the_run():
+    """Of params.yaml, and of every profile over it."""
+    from flows.recipes import PROFILES, with_profile
+    from infra.config import load_params
+
+    params = load_params(ROOT / "params.yaml")
+    profiles = sorted(path.stem for path in (ROOT / PROFILES).glob("*.yaml"))
+    assert len(profiles) > 5
+    for given in (params, *(with_profile(params, ROOT, name) for name in profiles)):
+        assert {rule["variant"] for rule in given["gate"]["rules"]} == set(MODELS)

@@ -207,3 +207,39 @@ def _browse(file, folder, width, action):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
+
+
+def test_charts_say_what_guessing_costs_and_where_the_mixture_changes(tmp_path):
+    parameters = {
+        "sft/simple": {"sft": {
+            "train": {"simple": {"steps": 500}}, "begins": {"simple": {"caption": 0.7, "box": 0}},
+        }},
+        "contrastive": {"contrastive": {
+            "train": {"steps": 900}, "mask_ratio": 0.5, "unmasked_share": 0.1,
+        }},
+    }  # fmt: skip
+    for stage, given in parameters.items():
+        folder = tmp_path / "artifacts" / stage
+        folder.mkdir(parents=True)
+        (folder / "lineage.json").write_text(json.dumps({"parameters": given}))
+    assert collect.mixture_changes(tmp_path, "sft@simple") == [(350.0, "caption begins")]
+    assert collect.mixture_changes(tmp_path, "contrastive") == [(810.0, "whole pictures")]
+    assert collect.mixture_changes(tmp_path, "generative") == []
+    chance = collect.guessing_losses(tmp_path, "generative")
+    assert chance == {"ITM: ln 2": pytest.approx(0.6931, abs=1e-4)}
+    curve = {"itm": [(0.0, 0.8), (500.0, 0.7)]}
+    svg = charts.loss_chart("x", curve, chance, [(350.0, "caption begins")])
+    assert "guessing, ITM: ln 2 = 0.69" in svg
+    assert ">caption begins</text>" in svg
+    mark = re.search(r'<line x1="([\d.]+)" x2="\1" y1="14"', svg)
+    assert mark
+    assert float(mark[1]) == pytest.approx(48 + (420 - 48 - 12) * 0.7, abs=0.1)
+
+
+def test_prefect_is_given_no_link_that_a_browser_would_refuse(tmp_path):
+    from flows.artifacts import report_markdown
+
+    text = report_markdown(tmp_path)
+    assert "file:" not in text
+    assert str(tmp_path.parent) not in text
+    assert f"`work/report/index.html` of the workspace `{tmp_path.name}`" in text

@@ -1,4 +1,4 @@
-"""Issue 3: the InternVL family equals the official one, and its weights go in and out."""
+"""The InternVL family equals the official one, and its weights go in and out."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Issue 5, as far as it needs no GPU: FP8 trains the embedded model as fp32 does."""
+"""As far as it needs no GPU: FP8 trains the embedded model as fp32 does."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Issue 2: the whole pipeline, end to end, on the embedded data, in a fresh clone."""
+"""The whole pipeline, end to end, on the embedded data, in a fresh clone."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Issue 4: a run may be killed, damaged, moved to other ranks, and the model does not know."""
+"""A run may be killed, damaged, moved to other ranks, and the model does not know."""
 
 import dataclasses
 import importlib

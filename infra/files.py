@@ -1,0 +1,72 @@
+"""Files that a person names: whether they can be written, asked before the work that fills them."""
+
+import errno
+import os
+import tempfile
+from pathlib import Path
+
+from infra.errors import UserError
+
+REASONS = {
+    errno.EACCES: "permission denied",
+    errno.EPERM: "permission denied",
+    errno.EROFS: "the file system is read-only",
+    errno.ENOSPC: "no space left on the device",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.ENAMETOOLONG: "the name is too long",
+}
+
+
+def require_writable(path: Path, what: str) -> None:
+    """Make sure that the file `path` can be written, before the work whose result it takes.
+
+    Parent folders that are missing are fine if they could be made. Nothing is left behind, and a
+    file that exists keeps its content.
+
+    Args:
+        path: the file to be, which need not exist.
+        what: what it takes, for the message ("the scores").
+
+    Raises:
+        UserError: `path` is a directory, lies below a file, or may not be written.
+    """
+    try:
+        real = Path(os.path.realpath(path))
+        if real.is_dir():
+            raise UserError(f"{path} is a directory; name a file for {what}")
+        if real.is_file():
+            os.close(os.open(real, os.O_WRONLY))
+        elif not real.exists():  # what exists and is no file, such as /dev/stdout, takes anything
+            _require_creatable(real, path, what)
+    except (OSError, ValueError) as error:
+        raise cannot_write(path, what, error) from error
+
+
+def require_writable_folder(path: Path, what: str) -> None:
+    """As `require_writable`, for files inside of the folder `path`, which need not exist."""
+    try:
+        _require_creatable(Path(os.path.realpath(path)) / "x", path, what)
+    except (OSError, ValueError) as error:
+        raise cannot_write(path, what, error) from error
+
+
+def cannot_write(path: Path, what: str, error: OSError | ValueError) -> UserError:
+    """The one line for a file or folder that the system does not let us write."""
+    code = getattr(error, "errno", None) or 0
+    reason = REASONS.get(code) or getattr(error, "strerror", None) or str(error)
+    return UserError(f"cannot write {what} to {path}: {reason}; name another place")
+
+
+def _require_creatable(real: Path, path: Path, what: str) -> None:
+    """Try it with a file of another name: nobody may meet an empty one of this name meanwhile."""
+    parent = real.parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir():
+        raise UserError(f"cannot write {what} to {path}: {parent} is not a directory")
+    longest = max(len(os.fsencode(part)) for part in real.relative_to(parent).parts)
+    if longest > os.pathconf(parent, "PC_NAME_MAX"):
+        raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+    handle, name = tempfile.mkstemp(prefix=".", suffix=".part", dir=parent)
+    os.close(handle)
+    os.unlink(name)

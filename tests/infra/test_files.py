@@ -1,0 +1,93 @@
+"""Whether a place can be written is said before the work, in one line, and nothing is left."""
+
+import ctypes
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from infra.errors import UserError
+from infra.files import require_writable, require_writable_folder
+
+
+@pytest.mark.parametrize("name", ["new.json", "a/b/new.json", "old.json", "link.json"])
+def test_a_place_that_can_be_written_is_left_as_it_was(tmp_path: Path, name: str) -> None:
+    (tmp_path / "old.json").write_text("old")
+    (tmp_path / "link.json").symlink_to(tmp_path / "to_be.json")
+    before = sorted(tmp_path.rglob("*"))
+    require_writable(tmp_path / name, "the scores")
+    assert sorted(tmp_path.rglob("*")) == before
+    assert (tmp_path / "old.json").read_text() == "old"
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("folder", "is a directory; name a file for the scores"),
+        ("link", "is a directory"),
+        ("file/x.json", "is not a directory"),
+        ("file/a/b/x.json", "is not a directory"),
+        ("gone/x.json", "is not a directory"),
+        ("x" * 300, "the name is too long"),
+        ("a/" + "x" * 300 + "/b", "the name is too long"),
+        ("nul\0.json", "cannot write the scores"),
+        ("/proc/x.json", "cannot write the scores to /proc/x.json"),
+    ],
+)
+def test_a_place_that_cannot_be_written(tmp_path: Path, name: str, said: str) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "folder")
+    (tmp_path / "gone").symlink_to(tmp_path / "file")
+    with pytest.raises(UserError, match=said) as caught:
+        require_writable(tmp_path / name, "the scores")
+    assert "\n" not in str(caught.value)
+
+
+def test_what_takes_anything_is_not_written() -> None:
+    require_writable(Path("/dev/null"), "the scores")
+
+
+def test_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    require_writable_folder(tmp_path / "new" / "model", "the model")
+    require_writable_folder(tmp_path, "the model")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    with pytest.raises(UserError, match="is not a directory"):
+        require_writable_folder(tmp_path / "file", "the model")
+
+
+def test_no_permission() -> None:
+    """Root may write anywhere, so it asks as nobody."""
+    with tempfile.TemporaryDirectory() as name:
+        place = Path(name)
+        (place / "file").write_text("")
+        (place / "file").chmod(0o444)
+        place.chmod(0o555)
+        root = os.geteuid() == 0
+        if root:
+            os.seteuid(65534)
+        try:
+            for child in ("file", "new", "a/new"):
+                with pytest.raises(UserError, match="permission denied"):
+                    require_writable(place / child, "the scores")
+        finally:
+            if root:
+                os.seteuid(0)
+            place.chmod(0o755)
+        assert os.listdir(place) == ["file"]
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="mounting takes root")
+def test_a_read_only_file_system(tmp_path: Path) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    place = tmp_path / "ro"
+    place.mkdir()
+    if libc.mount(b"tmpfs", str(place).encode(), b"tmpfs", 1, b"size=1m"):  # MS_RDONLY
+        pytest.skip(f"mount: {os.strerror(ctypes.get_errno())}")
+    try:
+        with pytest.raises(UserError, match="the file system is read-only"):
+            require_writable(place / "x.json", "the scores")
+    finally:
+        libc.umount(str(place).encode())
