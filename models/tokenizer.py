@@ -18,7 +18,7 @@ import numpy as np
 
 from infra.errors import ModelError
 from models.chat.control import GROUNDING, any_of, control_tokens, without_added
-from models.chat.dialogue import Dialogue, PlainDialogue
+from models.chat.dialogue import PlainDialogue, WrittenDialogue
 from models.chat.templates import END_IMG, IMG, IMG_CONTEXT
 from models.common.tokenizerfiles import read_backend
 
@@ -64,7 +64,7 @@ class TextTokenizer(ABC):
 
     @property
     @abstractmethod
-    def dialogue(self) -> Dialogue:
+    def dialogue(self) -> WrittenDialogue:
         """How a chat model is spoken to. Raises ModelError if that is not known."""
 
     @abstractmethod
@@ -151,7 +151,7 @@ class Tokenizer(TextTokenizer):
         return self._backend.get_vocab_size()
 
     @property
-    def dialogue(self) -> Dialogue:
+    def dialogue(self) -> WrittenDialogue:
         return PlainDialogue(self)
 
     def encode(self, text: str) -> list[int]:

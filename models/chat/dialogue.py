@@ -37,10 +37,6 @@ class Dialogue(ABC):
     """ends an answer"""
 
     @abstractmethod
-    def jinja(self) -> str:
-        """The same dialogue as a Jinja template that transformers renders."""
-
-    @abstractmethod
     def question(self, text: str, visual_tokens: int) -> list[int]:
         """Ids that the answer to a question about one picture follows; no tokens: no picture."""
 
@@ -67,7 +63,15 @@ class Dialogue(ABC):
         """
 
 
-class PlainDialogue(Dialogue):
+class WrittenDialogue(Dialogue):
+    """A dialogue that other programs can be told."""
+
+    @abstractmethod
+    def jinja(self) -> str:
+        """The same as a Jinja template that transformers renders."""
+
+
+class PlainDialogue(WrittenDialogue):
     """Our own models': "\\nUser: ...\\nAssistant:", behind the picture."""
 
     def __init__(self, tokenizer: Tokenizer):
@@ -117,7 +121,7 @@ class PlainDialogue(Dialogue):
         return [*self._tokenizer.encode(f" {text}"), self.stop_id]
 
 
-class TemplateDialogue(Dialogue):
+class TemplateDialogue(WrittenDialogue):
     """An official chat model's: its template, and `<image>` on a line of its own before a question.
 
     Where the template has an id of its own for pictures, it stands here as often as a picture has

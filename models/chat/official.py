@@ -15,7 +15,7 @@ from typing import Any
 
 from infra.errors import ModelError
 from infra.givenfiles import check_file, read_mapping, shown
-from models.chat.dialogue import Dialogue, TemplateDialogue
+from models.chat.dialogue import TemplateDialogue, WrittenDialogue
 from models.chat.templates import TEMPLATES, named
 from models.chat.tokenizer import ByteLevelTokenizer, ChatTokenizer, SentencePieceTokenizer
 from models.common.tokenizerfiles import read_pieces
@@ -81,7 +81,7 @@ class OfficialTokenizer(TextTokenizer):
         return self._backend.decode([int(i) for i in ids if int(i) not in left_out])
 
     @functools.cached_property
-    def dialogue(self) -> Dialogue:
+    def dialogue(self) -> WrittenDialogue:
         if self.template is None:
             raise ModelError(
                 "the model's official/config.json names no conversation template, so it cannot be "
