@@ -170,10 +170,12 @@ def test_case(name: str, bench: Callable[[str], Bench]) -> None:
 
 def tensors(folder: Path) -> dict[str, str]:
     """Hash of every tensor of a model folder of ours."""
-    from safetensors.numpy import load_file
+    import torch
+    from safetensors.torch import load_file  # NumPy has no bf16
 
     loaded = load_file(folder / "weights.safetensors")
-    return {name: hashlib.sha256(array.tobytes()).hexdigest() for name, array in loaded.items()}
+    content = {n: t.reshape(-1).view(torch.uint8).numpy().tobytes() for n, t in loaded.items()}
+    return {name: hashlib.sha256(data).hexdigest() for name, data in content.items()}
 
 
 # --- model folders ---------------------------------------------------------------------------

@@ -194,6 +194,8 @@ def export(
 
     done = export_model(resolve_model(model), target, format)
     typer.echo(f"{model} ({done.kind}) is in {target} as {done.format}: {done.summary}")
+    if done.note:
+        typer.echo(f"mind: {done.note}")
 
 
 @app.command()

@@ -17,6 +17,7 @@ from flows.workspace import yaml_text
 from infra.config import to_dict
 from infra.errors import ConfigError, ModelError
 from infra.fingerprint import fingerprint
+from infra.givenfiles import check_inside
 from infra.registry import fetch_version, find_version
 from infra.stage import ORIGIN_FILE
 from models.internvl.folder import is_model_folder, read_config, refuse_overwriting
@@ -165,11 +166,15 @@ def _import(
     )
     _write_origin(target, imported=source.resolve().name, format_there=done.format)
     said = [f"{source} ({done.format}) is the {done.kind} in {target}: {done.summary}"]
-    return [*said, *([f"left out: {', '.join(done.left_out)}"] if done.left_out else [])]
+    said += [f"left out: {', '.join(done.left_out)}"] if done.left_out else []
+    unknown = ", ".join(done.unknown)
+    return [*said, *([f"fields of config.json that are not known here: {unknown}"] * bool(unknown))]
 
 
 def _copy(root: Path | None, source: Path, target: Path) -> list[str]:
     """Appears when it is complete. What already says where it came from goes on saying that."""
+    read_config(source)
+    _refuse_links(root, source)
     part = target.with_name(f"{target.name}.{os.getpid()}.part")
     shutil.rmtree(part, ignore_errors=True)
     shutil.copytree(source, part)
@@ -181,6 +186,18 @@ def _copy(root: Path | None, source: Path, target: Path) -> list[str]:
         _write_origin(part, folder=_place(root, source), sha256=digest)
     part.rename(target)
     return [f"{source} is in {target}, sha256 {digest[:12]}"]
+
+
+def _refuse_links(root: Path | None, source: Path) -> None:
+    """Of files of a folder that are links, only those to DVC's cache in the checkout are followed.
+
+    Raises:
+        ModelError: a link leads elsewhere, or a file is none.
+    """
+    cache = [root / ".dvc" / "cache"] if root else []
+    for path in sorted(source.rglob("*")):
+        if path.is_symlink() or not path.is_dir():
+            check_inside(path, source, *cache)
 
 
 def _place(root: Path | None, folder: Path) -> str:

@@ -7,8 +7,11 @@ PyTorch's files are read with `weights_only`: code in a pickle is never run.
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import struct
+import warnings
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -16,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from infra.errors import ModelError
+from infra.givenfiles import check_file, read_mapping, shown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,6 +28,11 @@ WHOLE = ("model.safetensors", "pytorch_model.bin", "weights.safetensors")
 """what the one file of weights of a folder is called, in the order they are looked for"""
 WRAPPERS = ("module", "model", "state_dict")
 """what a PyTorch file may hold its tensors under"""
+_BROKEN_PICKLE = (
+    pickle.UnpicklingError, RuntimeError, ValueError, EOFError, LookupError, AssertionError,
+    TypeError, AttributeError, OverflowError, MemoryError, struct.error, OSError,
+)  # fmt: skip
+"""what PyTorch's unpickler raises on files that are cut, invented or of something else"""
 _TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -52,12 +61,17 @@ class TensorFiles:
         ModelError: there are none, a shard is missing or unreadable, or a name comes twice.
     """
 
-    def __init__(self, source: str | Path) -> None:
-        self.label = str(source)
+    def __init__(self, source: str | Path, *, inside: Path | None = None) -> None:
+        """
+        Args:
+            source: a file or a folder.
+            inside: the folder that no link may lead out of; None: links are followed.
+        """
+        self.label, self._inside = str(source), inside
         self._open = ExitStack()
         self._file_of: dict[str, Any] = {}
         self.facts: dict[str, TensorFacts] = {}
-        paths, promised = _shards(Path(source))
+        paths, promised = _shards(Path(source), inside)
         for path in paths:
             self._add(path)
         absent = sorted(promised - self.facts.keys())
@@ -78,8 +92,7 @@ class TensorFiles:
         return self._file_of[name].read(name)
 
     def _add(self, path: Path) -> None:
-        if not path.is_file():
-            raise ModelError(f"weights {path} do not exist; download that file again")
+        check_file(path, self._inside)
         file = _Safetensors(path) if path.suffix == ".safetensors" else _Pickle(path)
         self._open.callback(file.close)
         for name, facts in file.facts():
@@ -161,23 +174,14 @@ class _Safetensors:
 
 class _Pickle:
     def __init__(self, path: Path) -> None:
-        import torch
-
-        try:
-            found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:
-            reason = str(error).splitlines()[0]
-            raise ModelError(
-                f"{path} cannot be read as tensors alone, without running what is in it: {reason}"
-            ) from None
+        found = _unpickled(path)
         for wrapper in WRAPPERS:
             if isinstance(found, Mapping) and isinstance(found.get(wrapper), Mapping):
                 found = found[wrapper]
         if not isinstance(found, Mapping):
-            raise ModelError(f"{path} holds a {type(found).__name__}; expected tensors by name")
+            raise ModelError(f"{path} holds a {type(found).__name__}, expected tensors by name")
         for name, tensor in found.items():
-            if not isinstance(tensor, torch.Tensor):
-                raise ModelError(f"{name!r} in {path} is a {type(tensor).__name__}, no tensor")
+            _refuse_unreadable(path, name, tensor)
         self._tensors: dict[str, Tensor] = dict(found)
 
     def facts(self) -> Iterator[tuple[str, TensorFacts]]:
@@ -191,15 +195,49 @@ class _Pickle:
         self._tensors.clear()
 
 
-def _shards(source: Path) -> tuple[Sequence[Path], set[str]]:
+def _unpickled(path: Path) -> Any:
+    """What a PyTorch file holds. Its old format, which is no archive, cannot be mapped."""
+    import torch
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of protocols; what is wrong ends in an error
+            mapped = zipfile.is_zipfile(path)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except _BROKEN_PICKLE as error:
+        reason = (str(error).splitlines() or [""])[0][:200] or type(error).__name__
+        raise ModelError(
+            f"{path} cannot be read as tensors alone, without running what is in it: {reason}"
+        ) from None
+
+
+def _refuse_unreadable(path: Path, name: Any, tensor: Any) -> None:
+    import torch
+
+    if not isinstance(name, str):
+        raise ModelError(f"{path} has {shown(name)} for a name, expected the names of tensors")
+    if not isinstance(tensor, torch.Tensor):
+        raise ModelError(f"{name!r} in {path} is a {type(tensor).__name__}, not a tensor")
+    if tensor.device.type != "cpu" or tensor.layout != torch.strided or tensor.is_quantized:
+        raise ModelError(
+            f"tensor {name!r} of {path} is {tensor.device.type}, {tensor.layout}"
+            f"{', quantised' if tensor.is_quantized else ''}; expected one with its values, dense"
+        )
+    if str(tensor.dtype).removeprefix("torch.") not in _TYPES.values():
+        raise ModelError(
+            f"tensor {name!r} of {path} is of type {tensor.dtype}; weights are of {sorted(_TYPES)}"
+        )
+
+
+def _shards(source: Path, inside: Path | None) -> tuple[Sequence[Path], set[str]]:
     """The files of a source, and the names that its index promises (none without an index)."""
-    if source.is_file():
+    if not source.is_dir():
         return [source], set()
     for name in WHOLE:
         index = source / f"{name}.index.json"
-        if index.is_file():
-            return _indexed(index)
-        if (source / name).is_file():
+        if os.path.lexists(index):
+            return _indexed(index, inside)
+        if os.path.lexists(source / name):
             return [source / name], set()
     raise ModelError(
         f"{source} holds no weights: none of {', '.join(WHOLE)}, nor an index of shards "
@@ -207,12 +245,18 @@ def _shards(source: Path) -> tuple[Sequence[Path], set[str]]:
     )
 
 
-def _indexed(index: Path) -> tuple[Sequence[Path], set[str]]:
-    promised = json.loads(index.read_text(encoding="utf-8")).get("weight_map")
-    if not isinstance(promised, Mapping):
-        raise ModelError(f"{index} has no weight_map; it is no index of shards")
-    names = sorted(set(promised.values()))
-    for name in names:
-        if Path(name).name != name:
-            raise ModelError(f"{index} names the shard {name!r}; expected a file beside the index")
-    return [index.parent / name for name in names], set(promised)
+def _indexed(index: Path, inside: Path | None) -> tuple[Sequence[Path], set[str]]:
+    what = "tensor names to names of files beside it, under weight_map"
+    promised = read_mapping(index, inside, of=what).get("weight_map")
+    if not isinstance(promised, Mapping) or not promised:
+        raise ModelError(
+            f"{index} has {shown(promised)} for weight_map, expected a mapping of tensor names to "
+            "names of files beside it"
+        )
+    for tensor, name in promised.items():
+        if not isinstance(name, str) or not name or "\0" in name or Path(name).name != name:
+            raise ModelError(
+                f"{index} names the shard {shown(name)} for {shown(tensor)}, expected a file "
+                "beside the index"
+            )
+    return [index.parent / name for name in sorted(set(promised.values()))], set(promised)

@@ -12,14 +12,15 @@ import functools
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from infra.errors import ModelError
 from models.chat.control import GROUNDING, any_of, control_tokens, without_added
-from models.chat.dialogue import Dialogue, PlainDialogue
+from models.chat.dialogue import PlainDialogue, WrittenDialogue
 from models.chat.templates import END_IMG, IMG, IMG_CONTEXT
+from models.common.tokenizerfiles import read_backend
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
@@ -63,7 +64,7 @@ class TextTokenizer(ABC):
 
     @property
     @abstractmethod
-    def dialogue(self) -> Dialogue:
+    def dialogue(self) -> WrittenDialogue:
         """How a chat model is spoken to. Raises ModelError if that is not known."""
 
     @abstractmethod
@@ -125,15 +126,22 @@ class Tokenizer(TextTokenizer):
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
         """Read `tokenizer.json`. Raises ModelError if there is none, or it is not ours."""
-        from tokenizers import Tokenizer as Backend
-
         if not Path(path).is_file():
             raise ModelError(f"{path} does not exist; a model folder needs its tokenizer.json")
-        return cls(Backend.from_file(str(path)))
+        return cls(read_backend(Path(path)))
 
-    def save(self, path: str | Path) -> None:
-        """Write `tokenizer.json`; the same tokenizer gives the same bytes."""
-        Path(path).write_text(self._backend.to_str(pretty=True) + "\n", encoding="utf-8")
+    def save(self, path: str | Path, post_processor: Any = None) -> None:
+        """Write `tokenizer.json`; the same tokenizer gives the same bytes.
+
+        Args:
+            path: the file.
+            post_processor: what other programs put around a text (of `tokenizers.processors`).
+        """
+        before = self._backend.post_processor
+        self._backend.post_processor = post_processor or before
+        text = self._backend.to_str(pretty=True)
+        self._backend.post_processor = before
+        Path(path).write_text(text + "\n", encoding="utf-8")
 
     def save_to(self, folder: Path) -> None:
         self.save(folder / "tokenizer.json")
@@ -143,7 +151,7 @@ class Tokenizer(TextTokenizer):
         return self._backend.get_vocab_size()
 
     @property
-    def dialogue(self) -> Dialogue:
+    def dialogue(self) -> WrittenDialogue:
         return PlainDialogue(self)
 
     def encode(self, text: str) -> list[int]:

@@ -28,6 +28,7 @@ from eval.parity.recorded import (
 from infra.train.weights import load_weights
 from models.common.keymap import join_all
 from models.connector.model import pixel_shuffle
+from models.internvl.config import InternVLConfig
 from models.internvl.hf import config_from_official, from_official, native_keys
 from models.internvl.model import build
 from models.objectives.next_token import NextTokenConfig, next_token
@@ -41,6 +42,11 @@ Model = Any
 def is_chat(folder: Path) -> bool:
     """Whether the folder's config has a chat model's language model."""
     return "llm_config" in read_config(folder)
+
+
+def chat_model(folder: Path) -> tuple[str, InternVLConfig]:
+    """Kind and config of the model that a folder is of."""
+    return KIND, config_from_official(read_config(folder))
 
 
 def check_chat(folder: Path) -> list[Check]:

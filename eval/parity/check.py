@@ -20,6 +20,8 @@ class Check:
     """largest difference over the largest recorded magnitude of the tensor"""
     note: str = ""
     """why it did not pass, or what is particular about it"""
+    applies: bool = True
+    """False: there is nothing to compare, for the reason in `note`; it counts neither way"""
 
 
 def close(

@@ -71,6 +71,11 @@ def is_dual(folder: Path) -> bool:
     return "qllama_config" in read_config(folder)
 
 
+def dual_model(folder: Path) -> tuple[str, InternVLConfig]:
+    """Kind and config of the larger of the two models that a folder is of."""
+    return "internvl_g", _read(folder)[0]
+
+
 def check_dual(folder: Path) -> list[Check]:
     """Everything recorded of an InternVL-14B."""
     config, weights = _read(folder)

@@ -18,6 +18,8 @@ from infra.backend.parallel import current_layout, parallel
 from infra.backend.ranks import run_ranks
 from infra.errors import LayoutError
 from infra.train.step import Engine
+from models.internvl.config import InternVLConfig
+from models.internvl.cut import check_layout
 from models.objectives.common import Batch, Metrics, MicroBatches, Objective
 
 Finish = Callable[[Any, dict[str, Tensor], Batch], Metrics]
@@ -26,7 +28,10 @@ LAYOUTS = {"tensor 2": Layout(tensor=2), "pipeline 2": Layout(pipeline=2)}
 
 
 def check_layouts(
-    folder: Path, whole: Callable[[Path], list[Check]], staged: Callable[[Path], list[Check]]
+    folder: Path,
+    whole: Callable[[Path], list[Check]],
+    staged: Callable[[Path], list[Check]],
+    built: Callable[[Path], tuple[str, InternVLConfig]],
 ) -> list[Check]:
     """The folder's checks on two ranks; a layout that its sizes do not allow is told with why.
 
@@ -34,13 +39,16 @@ def check_layouts(
         folder: of recorded results.
         whole: compares everything, by models that are whole but for tensor parallelism.
         staged: compares what goes forward through a pipeline.
+        built: kind and config of the largest model that these build.
     """
     checks: list[Check] = []
     for name, check in (("tensor 2", whole), ("pipeline 2", staged)):
         try:
+            check_layout(*built(folder), LAYOUTS[name])
             found = run_ranks(_on_a_rank, LAYOUTS[name], check, folder, ranks=2)[0]
         except LayoutError as error:
-            checks.append(Check(name=name, passed=True, note=f"does not apply: {error}"))
+            note = f"does not apply: {error}"
+            checks.append(Check(name=name, passed=True, note=note, applies=False))
             continue
         checks += [dataclasses.replace(check, name=f"{name}/{check.name}") for check in found]
     return checks

@@ -11,14 +11,14 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from eval.parity.chat import check_chat, check_chat_stages, is_chat
+from eval.parity.chat import chat_model, check_chat, check_chat_stages, is_chat
 from eval.parity.check import Check
 from eval.parity.conversations import check_conversations, is_conversations
-from eval.parity.dual import check_dual, check_dual_stages, is_dual
+from eval.parity.dual import check_dual, check_dual_stages, dual_model, is_dual
 from eval.parity.layouts import check_layouts
 from eval.parity.metrics import check_metrics, is_metrics
 from eval.parity.tiling import check_tiling, is_tiling
-from eval.parity.vision import check_vision, check_vision_stages, is_vision
+from eval.parity.vision import check_vision, check_vision_stages, is_vision, vision_model
 from infra.devices import find_device
 from infra.errors import DataError, UserError
 
@@ -32,11 +32,11 @@ GROUPS: tuple[tuple[str, Callable[[Path], bool], Callable[[Path], list[Check]]],
 )
 """what a folder of the group holds, whether a folder is one, and its comparison"""
 STAGED = {
-    check_vision: check_vision_stages,
-    check_dual: check_dual_stages,
-    check_chat: check_chat_stages,
+    check_vision: (check_vision_stages, vision_model),
+    check_dual: (check_dual_stages, dual_model),
+    check_chat: (check_chat_stages, chat_model),
 }
-"""a model's comparison, and that of what goes through a pipeline"""
+"""a model's comparison, that of what goes through a pipeline, and which model it is"""
 
 
 def check_folder(folder: Path) -> list[Check]:
@@ -61,7 +61,7 @@ def check_folder(folder: Path) -> list[Check]:
     torch.set_num_threads(1)
     checks = check(folder)
     if check in STAGED:
-        checks += check_layouts(folder, check, STAGED[check])
+        checks += check_layouts(folder, check, *STAGED[check])
     if not checks:
         raise DataError(f"{folder} has no file of recorded results; see the README beside it")
     return checks
@@ -103,14 +103,15 @@ def compare_folders(paths: Sequence[Path], say: Callable[[str], None]) -> bool:
             say(f"  cannot be compared: {error}")
             failed.append(folder.name)
             continue
-        misses = sum(not check.passed for check in checks)
+        compared = [check for check in checks if check.applies]
+        misses = sum(not check.passed for check in compared)
         for line in table(checks):
             say(f"  {line}")
         say(
-            f"  {len(checks) - misses} of {len(checks)} pass{worst(checks)} "
+            f"  {len(compared) - misses} of {len(compared)} pass{worst(checks)} "
             f"({time.monotonic() - started:.1f} s)"
         )
-        total, missed = total + len(checks), missed + misses
+        total, missed = total + len(compared), missed + misses
         if misses:
             failed.append(folder.name)
     verdict = f"; not passed: {', '.join(failed)}" if failed else ""
@@ -119,12 +120,16 @@ def compare_folders(paths: Sequence[Path], say: Callable[[str], None]) -> bool:
 
 
 def table(checks: Sequence[Check]) -> list[str]:
-    """A line for each check: name, largest absolute and relative error, pass or MISS, note."""
+    """A line for each check: name, largest absolute and relative error, verdict, note.
+
+    The verdict is pass, MISS, or n/a where there is nothing to compare.
+    """
     width = max(len(check.name) for check in checks)
     lines = [f"{'':{width}}  {'absolute':>9}  {'relative':>9}"]
     for check in checks:
-        verdict = "pass" if check.passed else "MISS"
+        verdict = ("pass" if check.passed else "MISS") if check.applies else "n/a "
         errors = f"{_number(check.worst_abs)}  {_number(check.worst_rel)}"
+        errors = errors if check.applies else f"{'-':>9}  {'-':>9}"
         lines.append(f"{check.name:{width}}  {errors}  {verdict}  {check.note}".rstrip())
     return lines
 

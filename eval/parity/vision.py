@@ -33,6 +33,11 @@ def is_vision(folder: Path) -> bool:
     return "patch_size" in read_config(folder)
 
 
+def vision_model(folder: Path) -> tuple[str, InternVLConfig]:
+    """Kind and config of the model that a folder is of."""
+    return "vision", InternVLConfig(vision=config_from_official(read_config(folder)))
+
+
 def check_vision(folder: Path) -> list[Check]:
     """Everything recorded of an InternViT."""
     config = dataclasses.replace(config_from_official(read_config(folder)), drop_path=0.0)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from infra.errors import DataError
+from models.chat import jinja
 from models.chat.labels import IGNORE, ids_of, row
 from models.chat.templates import (
     IMAGE,
@@ -62,12 +63,23 @@ class Dialogue(ABC):
         """
 
 
-class PlainDialogue(Dialogue):
+class WrittenDialogue(Dialogue):
+    """A dialogue that other programs can be told."""
+
+    @abstractmethod
+    def jinja(self) -> str:
+        """The same as a Jinja template that transformers renders."""
+
+
+class PlainDialogue(WrittenDialogue):
     """Our own models': "\\nUser: ...\\nAssistant:", behind the picture."""
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
         self.context_id, self.stop_id = tokenizer.context_id, tokenizer.eos_id
+
+    def jinja(self) -> str:
+        return jinja.plain()
 
     def question(self, text: str, visual_tokens: int) -> list[int]:
         image = self._tokenizer.places(visual_tokens) if visual_tokens else []
@@ -109,7 +121,7 @@ class PlainDialogue(Dialogue):
         return [*self._tokenizer.encode(f" {text}"), self.stop_id]
 
 
-class TemplateDialogue(Dialogue):
+class TemplateDialogue(WrittenDialogue):
     """An official chat model's: its template, and `<image>` on a line of its own before a question.
 
     Where the template has an id of its own for pictures, it stands here as often as a picture has
@@ -122,6 +134,9 @@ class TemplateDialogue(Dialogue):
         self.stop_id = tokenizer.special_id(template.stop)
         own = template.own_image_id
         self.context_id = tokenizer.special_id(IMG_CONTEXT) if own is None else own
+
+    def jinja(self) -> str:
+        return jinja.named(self._template, begins=bool(self._tokenizer.begin))
 
     def question(self, text: str, visual_tokens: int) -> list[int]:
         messages = self._as_text([_asked(text, visual_tokens)])

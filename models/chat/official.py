@@ -8,16 +8,17 @@ where there is one, as in the official code, which uses the slow tokenizers.
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from infra.errors import ModelError
-from models.chat.dialogue import Dialogue, TemplateDialogue
+from infra.givenfiles import check_file, read_mapping, shown
+from models.chat.dialogue import TemplateDialogue, WrittenDialogue
 from models.chat.templates import TEMPLATES, named
 from models.chat.tokenizer import ByteLevelTokenizer, ChatTokenizer, SentencePieceTokenizer
+from models.common.tokenizerfiles import read_pieces
 from models.tokenizer import TextTokenizer
 
 PIECES = ("tokenizer.model", "tokenizer.json", "vocab.json")
@@ -31,6 +32,8 @@ KEPT = "official"
 """folder of a model folder that has the small files of what was imported"""
 SMALL = ("*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "README.md")
 """what is kept of a folder beside its weights; code is not"""
+READ = (".json", ".model")
+"""ends of names of those that are read here"""
 NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -54,7 +57,7 @@ class OfficialTokenizer(TextTokenizer):
             template: name of the conversation template, if the folder has one.
             files: of the folder, to be written beside what is trained on from it.
         """
-        self._backend, self._template, self._files = backend, template, dict(files)
+        self._backend, self.template, self._files = backend, template, dict(files)
         self.bos_id, self.eos_id = backend.begin_id, backend.special_id(eos)
         self.pad_id = EMBEDDED_PAD if embeds else backend.pad_id
         self.embedded_tokens = EMBEDDED_TOKENS if embeds else None
@@ -78,19 +81,24 @@ class OfficialTokenizer(TextTokenizer):
         return self._backend.decode([int(i) for i in ids if int(i) not in left_out])
 
     @functools.cached_property
-    def dialogue(self) -> Dialogue:
-        if self._template is None:
+    def dialogue(self) -> WrittenDialogue:
+        if self.template is None:
             raise ModelError(
                 "the model's official/config.json names no conversation template, so it cannot be "
                 f'asked anything; add "template" to it, one of: {", ".join(TEMPLATES)}'
             )
-        return TemplateDialogue(self._backend, named(self._template))
+        return TemplateDialogue(self._backend, named(self.template))
 
     def save_to(self, folder: Path) -> None:
         kept = folder / KEPT
         kept.mkdir(parents=True, exist_ok=True)
         for name, content in self._files.items():
             (kept / name).write_bytes(content)
+
+    @property
+    def special(self) -> Mapping[str, int]:
+        """Its special tokens and their ids."""
+        return self._backend.added
 
     def require_rows(self, rows: int, where: str | Path) -> None:
         """Raises ModelError unless every id has one of the `rows` of an embedding matrix."""
@@ -138,9 +146,17 @@ def official_tokenizer(kept: Path, *, embeds: bool) -> OfficialTokenizer:
 
 
 def small_files(folder: Path) -> list[Path]:
-    """What is kept of a model folder beside its weights."""
-    found = [path for pattern in SMALL for path in sorted(folder.glob(pattern))]
-    return [p for p in found if p.is_file() and not p.name.endswith(".index.json")]
+    """What is kept of a model folder beside its weights.
+
+    Raises:
+        ModelError: one of them leads out of the folder, is no plain file, or is a git-lfs pointer
+            or a web page in place of a file that is read.
+    """
+    paths = [path for pattern in SMALL for path in sorted(folder.glob(pattern))]
+    found = [p for p in paths if not p.is_dir() and not p.name.endswith(".index.json")]
+    for path in found:
+        check_file(path, folder, disguised=path.suffix in READ)
+    return found
 
 
 def template_name(facts: Mapping[str, Any]) -> str | None:
@@ -149,7 +165,7 @@ def template_name(facts: Mapping[str, Any]) -> str | None:
     LLaVA's form is that of InternVL-Chat 1.0 alone; transformers' own of InternVL 2.5 and later.
     """
     if facts.get("template"):
-        return facts["template"]
+        return str(facts["template"])
     if facts.get("model_type") == "llava":
         return "vicuna_v1"
     return "internvl2_5" if "text_config" in facts else None
@@ -172,22 +188,25 @@ class _Special:
 
     @classmethod
     def read(cls, kept: Path) -> _Special:
-        config = _json(kept / "tokenizer_config.json")
+        path = kept / "tokenizer_config.json"
+        config = _json(path)
         told = _json(kept / "special_tokens_map.json") | {k: v for k, v in config.items() if v}
-        decoder = {int(i): entry for i, entry in config.get("added_tokens_decoder", {}).items()}
+        decoder = config.get("added_tokens_decoder") or {}
+        if not isinstance(decoder, dict) or not all(isinstance(e, dict) for e in decoder.values()):
+            raise _wrong(path, "added_tokens_decoder", decoder, "a mapping of ids to tokens")
         for entry in decoder.values():
             if entry.get("lstrip"):
                 raise ModelError(
-                    f"{kept}: {entry['content']!r} drops the blanks before it (lstrip), which is "
+                    f"{kept}: {_text(path, entry)!r} drops the blanks before it (lstrip), which is "
                     "not built here"
                 )
-        ids = {entry["content"]: index for index, entry in decoder.items()}
-        others = told.get("additional_special_tokens", [])
+        ids = _ids(kept / "added_tokens.json", _json(kept / "added_tokens.json").items())
+        ids |= _ids(path, ((_text(path, entry), index) for index, entry in decoder.items()))
         return cls(
-            ids=_json(kept / "added_tokens.json") | ids,
-            names={name: _text(told[name]) for name in NAMES if told.get(name)},
-            others=tuple(_text(token) for token in others),
-            swallow=tuple(e["content"] for e in decoder.values() if e.get("rstrip")),
+            ids=ids,
+            names={name: _text(path, told[name]) for name in NAMES if told.get(name)},
+            others=tuple(_text(path, token) for token in _others(path, told)),
+            swallow=tuple(_text(path, e) for e in decoder.values() if e.get("rstrip")),
             config=config,
         )
 
@@ -208,9 +227,7 @@ class _Special:
 
 
 def _sentencepiece(path: Path, special: _Special) -> SentencePieceTokenizer:
-    from sentencepiece import SentencePieceProcessor
-
-    processor = SentencePieceProcessor(model_file=str(path))
+    processor = read_pieces(path)
     ids = dict(special.ids)
     for token in dict.fromkeys((*map(special.name, NAMES[:3]), *special.others)):
         index = processor.piece_to_id(token)
@@ -218,6 +235,8 @@ def _sentencepiece(path: Path, special: _Special) -> SentencePieceTokenizer:
             ids.setdefault(token, index)
     named_ones = [*map(special.name, NAMES[:3]), special.pad(ids), *special.others]
     begins = special.config.get("add_bos_token", True)
+    if begins:
+        _require(path, special.name("bos_token"), ids)
     blank_once = special.config.get("legacy") is False
     return SentencePieceTokenizer(
         path,
@@ -233,7 +252,10 @@ def _sentencepiece(path: Path, special: _Special) -> SentencePieceTokenizer:
 def _byte_level(path: Path, special: _Special) -> ByteLevelTokenizer:
     ids, begin = dict(special.ids), special.names.get("bos_token")
     facts = _json(path) if path.name == "tokenizer.json" else {}
-    ids |= {token["content"]: token["id"] for token in facts.get("added_tokens", [])}
+    added = facts.get("added_tokens") or []
+    if not isinstance(added, list) or not all(isinstance(token, dict) for token in added):
+        raise _wrong(path, "added_tokens", added, "a list of tokens")
+    ids |= _ids(path, ((_text(path, token), token.get("id")) for token in added))
     if not facts and special.config.get("tokenizer_class") not in QWEN2:
         raise ModelError(
             f"{path} is of a {special.config.get('tokenizer_class')}; of vocab.json and merges.txt "
@@ -242,28 +264,67 @@ def _byte_level(path: Path, special: _Special) -> ByteLevelTokenizer:
         )
     begins = special.config.get("add_bos_token")
     begins = _opens_with(begin, facts.get("post_processor")) if begins is None else begins
+    if begins:
+        _require(path, begin, ids)
     return ByteLevelTokenizer(
         path, added=ids, pad=special.pad(ids), begin=begin if begins else None
     )
 
 
-def _opens_with(begin: str | None, processor: Mapping[str, Any] | None) -> bool:
-    """Whether the post-processor of a tokenizer.json puts the begin token in front of a text."""
-    steps = (processor or {}).get("processors", [processor or {}])
-    first = [step["single"][0] for step in steps if step.get("single")]
+def _opens_with(begin: str | None, processor: Any) -> bool:
+    """Whether the post-processor of a tokenizer.json puts the begin token in front of a text.
+
+    What is no post-processor at all is refused where the file is read as a whole.
+    """
+    processor = processor if isinstance(processor, dict) else {}
+    steps = [s for s in processor.get("processors") or [processor] if isinstance(s, dict)]
+    singles = [s["single"] for s in steps if isinstance(s.get("single"), list) and s["single"]]
+    first = [single[0] for single in singles if isinstance(single[0], dict)]
     return begin is not None and {"id": begin, "type_id": 0} in [
         item.get("SpecialToken") for item in first
     ]
 
 
-def _text(token: str | Mapping[str, Any]) -> str:
-    return token if isinstance(token, str) else token["content"]
+def _others(path: Path, told: Mapping[str, Any]) -> list[Any]:
+    """Further special tokens: a list, or since transformers 5 perhaps by name."""
+    found = told.get("additional_special_tokens") or told.get("extra_special_tokens") or []
+    found = list(found.values()) if isinstance(found, dict) else found
+    if not isinstance(found, list):
+        raise _wrong(path, "additional_special_tokens", found, "a list of tokens")
+    return found
+
+
+def _ids(path: Path, pairs: Iterable[tuple[Any, Any]]) -> dict[str, int]:
+    ids = {}
+    for token, index in pairs:
+        digits = isinstance(index, str) and index.isascii() and index.isdigit()
+        number = int(index) if digits and len(index) < 10 else index
+        whole = isinstance(number, int) and not isinstance(number, bool)
+        if not isinstance(token, str) or not token or not whole or not 0 <= number < 1 << 31:
+            raise _wrong(path, shown(token), index, "a special token and its id")
+        ids[token] = number
+    return ids
+
+
+def _text(path: Path, token: Any) -> str:
+    """A token, told as a text or as a mapping with its `content`."""
+    content = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(content, str) or not content:
+        raise _wrong(path, "a special token", token, "a text, or a mapping with its content")
+    return content
+
+
+def _require(path: Path, begin: str | None, ids: Mapping[str, int]) -> None:
+    if begin not in ids:
+        raise _wrong(path, "bos_token", begin, f"one of the special tokens: {sorted(ids)[:9]}")
+
+
+def _wrong(path: Path, name: str, value: Any, expected: str) -> ModelError:
+    return ModelError(
+        f"{path} is damaged: {name} is {shown(value)}, expected {expected}; get the tokenizer "
+        "files of the model again"
+    )
 
 
 def _json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{path} is no JSON: {error}") from None
+    return read_mapping(path) if path.is_file() else {}

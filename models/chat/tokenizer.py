@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from infra.errors import ModelError
 from models.chat.control import GUARD, any_of, control_tokens, guarded, without_added
+from models.common.tokenizerfiles import read_backend, read_merges, read_pieces
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
@@ -145,10 +146,7 @@ class SentencePieceTokenizer(ChatTokenizer):
             swallow_blanks_after: special tokens after which blanks and newlines are dropped.
             no_blank_before: special tokens that may open a text without the blank before them.
         """
-        from sentencepiece import SentencePieceProcessor
-
-        model = _existing(path).read_bytes() + (NO_DUMMY_PREFIX if blank_once else b"")
-        self._processor = SentencePieceProcessor(model_proto=model)
+        self._processor = read_pieces(_existing(path), NO_DUMMY_PREFIX if blank_once else b"")
         self.added = dict(added)
         self._texts = {index: token for token, index in added.items()}
         self._cut = any_of(frozenset(added))
@@ -221,9 +219,7 @@ class SentencePieceTokenizer(ChatTokenizer):
 
 def has_dummy_prefix(path: str | Path) -> bool:
     """Whether a sentencepiece model puts a blank in front of every text."""
-    from sentencepiece import SentencePieceProcessor
-
-    processor = SentencePieceProcessor(model_file=str(_existing(path)))
+    processor = read_pieces(_existing(path))
     return processor.encode("a", out_type=str)[0].startswith(BLANK)
 
 
@@ -235,12 +231,11 @@ QWEN2_WORDS = (
 
 
 def _backend(path: Path) -> Backend:
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 
     if path.name != "vocab.json":
-        return Tokenizer.from_file(str(path))
-    merges = _existing(path.with_name("merges.txt"))
-    backend = Tokenizer(models.BPE.from_file(str(path), str(merges)))
+        return read_backend(path)
+    backend = Tokenizer(read_merges(path, _existing(path.with_name("merges.txt"))))
     backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [

@@ -4,7 +4,43 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+MOST = 1 << 31
+"""beyond any size of a model: a number that is larger is a slip of the pen or worse"""
+MOST_LAYERS = 4096
+"""as `MOST`, of layers, of which each has names and memory"""
+
+
+def check_numbers(
+    config: Any,
+    *,
+    sizes: tuple[str, ...] = (),
+    above_zero: tuple[str, ...] = (),
+    from_zero: tuple[str, ...] = (),
+) -> None:
+    """Raises ValueError unless fields are what they have to be; None passes.
+
+    Args:
+        config: a dataclass.
+        sizes: fields that are whole numbers from 1.
+        above_zero: fields that are finite and above 0.
+        from_zero: fields that are finite and at least 0.
+    """
+    for name in sizes:
+        value = getattr(config, name)
+        most = MOST_LAYERS if name == "depth" else MOST
+        if value is not None and not 1 <= value <= most:
+            raise ValueError(f"{name} is {value}, expected a whole number from 1 to {most}")
+    for name in above_zero:
+        value = getattr(config, name)
+        if value is not None and not 0 < value < float("inf"):
+            raise ValueError(f"{name} is {value}, expected a finite number above 0")
+    for name in from_zero:
+        value = getattr(config, name)
+        if value is not None and not 0 <= value < float("inf"):
+            raise ValueError(f"{name} is {value}, expected a finite number of at least 0")
+
 
 LayerSpecKind = Literal["local", "te"]
 """what transformer layers are made of: PyTorch's operators, or Transformer Engine's"""
@@ -27,9 +63,9 @@ class RopeScaling:
     """llama3: the context before stretching"""
 
     def __post_init__(self) -> None:
-        if self.factor < 1:
+        if not 1 <= self.factor < float("inf"):
             raise ValueError(f"factor {self.factor} would shorten the context; expected at least 1")
-        if self.low_freq_factor >= self.high_freq_factor:
+        if not self.low_freq_factor < self.high_freq_factor:
             raise ValueError(
                 f"low_freq_factor {self.low_freq_factor} is not below high_freq_factor "
                 f"{self.high_freq_factor}"
@@ -53,8 +89,7 @@ class LoraConfig:
     """of attention and MLP; in a decoder q, k, v, gate and up have a pair each"""
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"rank {self.rank}; expected at least 1")
+        check_numbers(self, sizes=("rank",), above_zero=("alpha",))
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout {self.dropout}; expected at least 0 and below 1")
         if not self.linears:
@@ -108,6 +143,12 @@ class DecoderConfig:
     """adapters of its layers; None: none"""
 
     def __post_init__(self) -> None:
+        check_numbers(
+            self,
+            sizes=("vocab_size", "width", "depth", "heads", "key_value_heads", "mlp_hidden"),
+            above_zero=("max_tokens", "eps", "rope_base"),
+            from_zero=("init_std", "embedding_init_std"),
+        )
         if self.width % self.heads:
             raise ValueError(f"width {self.width} does not divide by heads {self.heads}")
         if self.head_size % 2:

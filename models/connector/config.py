@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from models.common.config import check_numbers
+
 
 @dataclass(frozen=True, kw_only=True)
 class ConnectorConfig:
@@ -20,6 +22,9 @@ class ConnectorConfig:
     """side of the square of patches that the pixel shuffle merges"""
     init_std: float | None = None
     """of the initial matrices; None: 1 / sqrt(width) of what each takes in"""
+
+    def __post_init__(self) -> None:
+        check_numbers(self, sizes=("shuffle_side",), from_zero=("init_std",))
 
     @property
     def merge(self) -> int:

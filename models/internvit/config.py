@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from infra.errors import ConfigError
-from models.common.config import LoraConfig
+from models.common.config import LoraConfig, check_numbers
+
+_SPREADS = ("layerscale_init", "position_init_std", "init_std")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +52,10 @@ class InternViTConfig:
     """adapters of its layers; None: none"""
 
     def __post_init__(self) -> None:
+        sizes = ("width", "depth", "heads", "mlp_hidden", "patch_px", "image_px")
+        check_numbers(self, sizes=sizes, above_zero=("eps",), from_zero=_SPREADS)
+        if not 0 <= self.drop_path <= 1:
+            raise ValueError(f"drop_path is {self.drop_path}, expected a number from 0 to 1")
         if self.width % self.heads:
             raise ValueError(f"width {self.width} does not divide by heads {self.heads}")
         if self.image_px % self.patch_px:

@@ -8,25 +8,38 @@ from typing import Any
 
 from torch import Tensor
 
+from models.common.fields import read, require_multiple
 from models.common.keymap import Key, join_all, one, prefixed
+from models.common.official import VISION
 from models.internvit.config import InternViTConfig
 
 
-def config_from_official(config: Mapping) -> InternViTConfig:
-    """The official `config.json` (or its `vision_config`) as ours."""
+def config_from_official(config: Mapping, part: str = "") -> InternViTConfig:
+    """The official `config.json` (or its `vision_config`) as ours.
+
+    Args:
+        config: with the official names of fields.
+        part: where it is in its file; messages begin with it.
+
+    Raises:
+        ConfigError: a field has a value that ours cannot be built with; names it.
+    """
+    said = read(config, VISION, part)
+    require_multiple(config, said, part, "hidden_size", "num_attention_heads")
+    require_multiple(config, said, part, "image_size", "patch_size")
     return InternViTConfig(
-        width=config["hidden_size"],
-        depth=config["num_hidden_layers"],
-        heads=config["num_attention_heads"],
-        mlp_hidden=config["intermediate_size"],
-        patch_px=config["patch_size"],
-        image_px=config["image_size"],
-        norm="layer" if config.get("norm_type", "rms_norm") == "layer_norm" else "rms",
-        qkv_bias=config["qkv_bias"],
-        qk_norm=config["qk_normalization"],
-        layerscale_init=config["initializer_factor"],
-        eps=config["layer_norm_eps"],
-        drop_path=config["drop_path_rate"],
+        width=said["hidden_size"],
+        depth=said["num_hidden_layers"],
+        heads=said["num_attention_heads"],
+        mlp_hidden=said["intermediate_size"],
+        patch_px=said["patch_size"],
+        image_px=said["image_size"],
+        norm="layer" if said["norm_type"] == "layer_norm" else "rms",
+        qkv_bias=said["qkv_bias"],
+        qk_norm=said["qk_normalization"],
+        layerscale_init=float(said["initializer_factor"]),
+        eps=float(said["layer_norm_eps"]),
+        drop_path=float(said["drop_path_rate"]),
         drop_path_shape="linear",
     )
 

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Literal
 
 from infra.errors import ConfigError
-from models.common.config import DecoderConfig, LoraConfig
+from models.common.config import DecoderConfig, LoraConfig, check_numbers
 from models.connector.config import ConnectorConfig
 from models.internvit.config import InternViTConfig, internvit
 from models.llama.config import llama
@@ -66,15 +66,35 @@ class InternVLConfig:
     """initial bias of the logits, which the sigmoid loss learns; None: they have none"""
 
     def __post_init__(self) -> None:
-        for name, width in (("vision", self.vision.width), ("text", self.text.width)):
-            if width % self.pool_heads:
-                raise ValueError(
+        sizes = ("embed_dim", "pool_heads")
+        check_numbers(self, sizes=sizes, above_zero=("temperature",), from_zero=("head_init_std",))
+
+    def check(self, kind: str) -> None:
+        """Refuse numbers that do not go together in the parts that a configuration has.
+
+        Raises:
+            ConfigError: with the arithmetic.
+        """
+        parts = PARTS[kind]
+        widths = {"vision": self.vision.width, "text": self.text.width}
+        for name, width in widths.items():
+            pooled = name == "vision" or "queries" in parts
+            if "contrast" in parts and pooled and width % self.pool_heads:
+                raise ConfigError(
                     f"{name}.width {width} does not divide by pool_heads {self.pool_heads}"
                 )
+        if "connector" not in parts:
+            return
         if self.grid % self.connector.merge:
-            raise ValueError(
+            raise ConfigError(
                 f"the {self.grid}x{self.grid} patch grid does not divide by "
                 f"{self.connector.merge} for the pixel shuffle"
+            )
+        depth, layer = self.vision.depth, self.connector.select_layer
+        if not -depth - 1 <= layer <= depth:
+            raise ConfigError(
+                f"connector.select_layer is {layer}, expected a number from {-depth - 1} to "
+                f"{depth}, for the vision tower has {depth} layers"
             )
 
     @property

@@ -6,9 +6,11 @@ An imported model folder has, beside its config and weights (in the types they c
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,18 +18,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from infra.errors import ModelError
+from infra.errors import ConfigError, ModelError
+from infra.givenfiles import read_mapping, shown
 from infra.tensorfiles import TensorFacts, TensorFiles, write_tensors
-from models.chat.official import KEPT, small_files, template_name
+from models.chat.official import KEPT, OfficialTokenizer, small_files, template_name
 from models.chat.templates import IMG_CONTEXT
 from models.common.keymap import Key, check_names
-from models.connector.config import ConnectorConfig
 from models.internvit import hf as vision_hf
 from models.internvl import hf
 from models.internvl.config import PARTS, InternVLConfig
-from models.internvl.folder import read_config, refuse_overwriting, write_config
+from models.internvl.folder import new_folder, read_config, refuse_overwriting, write_config
+from models.internvl.handover import (
+    PICTURES,
+    has_tokenizer,
+    is_ours,
+    pictures_told,
+    tiles,
+    unlike_ours,
+    write_companions,
+)
+from models.internvl.hf_fields import taken_defaults, unknown_fields
 from models.internvl.lora import BASE_LAYER, MergedFiles, adapters, peft_keys
-from models.tokenizer import IMG_CONTEXT_ID
+from models.internvl.source import (
+    by_names_of,
+    from_heads,
+    refuse_unequal,
+    require_finite,
+    require_layers,
+    stored_heads,
+    untied,
+)
+from models.internvl.tokenizer import load_tokenizer
+from models.tokenizer import IMG_CONTEXT_ID, Tokenizer
 
 SOLO = ("vision", "internvl_c")
 """what can be taken alone of a larger model"""
@@ -49,6 +71,8 @@ class Format:
     """its names and ours, of a configuration"""
     unused: str = ""
     """in front of names that a file of it may also have and the configuration does not use"""
+    other_names: tuple[Callable[[str], str], ...] = ()
+    """from a name to what else the tensor is called in files of it"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +89,10 @@ class Conversion:
     """bytes of the tensors written"""
     left_out: tuple[str, ...]
     """names in the source that were left out on purpose"""
+    unknown: tuple[str, ...] = ()
+    """fields of its config.json that no official class has, and that were not looked at"""
+    note: str = ""
+    """what the reader of an export does in another way"""
 
     @property
     def summary(self) -> str:
@@ -74,8 +102,7 @@ class Conversion:
 
 def _vision_alone(config: Mapping) -> InternVLConfig:
     vision = vision_hf.config_from_official(config)
-    # What the other parts' defaults ask of the vision tower is of no account here.
-    return InternVLConfig(vision=vision, pool_heads=1, connector=ConnectorConfig(kind="mlp2x"))
+    return InternVLConfig(vision=vision)
 
 
 FORMATS = {
@@ -102,6 +129,7 @@ FORMATS = {
         about="a folder of transformers' own internvl (InternVLForConditionalGeneration)",
         read=hf.config_from_native,
         keys=lambda config, _kind: hf.native_keys(config),
+        other_names=(hf.saved_name, hf.base_name),
     ),
     "llava": Format(
         kind="chat_simple",
@@ -157,48 +185,94 @@ def import_model(
             form: of an InternViT, or of the InternVL-14B of a Chat full.
 
     Raises:
-        ModelError: the source is of no known format, or a tensor is missing, surplus or of
-            another shape; the message names it.
+        ModelError: the source is of no known format, or a tensor is missing, surplus, of another
+            shape or not finite; the message names it. Nothing is left in the target then.
+        ConfigError: config.json has an option that is not built here, or a value that cannot be.
     """
     source, target = Path(source), Path(target)
-    config_file = config_file or (source.parent if source.is_file() else source) / "config.json"
-    name, facts = _recognise(config_file)
-    if source.is_file():
+    inside = source if source.is_dir() else source.parent
+    given, config_file = config_file is not None, config_file or inside / "config.json"
+    name, facts = _recognise(config_file, None if given else inside)
+    if not source.is_dir():
         name = _as_pytorch_file(name, config_file)
     form = FORMATS[name]
     if tower_config is not None:
-        facts[hf.TOWER] = _read_json(tower_config)
-    try:
-        config = form.read(facts)
-    except KeyError as error:
-        raise ModelError(f"{config_file} lacks {error.args[0]!r}") from None
-    found = adapters(config, form.kind)
+        facts[hf.TOWER] = read_mapping(tower_config)
+    config = _read_config(config_file, form, facts)
+    if name == "transformers":
+        told = pictures_told(source)
+        config = dataclasses.replace(config, pictures=told) if told else config
     refuse_overwriting(target)
-    with TensorFiles(source) as files:
-        base_layer = any(BASE_LAYER in n for n in files.facts)
-        whole = list(peft_keys(form.keys(config, form.kind), found, base_layer=base_layer))
-        chosen = _chosen(whole, config, form.kind, kind)
-        buffers = tuple(
+    small = small_files(source) if source.is_dir() else []
+    with TensorFiles(source, inside=inside) as files, new_folder(target) as part:
+        try:
+            require_layers(name, form.kind, config, files)
+        except ConfigError as error:
+            raise ConfigError(f"{config_file}: {error}") from None
+        table, copies = _table(form, config, files)
+        chosen = _chosen(table, config, form.kind, kind)
+        buffers = [
             n
             for n in files.facts
             if n.endswith(BUFFERS) or (form.unused and n.startswith(form.unused))
-        )
+        ]
         there = {n: fact.shape for n, fact in files.facts.items() if n not in buffers}
-        check_names(str(source), there, {n: shape for key in whole for n, shape in key.theirs})
-        done = _import_tensors(files, chosen, target / "weights.safetensors")
-    taken = {n for key in chosen for n in key.names}
-    if source.is_dir():
-        _keep_small_files(source, target / KEPT)
-    if tower_config is not None:
-        _write_json(target / KEPT / "config.json", facts)
-    write_config(target, kind or form.kind, config)
+        wanted = {n: shape for key in table for n, shape in key.theirs}
+        wanted |= {head: wanted[embedding] for head, embedding in copies.items()}
+        check_names(str(source), there, wanted, _defaults(taken_defaults(name, facts)))
+        refuse_unequal(files, copies)
+        done = _import_tensors(files, chosen, part / "weights.safetensors")
+        taken = {n for key in chosen for n in key.names}
+        if source.is_dir():
+            _keep(small, part / KEPT)
+            if is_ours(part / KEPT):
+                shutil.copyfile(part / KEPT / "tokenizer.json", part / "tokenizer.json")
+        if tower_config is not None:
+            _write_json(part / KEPT / "config.json", facts)
+        write_config(part, kind or form.kind, config)
     return Conversion(
         format=name,
         kind=kind or form.kind,
         tensors=len(done),
         size=sum(fact.size for fact in done.values()),
-        left_out=(*buffers, *(n for key in whole for n in key.names if n not in taken)),
+        left_out=(*buffers, *copies, *(n for key in table for n in key.names if n not in taken)),
+        unknown=tuple(unknown_fields(name, facts)),
     )
+
+
+def _read_config(path: Path, form: Format, facts: Mapping[str, Any]) -> InternVLConfig:
+    try:
+        config = form.read(facts)
+        config.check(form.kind)
+    except (ConfigError, ValueError) as error:
+        raise ConfigError(f"{path}: {error}") from None
+    return config
+
+
+def _table(
+    form: Format, config: InternVLConfig, files: TensorFiles
+) -> tuple[list[Key], dict[str, str]]:
+    """Every tensor that a file has to hold, by its names there; and the tied heads that it stores
+    beside the embeddings that they are copies of."""
+    found = adapters(config, form.kind)
+    base_layer = any(BASE_LAYER in n for n in files.facts)
+
+    def named(config: InternVLConfig) -> list[Key]:
+        keys = list(peft_keys(form.keys(config, form.kind), found, base_layer=base_layer))
+        return by_names_of(files.facts, keys, form.other_names)
+
+    table = named(config)
+    heads = stored_heads(table, named(untied(config)))
+    copies = {h: e for h, e in heads.items() if h in files.facts and e in files.facts}
+    return from_heads(files.facts, table, heads), copies
+
+
+def _defaults(taken: Mapping[str, Any]) -> str:
+    """What may be the reason where tensors do not fit a config that leaves sizes out."""
+    if not taken:
+        return ""
+    said = ", ".join(f"{name} = {value}" for name, value in taken.items())
+    return f"config.json does not say these, for which the official defaults were taken: {said}"
 
 
 def export_model(folder: str | Path, target: str | Path, format: str) -> Conversion:
@@ -223,21 +297,33 @@ def export_model(folder: str | Path, target: str | Path, format: str) -> Convers
     found = adapters(config, kind)
     config = config.with_lora() if found else config
     table = list(FORMATS[format].keys(config, kind))
-    facts = _official_config(folder, config, kind, format)
+    facts, kept = _official_config(folder, config, kind, format), _kept_config(folder)
     refuse_overwriting(target)
-    with TensorFiles(folder / "weights.safetensors") as files:
+    with TensorFiles(folder / "weights.safetensors") as files, new_folder(target) as part:
         merged = MergedFiles(files, found)
         there = {n: fact.shape for n, fact in merged.facts.items()}
         left_out = tuple(name for name in ("logit_bias",) if there.pop(name, None) is not None)
         check_names(str(folder), there, {key.ours: key.shape for key in table})
         write = _export_pytorch if format in PYTORCH_FILES else _export_tensors
-        done = write(merged, table, target)
-    if (folder / KEPT).is_dir():
-        _keep_small_files(folder / KEPT, target)
-    if facts is not None:
-        _write_json(target / "config.json", facts)
+        done = write(merged, table, part)
+        if (folder / KEPT).is_dir():
+            _keep(small_files(folder / KEPT), part)
+        if kept is None or kept[0] != format:
+            facts = dict(facts or {})
+            write_companions(folder, part, format, kind, config, facts)
+        elif format == "transformers" and pictures_told(folder / KEPT) != config.pictures:
+            _write_json(part / PICTURES, tiles(config))
+        if facts is not None:
+            _write_json(part / "config.json", facts)
     size = sum(fact.size for fact in done.values())
-    return Conversion(format=format, kind=kind, tensors=len(done), size=size, left_out=left_out)
+    return Conversion(
+        format=format,
+        kind=kind,
+        tensors=len(done),
+        size=size,
+        left_out=left_out,
+        note=unlike_ours(format, config),
+    )
 
 
 def merge_model(folder: str | Path, target: str | Path) -> int:
@@ -255,26 +341,26 @@ def merge_model(folder: str | Path, target: str | Path) -> int:
     if not found:
         raise ModelError(f"{folder} has no adapters: there is nothing to merge")
     refuse_overwriting(target)
-    with TensorFiles(folder / "weights.safetensors") as files:
+    with TensorFiles(folder / "weights.safetensors") as files, new_folder(target) as part:
         merged = MergedFiles(files, found)
         tensors = ((name, merged.read(name)) for name in merged.facts)
-        write_tensors(target / "weights.safetensors", merged.facts, tensors)
-    if (folder / "tokenizer.json").is_file():
-        shutil.copyfile(folder / "tokenizer.json", target / "tokenizer.json")
-    if (folder / KEPT).is_dir():
-        _keep_small_files(folder / KEPT, target / KEPT)
-    write_config(target, kind, config.with_lora())
+        write_tensors(part / "weights.safetensors", merged.facts, tensors)
+        if (folder / "tokenizer.json").is_file():
+            shutil.copyfile(folder / "tokenizer.json", part / "tokenizer.json")
+        if (folder / KEPT).is_dir():
+            _keep(small_files(folder / KEPT), part / KEPT)
+        write_config(part, kind, config.with_lora())
     return len(found)
 
 
-def _recognise(path: Path) -> tuple[str, dict[str, Any]]:
+def _recognise(path: Path, inside: Path | None = None) -> tuple[str, dict[str, Any]]:
     """The format of a folder with that config.json, and what the file says."""
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise ModelError(
             f"{path} does not exist; an official model folder has one, and to a PyTorch file it "
             "is given"
         )
-    facts = _read_json(path)
+    facts = read_mapping(path, inside)
     if "qllama_config" in facts:
         return "internvl_14b", facts
     if "llm_config" in facts:
@@ -287,16 +373,9 @@ def _recognise(path: Path) -> tuple[str, dict[str, Any]]:
         full = facts.get("mm_projector_type") == "two_mlp"
         return "llava_full" if full else "llava", facts
     known = "; ".join(form.about for form in FORMATS.values())
-    raise ModelError(f"{path} has model_type {facts.get('model_type')!r}; what is read: {known}")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ModelError(f"{path} does not exist")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{path} is no JSON: {error}") from None
+    raise ModelError(
+        f"{path} has model_type {shown(facts.get('model_type'))}; what is read: {known}"
+    )
 
 
 def _write_json(path: Path, facts: Mapping[str, Any]) -> None:
@@ -358,7 +437,10 @@ def _import_tensors(files: TensorFiles, table: Sequence[Key], path: Path) -> dic
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for name in facts:
-            yield name, keys[name].join([files.read(n) for n in keys[name].names])
+            theirs = {n: files.read(n) for n in keys[name].names}
+            for official, tensor in theirs.items():
+                require_finite(official, files.label, tensor)
+            yield name, keys[name].join(list(theirs.values()))
 
     write_tensors(path, facts, tensors())
     return facts
@@ -401,9 +483,9 @@ def _aligned(facts: Mapping[str, TensorFacts]) -> dict[str, TensorFacts]:
     return dict(sorted(facts.items(), key=lambda pair: (-pair[1].dtype.itemsize, pair[0])))
 
 
-def _keep_small_files(source: Path, target: Path) -> None:
+def _keep(files: Iterable[Path], target: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
-    for path in small_files(source):
+    for path in files:
         shutil.copyfile(path, target / path.name)
 
 
@@ -414,7 +496,10 @@ def _official_config(
     kept = _kept_config(folder)
     if kept is not None and kept[0] == format:
         merged = kept[1] | {name: 0 for name in hf.LORA_RANKS if kept[1].get(name)}
-        if FORMATS[format].read(merged) == config:
+        read = FORMATS[format].read(merged)
+        if format == "transformers":  # which says it elsewhere
+            read = dataclasses.replace(read, pictures=config.pictures)
+        if read == config:
             return None if merged == kept[1] else merged
     if format == "transformers":
         return hf.config_to_native(config, _image_token(folder, kept[1] if kept else {}))
@@ -437,12 +522,15 @@ def _image_token(folder: Path, kept: Mapping[str, Any]) -> int:
             return kept[field]
     path = folder / KEPT / "added_tokens.json"
     if path.is_file():
-        added = json.loads(path.read_text(encoding="utf-8"))
+        added = read_mapping(path)
         if IMG_CONTEXT in added:
             return added[IMG_CONTEXT]
-    if (folder / "tokenizer.json").is_file():
+    tokenizer = load_tokenizer(folder) if has_tokenizer(folder) else None
+    if isinstance(tokenizer, Tokenizer):
         return IMG_CONTEXT_ID
+    if isinstance(tokenizer, OfficialTokenizer) and IMG_CONTEXT in tokenizer.special:
+        return tokenizer.special[IMG_CONTEXT]
     raise ModelError(
         f"nothing in {folder} says the id of {IMG_CONTEXT}, which transformers' config needs; "
-        f"expected it in {KEPT}/config.json (img_context_token_id) or {KEPT}/added_tokens.json"
+        f"expected it in {KEPT}/config.json (img_context_token_id) or the tokenizer files there"
     )

@@ -86,8 +86,9 @@ def check_layout(
 
     Raises:
         LayoutError: with the arithmetic.
-        ConfigError: FP8 cannot multiply these sizes.
+        ConfigError: FP8 cannot multiply these sizes, or they do not go together.
     """
+    config.check(kind)
     if not meet_in_loss(kind):
         layout = dataclasses.replace(layout, text_tensor=None)
     vision = ModelFacts(

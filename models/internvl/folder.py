@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import shutil
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from infra.config import build, to_dict
-from infra.errors import ModelError
+from infra.errors import ConfigError, ModelError
+from infra.givenfiles import disguise, read_mapping, shown
 from models.internvl.config import PARTS, InternVLConfig
+from models.plan.weights import weights
 
 FORMAT = "vlfoundry.model.v1"
+_NO_PLACE = (
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENOENT,
+    errno.ENAMETOOLONG, errno.EFBIG,
+)  # fmt: skip
 
 
 def write_config(folder: Path, kind: str, config: InternVLConfig) -> None:
@@ -28,49 +38,119 @@ def read_config(folder: str | Path) -> tuple[str, InternVLConfig]:
     """Kind and config of a model folder.
 
     Raises:
-        ModelError: the folder is no model folder of this format.
+        ModelError: the folder is not a model folder of this format.
+        ConfigError: a number of its config cannot be.
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
-        raise ModelError(f"{path} does not exist; {folder} is no model folder")
-    facts = json.loads(path.read_text(encoding="utf-8"))
+        raise ModelError(f"{path} does not exist; {folder} is not a model folder")
+    facts = read_mapping(path)
     if facts.get("format") != FORMAT:
-        raise ModelError(f"{path} has format {facts.get('format')!r}, expected {FORMAT!r}")
-    return facts["kind"], build(InternVLConfig, facts["model"], str(path))
+        raise ModelError(f"{path} has format {shown(facts.get('format'))}, expected {FORMAT!r}")
+    kind, numbers = facts.get("kind"), facts.get("model")
+    if not isinstance(kind, str) or kind not in PARTS:
+        raise ModelError(
+            f"{path} is damaged: kind is {shown(kind)}, expected one of {', '.join(PARTS)}; copy "
+            "it again"
+        )
+    if not isinstance(numbers, dict):
+        raise ModelError(
+            f"{path} is damaged: model is {shown(numbers)}, expected a mapping; copy it again"
+        )
+    try:
+        config = build(InternVLConfig, numbers, "model")
+        config.check(kind)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    return kind, config
+
+
+def check_shapes(folder: str | Path, kind: str, config: InternVLConfig) -> None:
+    """Hold a config against the header of the weights, before a model of that size is built.
+
+    Raises:
+        ModelError: the weights are those of another config; names the field or the tensor.
+    """
+    path, held = Path(folder) / "weights.safetensors", weight_shapes(folder)
+    for tower, depth in config.depths(kind).items():
+        if depth > len(held):
+            raise ModelError(
+                f"{Path(folder) / 'config.json'}: {tower}.depth is {depth}, expected at most "
+                f"{len(held)}, for {path.name} has no more tensors; copy the folder again"
+            )
+    for weight in weights(kind, config):
+        if held.get(weight.name, weight.shape) != weight.shape:
+            raise ModelError(
+                f"weight {weight.name!r} in {path} has shape {list(held[weight.name])}; "
+                f"{Path(folder) / 'config.json'} asks for {list(weight.shape)}"
+            )
 
 
 def is_model_folder(folder: Path) -> bool:
     """Whether a folder's config.json is one of ours."""
     try:
-        facts = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        facts = read_mapping(folder / "config.json")
+    except ModelError:
         return False
-    return isinstance(facts, dict) and facts.get("format") == FORMAT
+    return facts.get("format") == FORMAT
 
 
 def refuse_overwriting(target: Path) -> None:
     """Raises ModelError if something is in the folder that is to be made."""
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ModelError(f"{target} is there already; name a folder that is not, or is empty")
+        raise ModelError(f"{target} is there already; name a folder that is not there, or is empty")
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A folder beside the one that is to be, whose place it takes when it is complete.
+
+    Raises:
+        ModelError: it cannot be made or written there. Nothing is left of it then, nor after any
+            other error.
+    """
+    target = target.resolve()
+    part = target.with_name(f"{target.name}.{os.getpid()}.part")
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        yield part
+        part.rename(target)
+    except OSError as error:
+        if error.errno not in _NO_PLACE:
+            raise
+        raise ModelError(f"{target} cannot be written: {error.strerror}") from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def weight_shapes(folder: str | Path) -> dict[str, tuple[int, ...]]:
     """Canonical name -> shape of each weight, from the header of the folder's file.
 
     Raises:
-        ModelError: there is no such file, or it has no such header.
+        ModelError: there is no such file, or it is cut or has no such header.
     """
     path = Path(folder) / "weights.safetensors"
     if not path.is_file():
-        raise ModelError(f"{path} does not exist; {folder} is no complete model folder")
+        raise ModelError(f"{path} does not exist; {folder} is not a complete model folder")
+    found = disguise(path)
+    if found:
+        raise ModelError(f"{path} {found}")
     try:
         with path.open("rb") as file:
             (size,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(min(size, path.stat().st_size)))
         header.pop("__metadata__", None)
-        return {name: tuple(facts["shape"]) for name, facts in header.items()}
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError):
-        raise ModelError(f"{path} is no complete safetensors file; make it again") from None
+        shapes = {name: tuple(facts["shape"]) for name, facts in header.items()}
+        end = max((facts["data_offsets"][1] for facts in header.values()), default=0)
+    except (struct.error, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        raise ModelError(f"{path} is damaged: it has no header of tensors; copy it again") from None
+    there = path.stat().st_size - 8 - size
+    if end != there:
+        raise ModelError(
+            f"{path} is damaged: it has {there:,} bytes of tensors, expected {end:,}; copy it again"
+        )
+    return shapes
 
 
 def is_below(name: str, part: str) -> bool:

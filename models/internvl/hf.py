@@ -11,10 +11,21 @@ from torch import Tensor
 
 from infra.errors import ConfigError, ModelError
 from models.common.config import DecoderConfig, LoraConfig
+from models.common.fields import read, require_multiple, size, wrong
 from models.common.hf_decoder import decoder_keys, internlm2_keys
 from models.common.keymap import Key, join_all, one, prefixed, renamed
+from models.common.official import (
+    CHAT,
+    CROSS_ATTENTION_FREQUENCY,
+    DUAL,
+    LAYERS,
+    LLAVA,
+    NATIVE,
+    NATIVE_VISION,
+)
 from models.connector.config import ConnectorConfig
 from models.internvit import hf as vision_hf
+from models.internvit.config import InternViTConfig
 from models.internvl.config import InternVLConfig
 from models.internvl.hf_pictures import (
     NATIVE_PICTURES,
@@ -31,34 +42,91 @@ def config_from_official(config: Mapping) -> InternVLConfig:
     """`config.json` of an InternVL-14B (`qllama_config`) or an InternVL-Chat (`llm_config`).
 
     Raises:
-        ConfigError: an option is not built here.
+        ConfigError: an option is not built here, or a field has a value that it cannot have; names
+            the field with its part ("llm_config.hidden_size").
     """
-    vision = vision_hf.config_from_official(config["vision_config"])
-    if "qllama_config" in config:
-        _refuse_lora(config)
-        qllama = config["qllama_config"]
-        return InternVLConfig(
-            vision=vision,
-            text=llama_hf.config_from_official(qllama),
-            queries=QLlamaConfig(
-                num_queries=config["num_query_token"],
-                cross_attention_frequency=qllama["cross_attention_frequency"],
-            ),
-            embed_dim=config["clip_embed_dim"],
-            pool_heads=config["attn_pool_num_heads"],
-        )
-    language = llama_hf.config_from_official(config["llm_config"])
+    return _dual(config) if "qllama_config" in config else _chat(config)
+
+
+def _dual(config: Mapping) -> InternVLConfig:
+    said = read(config, DUAL)
+    _refuse_lora(config)
+    qllama = said["qllama_config"]
+    text = llama_hf.config_from_official(qllama, "qllama_config", kind="llama")
+    vision = vision_hf.config_from_official(said["vision_config"] or {}, "vision_config")
+    if said["force_image_size"]:
+        # The class makes its position embedding of this size, whatever the tower's config says.
+        _require_patches(config, said, vision)
+        vision = dataclasses.replace(vision, image_px=said["force_image_size"])
+    frequency = said["cross_attention_frequency"] or qllama.get("cross_attention_frequency")
+    if frequency is not None and not size(most=LAYERS).fits(frequency):
+        raise wrong(qllama, "qllama_config", "cross_attention_frequency", frequency, "a number")
+    for part, width in (("vision_config", vision.width), ("qllama_config", text.width)):
+        if width % said["attn_pool_num_heads"]:
+            expected = f"a divisor of {part}.hidden_size = {width}"
+            raise wrong(config, "", "attn_pool_num_heads", said["attn_pool_num_heads"], expected)
     return InternVLConfig(
-        vision=dataclasses.replace(vision, lora=_lora(config.get("use_backbone_lora"))),
-        language=dataclasses.replace(language, lora=_lora(config.get("use_llm_lora"))),
-        connector=ConnectorConfig(
-            kind="pixel_shuffle",
-            ps_version=config["ps_version"],
-            select_layer=config["select_layer"],
-            shuffle_side=round(1 / config["downsample_ratio"]),
+        vision=vision,
+        text=text,
+        queries=QLlamaConfig(
+            num_queries=said["num_query_token"],
+            cross_attention_frequency=frequency or CROSS_ATTENTION_FREQUENCY,
         ),
+        embed_dim=said["clip_embed_dim"],
+        pool_heads=said["attn_pool_num_heads"],
+    )
+
+
+def _chat(config: Mapping) -> InternVLConfig:
+    said = read(config, CHAT)
+    language = llama_hf.config_from_official(said["llm_config"], "llm_config")
+    vision = vision_hf.config_from_official(said["vision_config"] or {}, "vision_config")
+    if said["force_image_size"] not in (None, vision.image_px):
+        raise wrong(
+            config, "", "force_image_size", said["force_image_size"],
+            f"vision_config.image_size = {vision.image_px} or null: the position embedding is not "
+            "made for another size here",
+        )  # fmt: skip
+    return InternVLConfig(
+        vision=dataclasses.replace(vision, lora=_lora(said["use_backbone_lora"])),
+        language=dataclasses.replace(language, lora=_lora(said["use_llm_lora"])),
+        connector=_connector(config, said, vision, "select_layer", ps_version=said["ps_version"]),
         pictures=pictures_from_official(config),
     )
+
+
+def _connector(
+    config: Mapping, said: Mapping, vision: InternViTConfig, layer: str, *, ps_version: str
+) -> ConnectorConfig:
+    """The pixel shuffle of a chat model, as far as the vision tower allows it."""
+    ratio = said["downsample_ratio"]
+    side = round(1 / ratio)
+    if abs(side * ratio - 1) > 1e-3:
+        expected = "1 divided by a whole number, such as 0.5"
+        raise wrong(config, "", "downsample_ratio", ratio, expected)
+    grid = vision.image_px // vision.patch_px
+    if grid % side:
+        expected = f"1 divided by a divisor of the {grid} x {grid} grid of patches"
+        raise wrong(config, "", "downsample_ratio", ratio, expected)
+    _require_layer(config, said, vision, layer)
+    return ConnectorConfig(
+        kind="pixel_shuffle", ps_version=ps_version, select_layer=said[layer], shuffle_side=side
+    )
+
+
+def _require_layer(config: Mapping, said: Mapping, vision: InternViTConfig, name: str) -> None:
+    if not -vision.depth - 1 <= said[name] <= vision.depth:
+        expected = (
+            f"a number from {-vision.depth - 1} to {vision.depth}, for the vision tower has "
+            f"{vision.depth} layers"
+        )
+        raise wrong(config, "", name, said[name], expected)
+
+
+def _require_patches(config: Mapping, said: Mapping, vision: InternViTConfig) -> None:
+    if said["force_image_size"] % vision.patch_px:
+        expected = f"a multiple of vision_config.patch_size = {vision.patch_px}"
+        raise wrong(config, "", "force_image_size", said["force_image_size"], expected)
 
 
 LORA_RANKS = ("use_backbone_lora", "use_llm_lora", "use_qllama_lora")
@@ -135,27 +203,43 @@ def config_from_native(config: Mapping) -> InternVLConfig:
     """`config.json` of transformers' own `internvl` as ours.
 
     Raises:
-        ConfigError: images are no squares, or its language model is of another shape.
+        ConfigError: as `config_from_official`.
     """
-    vision, text = config["vision_config"], dict(config["text_config"])
-    if "tie_word_embeddings" in config:  # the head is in the outer class
-        text["tie_word_embeddings"] = config["tie_word_embeddings"]
-    official = {theirs: vision[name] for name, theirs in _NATIVE_VISION.items()}
-    for side in ("patch_size", "image_size"):
-        sides = vision[side] if isinstance(vision[side], list) else [vision[side]]
-        if len(set(sides)) > 1:
-            raise ConfigError(f"{side} {sides} is no square, which is not built here")
-        official[side] = sides[0]
-    return config_from_official(
-        {
-            "vision_config": official | {"drop_path_rate": 0.0},
-            "llm_config": text,
-            "ps_version": "v2",
-            "select_layer": config["vision_feature_layer"],
-            "downsample_ratio": config["downsample_ratio"],
-            **NATIVE_PICTURES,
-        }
+    said = read(config, NATIVE)
+    facts, text = said["vision_config"] or {}, said["text_config"]
+    tower = read(facts, NATIVE_VISION, "vision_config")
+    require_multiple(facts, tower, "vision_config", "hidden_size", "num_attention_heads")
+    sides = {name: _side(tower[name]) for name in ("patch_size", "image_size")}
+    require_multiple(facts, sides, "vision_config", "image_size", "patch_size")
+    if tower["use_qk_norm"] and tower["layer_norm_eps"] != NATIVE_QK_EPS:
+        raise wrong(
+            facts, "vision_config", "layer_norm_eps", tower["layer_norm_eps"],
+            f"{NATIVE_QK_EPS}: the norms of q and k (use_qk_norm) have it there, and ours have one "
+            "eps for all",
+        )  # fmt: skip
+    official = {theirs: tower[name] for name, theirs in _NATIVE_VISION.items()}
+    vision = vision_hf.config_from_official(official | sides, "vision_config")
+    kind = llama_hf.kind_of(text, "text_config", default="qwen2")
+    if kind == "internlm2":
+        raise wrong(text, "text_config", "model_type", kind, "llama or qwen2")
+    language = llama_hf.config_from_official(text, "text_config", kind=kind)
+    return InternVLConfig(
+        vision=vision,
+        language=dataclasses.replace(language, tied_head=_is_tied(config, said)),
+        connector=_connector(config, said, vision, "vision_feature_layer", ps_version="v2"),
+        pictures=pictures_from_official(NATIVE_PICTURES),
     )
+
+
+def _is_tied(config: Mapping, said: Mapping) -> bool:
+    """The head is in the outer class; transformers 4 asks the language model's config."""
+    if "tie_word_embeddings" in config or "tie_word_embeddings" not in said["text_config"]:
+        return said["tie_word_embeddings"]
+    return said["text_config"]["tie_word_embeddings"]
+
+
+def _side(sides: int | list[int]) -> int:
+    return sides[0] if isinstance(sides, list) else sides
 
 
 def config_to_native(config: InternVLConfig, image_token_id: int) -> dict[str, Any]:
@@ -207,29 +291,25 @@ def config_from_llava(config: Mapping) -> InternVLConfig:
         ConfigError: its connector, or the tokens it takes, are of another kind; or what the vision
             tower is, is not known.
     """
-    for option, known in (
-        ("mm_projector_type", ("mlp2x_gelu", "two_mlp")),
-        ("mm_vision_select_feature", ("patch",)),
-        ("mm_use_im_start_end", (False,)),
-    ):
-        if config.get(option, known[0]) not in known:
-            raise ConfigError(f"{option} {config[option]!r} is not built here; expected {known}")
+    said = read(config, LLAVA)
     if TOWER not in config:
         raise ConfigError(
-            f"config.json says nothing of the vision tower but its name, "
-            f"{config.get('mm_vision_tower')!r}; give the config.json of that with --tower-config"
+            "config.json says nothing of the vision tower but its name, "
+            f"{said['mm_vision_tower']!r}; give the config.json of that with --tower-config"
         )
-    llama = {"model_type": "llama", "architectures": None}
-    chat = {
-        "language": llama_hf.config_from_official({**config, **llama}),
-        "connector": ConnectorConfig(kind="mlp2x", select_layer=config["mm_vision_select_layer"]),
-        "pictures": pictures_from_llava(config),
-    }
-    tower = config[TOWER]
-    if config.get("mm_projector_type") == "two_mlp":
-        return dataclasses.replace(config_from_official(tower), **chat)
-    vision = vision_hf.config_from_official(tower)
-    return InternVLConfig(vision=vision, pool_heads=1, **chat)
+    language, tower = llama_hf.config_from_official(config, kind="llama"), config[TOWER]
+    if said["mm_projector_type"] == "two_mlp":
+        try:
+            whole = _dual(tower)
+        except ConfigError as error:
+            raise ConfigError(f"{TOWER}: {error}") from None
+    else:
+        whole = InternVLConfig(vision=vision_hf.config_from_official(tower, TOWER))
+    _require_layer(config, said, whole.vision, "mm_vision_select_layer")
+    connector = ConnectorConfig(kind="mlp2x", select_layer=said["mm_vision_select_layer"])
+    return dataclasses.replace(
+        whole, language=language, connector=connector, pictures=pictures_from_llava(config)
+    )
 
 
 def config_to_llava(config: InternVLConfig, kind: str) -> dict[str, Any]:
@@ -334,6 +414,26 @@ def native_keys(config: InternVLConfig) -> Iterator[Key]:
             parts = [(name.replace("qkv", f"{p}_proj"), (rows // 3, *rest)) for p in "qkv"]
             key = dataclasses.replace(key, theirs=tuple(parts), blocks=1)
         yield from renamed([key], _native_name)
+
+
+def saved_name(native: str) -> str:
+    """What `save_pretrained` of transformers calls a tensor of its own `internvl`.
+
+    A model that was made from a config, or loaded from such a file, is saved by these names (since
+    4.52), and one that was loaded by the names of the class by those.
+    """
+    for pattern, saved in (
+        (r"^model\.language_model\.", "language_model.model."),
+        (r"^lm_head\.", "language_model.lm_head."),
+        (r"^model\.(vision_tower|multi_modal_projector)\.", r"\1."),
+    ):
+        native = re.sub(pattern, saved, native)
+    return native
+
+
+def base_name(native: str) -> str:
+    """As `saved_name`, of `InternVLModel`, which is all but the head."""
+    return native.removeprefix("model.")
 
 
 _TIMM = (

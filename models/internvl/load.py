@@ -20,9 +20,10 @@ from infra.backend import install
 from infra.decode import Picture
 from infra.errors import ModelError
 from infra.train.weights import gather_weights, load_weights, pieces, write_safetensors
-from models.chat.official import KEPT, official_tokenizer
+from models.chat.official import KEPT
 from models.internvl.config import CAPABILITIES, PARTS, InternVLConfig
 from models.internvl.folder import (
+    check_shapes,
     is_below,
     read_config,
     refuse_other_adapters,
@@ -31,8 +32,9 @@ from models.internvl.folder import (
 )
 from models.internvl.model import Chunks, InternVL, build
 from models.internvl.prompts import SUMMARIZE
+from models.internvl.tokenizer import load_tokenizer
 from models.preprocess import normalise
-from models.tokenizer import TextTokenizer, Tokenizer, pad
+from models.tokenizer import TextTokenizer, pad
 
 BATCH = 64
 """squares of pictures, or texts, that a forward pass takes"""
@@ -58,30 +60,12 @@ def save_model(
     tokenizer.save_to(folder)
 
 
-def load_tokenizer(folder: str | Path) -> TextTokenizer:
-    """The text side of a model folder: our own tokenizer, or the official one of an import.
-
-    Raises:
-        ModelError: it has neither, or the tokenizer is of another model.
-    """
-    folder = Path(folder)
-    if (folder / "tokenizer.json").is_file():
-        return Tokenizer.load(folder / "tokenizer.json")
-    kind, config = read_config(folder)
-    chats = "language" in PARTS[kind]
-    tokenizer = official_tokenizer(folder / KEPT, embeds=not chats)
-    tokenizer.require_rows((config.chat if chats else config.text).vocab_size, folder)
-    return tokenizer
-
-
 def read_weights(folder: str | Path) -> dict[str, Tensor]:
     """Canonical tensors of a model folder."""
     from safetensors.torch import load_file
 
-    path = Path(folder) / "weights.safetensors"
-    if not path.is_file():
-        raise ModelError(f"{path} does not exist; {folder} is no complete model folder")
-    return load_file(path)
+    weight_shapes(folder)  # whether the file is there and whole
+    return load_file(Path(folder) / "weights.safetensors")
 
 
 def load_parts(model: InternVL | Chunks, folder: str | Path, parts: Mapping[str, str]) -> list[str]:
@@ -140,8 +124,14 @@ def load_model(folder: str | Path, *, untrained_seed: int | None = None) -> Mode
         folder: a model folder.
         untrained_seed: leave the weights as initialised with this seed: the control that has
             learnt nothing.
+
+    Raises:
+        ModelError: a file of the folder is missing, damaged, or of another model.
+        ConfigError: a number of its config cannot be.
     """
     kind, config = read_config(folder)
+    if untrained_seed is None:
+        check_shapes(folder, kind, config)
     tokenizer = load_tokenizer(folder)
     # Used on rows of any length and with a cache, where Transformer Engine gains nothing.
     model = build(kind, config, seed=untrained_seed or 0, spec="local")

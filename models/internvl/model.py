@@ -60,13 +60,14 @@ def build(
         spec: None: this device's (`infra.devices`).
 
     Raises:
-        ConfigError: no configuration is called `kind`.
+        ConfigError: no configuration is called `kind`, or its numbers do not go together.
         LayoutError: it has too few layers for the pipeline, or its text tower cannot have a layout
             of its own.
     """
     spec = spec or install().layer_spec
     if kind not in PARTS:
         raise ConfigError(f"model kind {kind!r} does not exist; known: {sorted(PARTS)}")
+    config.check(kind)
     layout = current_layout()
     if layout.text_stands_apart and not meet_in_loss(kind):
         raise LayoutError(

@@ -6,7 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from infra.errors import ConfigError
+from infra.givenfiles import shown
 from models.common.config import RopeScaling
+from models.common.fields import Field, Table, label, number, read, require_multiple, size, wrong
+from models.common.official import DECODERS, ROPE, TOKENS
 from models.llama.config import LlamaConfig
 
 _ARCHITECTURES = {
@@ -21,45 +24,60 @@ _LLAMA3 = {
     "high_freq_factor": "high_freq_factor",
     "original_max_tokens": "original_max_position_embeddings",
 }
+_FACTOR: dict[str, Field] = {"factor": number(low=1, high=1e6)}
+_SCALINGS: dict[str, Field] = {
+    **_FACTOR,
+    "low_freq_factor": number(low=0, high=1e6, open_low=True),
+    "high_freq_factor": number(low=0, high=1e6, open_low=True),
+    "original_max_position_embeddings": size(most=TOKENS),
+}
+"""fields of `rope_scaling` that have no default"""
 
 
-def config_from_official(config: Mapping) -> LlamaConfig:
+def config_from_official(config: Mapping, part: str = "", kind: str | None = None) -> LlamaConfig:
     """A Hugging Face `config.json` (or an InternVL's `llm_config`) as ours.
 
+    Args:
+        config: with the official names of fields.
+        part: where it is in its file; messages begin with it.
+        kind: the model type, where the file need not say it.
+
     Raises:
-        ConfigError: the language model is of another shape, or has an option that ours lacks.
+        ConfigError: the language model is of another shape, or has an option that ours lacks; names
+            the field.
     """
-    kind = _kind(config)
-    for option in ("attention_bias", "mlp_bias", "bias", "use_sliding_window"):
-        if config.get(option):
-            raise ConfigError(
-                f"the language model has {option} = {config[option]!r}, which is not built here"
-            )
-    if config.get("hidden_act", "silu") != "silu":
-        raise ConfigError(f"hidden_act {config['hidden_act']!r} is not built here; expected 'silu'")
-    heads = config["num_attention_heads"]
-    if config.get("head_dim") not in (None, config["hidden_size"] // heads):
-        raise ConfigError(
-            f"head_dim {config['head_dim']} is not built here; expected hidden_size / "
-            f"num_attention_heads = {config['hidden_size'] // heads}"
-        )
-    base, scaling = _rope(config)
+    kind = kind or kind_of(config, part)
+    said = read(config, DECODERS[kind], part)
+    heads = said["num_attention_heads"]
+    said["num_key_value_heads"] = groups = said["num_key_value_heads"] or heads
+    require_multiple(config, said, part, "hidden_size", "num_attention_heads")
+    if heads % groups:
+        expected = f"a divisor of num_attention_heads = {heads}"
+        raise wrong(config, part, "num_key_value_heads", groups, expected)
+    head_size = said["hidden_size"] // heads
+    if head_size % 2:
+        expected = f"an even multiple of num_attention_heads = {heads}, for rotary positions"
+        raise wrong(config, part, "hidden_size", said["hidden_size"], expected)
+    if said["head_dim"] not in (None, head_size):
+        expected = f"hidden_size / num_attention_heads = {head_size}: nothing else is built here"
+        raise wrong(config, part, "head_dim", said["head_dim"], expected)
+    base, scaling = _rope(said, part)
     return LlamaConfig(
-        vocab_size=config["vocab_size"],
-        width=config["hidden_size"],
-        depth=config["num_hidden_layers"],
+        vocab_size=said["vocab_size"],
+        width=said["hidden_size"],
+        depth=said["num_hidden_layers"],
         heads=heads,
-        key_value_heads=config.get("num_key_value_heads") or heads,
-        mlp_hidden=config["intermediate_size"],
-        max_tokens=config["max_position_embeddings"],
-        eps=config["rms_norm_eps"],
+        key_value_heads=groups,
+        mlp_hidden=said["intermediate_size"],
+        max_tokens=said["max_position_embeddings"],
+        eps=float(said["rms_norm_eps"]),
         qkv_bias=kind == "qwen2",
         rope_base=base,
         rope_scaling=scaling,
-        tied_head=config.get("tie_word_embeddings", False),
+        tied_head=said["tie_word_embeddings"],
         names="internlm2" if kind == "internlm2" else "llama",
-        init_std=config["initializer_range"],
-        embedding_init_std=config["initializer_range"],
+        init_std=float(said["initializer_range"]),
+        embedding_init_std=float(said["initializer_range"]),
     )
 
 
@@ -95,32 +113,63 @@ def rope_parameters(config: LlamaConfig) -> dict[str, Any]:
     return scaling | {"rope_type": kind, "rope_theta": config.rope_base}
 
 
-def _kind(config: Mapping) -> str:
-    """The model type, by the class if one is named: so do the official chat models choose it."""
-    classes = config.get("architectures") or [_ARCHITECTURES.get(config.get("model_type", "llama"))]
-    for kind, name in _ARCHITECTURES.items():
-        if classes[0] == name:
-            return kind
-    raise ConfigError(
-        f"a language model of type {config.get('model_type')!r} and class {classes[0]!r} cannot be "
-        f"read; known: {', '.join(f'{k} ({name})' for k, name in _ARCHITECTURES.items())}"
-    )
+def kind_of(config: Mapping, part: str = "", default: str = "llama") -> str:
+    """The model type, by the class if one is named: so do the official chat models choose it.
 
-
-def _rope(config: Mapping) -> tuple[float, RopeScaling | None]:
-    """Base and scaling, from the fields of transformers 4 or 5."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    base = rope.get("rope_theta") or config.get("rope_theta") or 10000.0
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return base, None
-    if kind not in ("linear", "dynamic", "llama3"):
+    Raises:
+        ConfigError: it is none that is known.
+    """
+    model_type, classes = config.get("model_type", default), config.get("architectures")
+    known = ", ".join(f"{kind} ({name})" for kind, name in _ARCHITECTURES.items())
+    if classes:
+        named = classes[0] if isinstance(classes, list) else classes
+        found = [kind for kind, name in _ARCHITECTURES.items() if name == named]
+    else:
+        found = [kind for kind in _ARCHITECTURES if kind == model_type]
+    if not found:
+        name = "architectures" if classes else "model_type"
+        value = classes if classes else model_type
         raise ConfigError(
-            f"rotary positions scaled by {dict(rope)!r} are not built here; "
-            "expected the type default, linear, dynamic or llama3"
+            f"{label(part, name)} is {shown(value)}, expected a language model that can be read: "
+            f"{known}"
         )
-    extra = {ours: rope[name] for ours, name in _LLAMA3.items()} if kind == "llama3" else {}
-    return base, RopeScaling(kind=kind, factor=rope["factor"], **extra)
+    return found[0]
+
+
+def _rope(said: Mapping, part: str) -> tuple[float, RopeScaling | None]:
+    """Base and scaling, from the fields of transformers 4 or 5."""
+    name = "rope_parameters" if said["rope_parameters"] else "rope_scaling"
+    rope = said[name] or {}
+    base = _base(rope, part, name) or said["rope_theta"] or 10000.0
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if not isinstance(kind, str) or kind not in ROPE:
+        raise ConfigError(
+            f"{label(part, name)} is {shown(dict(rope))}, expected the type default, linear, "
+            "dynamic or llama3: nothing else is built here"
+        )
+    beyond = {n: rope[n] for n in rope if n not in ROPE[kind] and rope[n] is not None}
+    if beyond.pop("partial_rotary_factor", 1) != 1 or beyond:
+        raise ConfigError(
+            f"{label(part, name)} is {shown(dict(rope))}, expected of the type {kind} no more than "
+            f"{', '.join(sorted(ROPE[kind]))}"
+        )
+    return float(base), None if kind == "default" else _scaling(rope, kind, label(part, name))
+
+
+def _base(rope: Mapping, part: str, name: str) -> float | None:
+    base = rope.get("rope_theta")
+    if base is not None and not number(low=0, open_low=True).fits(base):
+        raise wrong(rope, label(part, name), "rope_theta", base, "a number above 0")
+    return base
+
+
+def _scaling(rope: Mapping, kind: str, part: str) -> RopeScaling:
+    said = read(rope, Table(fields=_SCALINGS if kind == "llama3" else _FACTOR), part)
+    extra = {ours: said[name] for ours, name in _LLAMA3.items()} if kind == "llama3" else {}
+    try:
+        return RopeScaling(kind=kind, factor=float(said["factor"]), **extra)
+    except ValueError as error:
+        raise ConfigError(f"{part} is {shown(dict(rope))}: {error}") from None
 
 
 def _scaling_to_official(scaling: RopeScaling | None) -> dict[str, Any] | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from models.common.config import check_numbers
+
 
 @dataclass(frozen=True, kw_only=True)
 class QLlamaConfig:
@@ -17,8 +19,9 @@ class QLlamaConfig:
     """of the initial queries and cross-attention matrices; None: as the base's matrices"""
 
     def __post_init__(self) -> None:
-        if self.num_queries < 1 or self.cross_attention_frequency < 1:
-            raise ValueError("num_queries and cross_attention_frequency must be at least 1")
+        check_numbers(
+            self, sizes=("num_queries", "cross_attention_frequency"), from_zero=("init_std",)
+        )
 
 
 PAPER = QLlamaConfig(num_queries=96)

@@ -1,6 +1,7 @@
 """Folders that training starts from, where they say they are from, and the profiles beside them."""
 
 import importlib
+import os
 import shutil
 from pathlib import Path
 
@@ -102,6 +103,27 @@ def test_a_folder_of_ours_comes_whole_and_keeps_its_origin(tmp_path: Path) -> No
     assert origin is not None
     assert origin["folder"] == "model"  # no word about this machine
     assert sorted(p.name for p in (tmp_path / "data/start").iterdir()) == ["one", "two"]
+
+
+def test_a_folder_of_ours_does_not_bring_what_lies_elsewhere(tmp_path: Path) -> None:
+    (tmp_path / "secret.json").write_text("{}")
+    source = make_folder(tmp_path / "ours", "internvl_c")
+    (source / "official").mkdir()
+    (source / "official" / "tokenizer_config.json").symlink_to(tmp_path / "secret.json")
+    with pytest.raises(ModelError, match=r"is a link to .*secret\.json, outside of"):
+        bring(None, str(source), tmp_path / "target")
+    (source / "official" / "tokenizer_config.json").unlink()
+    os.mkfifo(source / "official" / "tokenizer_config.json")
+    with pytest.raises(ModelError, match="is a named pipe, expected a file"):
+        bring(None, str(source), tmp_path / "target")
+    (source / "official" / "tokenizer_config.json").unlink()
+    # A cache of DVC that artifacts are links into is the checkout's own.
+    cached = tmp_path / ".dvc" / "cache" / "object"
+    cached.parent.mkdir(parents=True)
+    (source / "weights.safetensors").rename(cached)
+    (source / "weights.safetensors").symlink_to(cached)
+    bring(tmp_path, str(source), tmp_path / "target")
+    assert not (tmp_path / "target" / "weights.safetensors").is_symlink()
 
 
 def test_official_weights_say_what_they_were(tmp_path: Path) -> None:

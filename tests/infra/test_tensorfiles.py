@@ -89,7 +89,7 @@ def test_what_is_wrong_with_shards_is_said(tmp_path):
             TensorFiles(tmp_path)
 
     refuse(good | {"d": good["a"]}, "promises 1 tensors that no shard holds, the first is 'd'")
-    refuse(good | {"d": "gone.safetensors"}, "gone.safetensors do not exist")
+    refuse(good | {"d": "gone.safetensors"}, "gone.safetensors does not exist")
     refuse(good | {"d": "../outside.safetensors"}, "expected a file beside the index")
     (tmp_path / good["a"]).write_bytes((tmp_path / good["a"]).read_bytes()[:-1])
     refuse(good, "no complete safetensors file")
@@ -102,7 +102,7 @@ def test_other_content_is_refused(tmp_path):
     with pytest.raises(ModelError, match="holds a list"):
         TensorFiles(tmp_path / "list.bin")
     torch.save({"a": 3}, tmp_path / "number.bin")
-    with pytest.raises(ModelError, match=r"'a' in .* is a int, no tensor"):
+    with pytest.raises(ModelError, match=r"'a' in .* is a int, not a tensor"):
         TensorFiles(tmp_path / "number.bin")
     save_file({"a": torch.ones(2, dtype=torch.int64)}, tmp_path / "x.safetensors")
     with pytest.raises(ModelError, match="is of type I64"):

@@ -186,7 +186,7 @@ def test_parts_come_from_other_models(tokenizer, tmp_path):
 
 def test_broken_folders_are_refused(tokenizer, tmp_path):
     config = config_for(tokenizer)
-    with pytest.raises(ModelError, match="no model folder"):
+    with pytest.raises(ModelError, match="is not a model folder"):
         load_model(tmp_path)
     save_model(tmp_path, "text", config, build("text", config), tokenizer)
     facts = json.loads((tmp_path / "config.json").read_text())

@@ -309,10 +309,10 @@ def test_damaged_folders_are_refused(tmp_path: Path) -> None:
         plan(tmp_path, "contrastive", model="half")
     make_folder(tmp_path / "none", "internvl_c")
     (tmp_path / "none/weights.safetensors").write_bytes(b"short")
-    with pytest.raises(ModelError, match="no complete safetensors file"):
+    with pytest.raises(ModelError, match="is damaged: it has no header"):
         plan(tmp_path, "contrastive", model="none")
     (tmp_path / "none/weights.safetensors").unlink()
-    with pytest.raises(ModelError, match="no complete model folder"):
+    with pytest.raises(ModelError, match="is not a complete model folder"):
         plan(tmp_path, "contrastive", model="none")
     make_folder(tmp_path / "lying", "internvl_c", changed("vision", mlp_hidden=32))
     text = (make_folder(tmp_path / "honest", "internvl_c") / "config.json").read_text("utf-8")
@@ -320,7 +320,7 @@ def test_damaged_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"in lying, whose config promises \[64, 32\]"):
         plan(tmp_path, "contrastive", model="lying")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ModelError, match="no model folder"):
+    with pytest.raises(ModelError, match="is not a model folder"):
         plan(tmp_path, "contrastive", model="empty")
 
 
