@@ -520,7 +520,7 @@ def _worker(bench: Bench) -> None:
     for worker in (0, 1):
         ended = command([sys.executable, str(script), str(project), str(worker), "0.5"], project)
         assert "HANG" not in ended.output, ended
-        code, seconds = re.search(r"-> (-?\d+) ([\d.]+) s", ended.output).groups()
+        ((code, seconds),) = re.findall(r"-> (-?\d+) ([\d.]+) s", ended.output)
         assert int(code) != 0, ended
         assert float(seconds) < 10, ended
     went_on = command([sys.executable, "-m", "stages.bootstrap"], project)
@@ -584,7 +584,7 @@ def _refused_run(bench: Bench) -> None:
     varied = ["--set", "evaluate.scenes=22", "--stage", "pretrain_text", "--set", "seed=11"]
     first = started(project, *varied)
     output = wait_for(project, "▶ ")
-    place = Path(re.search(r"workspace: (.+)", output)[1])
+    place = Path(re.findall(r"workspace: (.+)", output)[0])
     held = {n: (place / n).read_bytes() for n in ("params.yaml", "infra/progress.py")}
     params = project / "params.yaml"
     params.write_text(params.read_text().replace("classes: 40", "classes: 41"))
