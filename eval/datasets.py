@@ -14,7 +14,7 @@ URL (s3://bucket/folder).
 
 import abc
 import dataclasses
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -100,26 +100,19 @@ class DataFolder(abc.ABC):
         return tuple(dict.fromkeys(picture.source for picture in self.pictures))
 
     @cached_property
-    def _files(self) -> tuple[list[int], np.ndarray]:
-        """The first picture of each distinct file, and which of these each picture has, int64 [N].
+    def files(self) -> tuple[list[Encoded], np.ndarray]:
+        """The distinct files, as they are stored, and which of them each picture has, int64 [N].
 
         Rows that share a file are decoded and shown once.
         """
         number: dict[bytes, int] = {}
-        first: list[int] = []
+        shown: list[Encoded] = []
         which = np.empty(len(self.pictures), np.int64)
         for index, picture in enumerate(self.pictures):
             which[index] = number.setdefault(picture.data, len(number))
-            if which[index] == len(first):
-                first.append(index)
-        return first, which
-
-    def by_file(self, encode: Callable[[list[Encoded]], np.ndarray], size: int) -> np.ndarray:
-        """What `encode` makes of the pictures as they are stored, `size` at a time: [N, ...]."""
-        first, which = self._files
-        shown = [self.pictures[index].encoded for index in first]
-        parts = [encode(shown[start : start + size]) for start in range(0, len(shown), size)]
-        return np.concatenate(parts)[which]
+            if which[index] == len(shown):
+                shown.append(picture.encoded)
+        return shown, which
 
     def batches(self, side_px: int, size: int, *, keep_alpha: bool = False) -> Iterator[np.ndarray]:
         """Decoded squares, `size` at a time: uint8 [<=size, S, S, 3 or 4]."""
@@ -138,8 +131,8 @@ class DataFolder(abc.ABC):
     def look(self) -> np.ndarray:
         """int64 [N]: equal numbers for pictures that are the same, pixel by pixel."""
         numbers: dict[bytes, int] = {}
-        first, which = self._files
-        keys = (pixel_key(self.pictures[i].data, self.pictures[i].id) for i in first)
+        shown, which = self.files
+        keys = (pixel_key(file.data, file.where) for file in shown)
         of_file = [numbers.setdefault(key, len(numbers)) for key in keys]
         return np.array(of_file, np.int64)[which]
 
