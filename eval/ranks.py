@@ -116,7 +116,7 @@ class Team:
     def _told(self) -> tuple[str, Any]:
         return self._scattered(None)
 
-    def _scattered(self, shares: Sequence[Any] | None) -> Any:
+    def _scattered(self, shares: list[Any] | None) -> Any:
         import torch.distributed as dist
 
         box: list[Any] = [None]
