@@ -360,3 +360,16 @@ def test_pictures_in_every_form_are_the_same() -> None:
         pixels(Encoded(data=b"abc", where="a row"))
     with pytest.raises(DataError, match=r"float32 \[2, 2, 3\], expected uint8"):
         pixels(np.zeros((2, 2, 3), np.float32))
+
+
+def test_nobody_else_opens_pictures() -> None:
+    """One decoder: what Pillow would open, and start for it, is decided in one place."""
+    root = Path(__file__).parents[2]
+    found = [
+        f"{path.relative_to(root)}: {line.strip()}"
+        for room in ("infra", "models", "eval", "stages", "flows", "benchmarks")
+        for path in sorted((root / room).rglob("*.py"))
+        for line in path.read_text("utf-8").splitlines()
+        if "Image.open(" in line and "formats=" not in line
+    ]
+    assert not found
