@@ -59,7 +59,12 @@ class Picture:
     @property
     def encoded(self) -> Encoded:
         """What a model is shown."""
-        return Encoded(data=self.data, where=self.id)
+        return Encoded(data=self.data, where=self.where)
+
+    @property
+    def where(self) -> str:
+        """What errors call it."""
+        return f"{self.source}.parquet, row {self.row}, {self.id}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,7 +124,10 @@ class DataFolder(abc.ABC):
         for start in range(0, len(self.pictures), size):
             part = self.pictures[start : start + size]
             yield decode_squares(
-                [p.data for p in part], side_px, names=[p.id for p in part], keep_alpha=keep_alpha
+                [p.data for p in part],
+                side_px,
+                names=[p.where for p in part],
+                keep_alpha=keep_alpha,
             )
 
     def squares(self, side_px: int, *, keep_alpha: bool = False) -> np.ndarray:
@@ -141,8 +149,10 @@ class DataFolder(abc.ABC):
         import hashlib
 
         digest = hashlib.sha256()
-        for picture in self.pictures:
-            digest.update(picture.id.encode() + b"\0" + hashlib.sha256(picture.data).digest())
+        shown, which = self.files
+        of_file = [hashlib.sha256(file.data).digest() for file in shown]
+        for picture, file in zip(self.pictures, which.tolist(), strict=True):
+            digest.update(picture.id.encode() + b"\0" + of_file[file])
         return {
             "folder": self.folder.rstrip("/").rpartition("/")[2],
             "sources": list(self.sources),

@@ -53,7 +53,7 @@ def test_a_set_with_such_a_picture_names_the_row(name: str, task: str) -> None:
         lambda: data.look,
         lambda: data.squares(16),
     ):
-        with pytest.raises(DataError, match=rf"^({ids}): .*{wanted}"):
+        with pytest.raises(DataError, match=rf"^a\.parquet, row \d+, ({ids}): .*{wanted}"):
             look()
 
 

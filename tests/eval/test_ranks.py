@@ -124,7 +124,9 @@ def test_what_a_rank_cannot_do_is_told_as_by_one(
     pq.write_table(pa.Table.from_pylist(rows), data / "pairs.parquet")
     for profile in ("ranks: 1", "ranks: 2"):
         place(profile)
-        with pytest.raises(DataError, match=r"^p33: \d+ bytes .*none of the formats"):
+        with pytest.raises(
+            DataError, match=r"^pairs\.parquet, row 33, p33: \d+ bytes .*none of the formats"
+        ):
             evaluate_folder(models / "internvl_c", data, "retrieval", tmp_path / "o.json")
         with pytest.raises(ModelError, match="needs a model that can embed"):
             evaluate_folder(models / "chat_simple", data, "retrieval", tmp_path / "o.json")
