@@ -92,7 +92,7 @@ def _official_tiles(data: bytes, config: "Tiling") -> Sequence:
 
     from models.tiling import plan
 
-    image = Image.open(io.BytesIO(data)).convert("RGB")
+    image = Image.open(io.BytesIO(data), formats=("JPEG",)).convert("RGB")
     layout = plan(*image.size, config)
     whole = image.resize(layout.resized_px)
     tiles = [whole.crop(box) for box in layout.boxes]
@@ -120,7 +120,7 @@ def _levels(data: bytes, config: "Tiling") -> int:
 
     from models.tiling import pillow_resize, plan, tile
 
-    image = Image.open(io.BytesIO(data)).convert("RGB")
+    image = Image.open(io.BytesIO(data), formats=("JPEG",)).convert("RGB")
     layout = plan(*image.size, config)
     whole = pillow_resize(image, layout.resized_px, vertical_first=False)
     tiles = [whole.crop(box) for box in layout.boxes]

@@ -14,7 +14,7 @@ URL (s3://bucket/folder).
 
 import abc
 import dataclasses
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,12 @@ class Picture:
     @property
     def encoded(self) -> Encoded:
         """What a model is shown."""
-        return Encoded(data=self.data, where=self.id)
+        return Encoded(data=self.data, where=self.where)
+
+    @property
+    def where(self) -> str:
+        """What errors call it."""
+        return f"{self.source}.parquet, row {self.row}, {self.id}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,33 +105,29 @@ class DataFolder(abc.ABC):
         return tuple(dict.fromkeys(picture.source for picture in self.pictures))
 
     @cached_property
-    def _files(self) -> tuple[list[int], np.ndarray]:
-        """The first picture of each distinct file, and which of these each picture has, int64 [N].
+    def files(self) -> tuple[list[Encoded], np.ndarray]:
+        """The distinct files, as they are stored, and which of them each picture has, int64 [N].
 
         Rows that share a file are decoded and shown once.
         """
         number: dict[bytes, int] = {}
-        first: list[int] = []
+        shown: list[Encoded] = []
         which = np.empty(len(self.pictures), np.int64)
         for index, picture in enumerate(self.pictures):
             which[index] = number.setdefault(picture.data, len(number))
-            if which[index] == len(first):
-                first.append(index)
-        return first, which
-
-    def by_file(self, encode: Callable[[list[Encoded]], np.ndarray], size: int) -> np.ndarray:
-        """What `encode` makes of the pictures as they are stored, `size` at a time: [N, ...]."""
-        first, which = self._files
-        shown = [self.pictures[index].encoded for index in first]
-        parts = [encode(shown[start : start + size]) for start in range(0, len(shown), size)]
-        return np.concatenate(parts)[which]
+            if which[index] == len(shown):
+                shown.append(picture.encoded)
+        return shown, which
 
     def batches(self, side_px: int, size: int, *, keep_alpha: bool = False) -> Iterator[np.ndarray]:
         """Decoded squares, `size` at a time: uint8 [<=size, S, S, 3 or 4]."""
         for start in range(0, len(self.pictures), size):
             part = self.pictures[start : start + size]
             yield decode_squares(
-                [p.data for p in part], side_px, names=[p.id for p in part], keep_alpha=keep_alpha
+                [p.data for p in part],
+                side_px,
+                names=[p.where for p in part],
+                keep_alpha=keep_alpha,
             )
 
     def squares(self, side_px: int, *, keep_alpha: bool = False) -> np.ndarray:
@@ -138,8 +139,8 @@ class DataFolder(abc.ABC):
     def look(self) -> np.ndarray:
         """int64 [N]: equal numbers for pictures that are the same, pixel by pixel."""
         numbers: dict[bytes, int] = {}
-        first, which = self._files
-        keys = (pixel_key(self.pictures[i].data, self.pictures[i].id) for i in first)
+        shown, which = self.files
+        keys = (pixel_key(file.data, file.where) for file in shown)
         of_file = [numbers.setdefault(key, len(numbers)) for key in keys]
         return np.array(of_file, np.int64)[which]
 
@@ -148,8 +149,10 @@ class DataFolder(abc.ABC):
         import hashlib
 
         digest = hashlib.sha256()
-        for picture in self.pictures:
-            digest.update(picture.id.encode() + b"\0" + hashlib.sha256(picture.data).digest())
+        shown, which = self.files
+        of_file = [hashlib.sha256(file.data).digest() for file in shown]
+        for picture, file in zip(self.pictures, which.tolist(), strict=True):
+            digest.update(picture.id.encode() + b"\0" + of_file[file])
         return {
             "folder": self.folder.rstrip("/").rpartition("/")[2],
             "sources": list(self.sources),

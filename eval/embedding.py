@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -58,26 +58,38 @@ class Setting:
 
 def embed_pictures(model: Model, data: DataFolder, task: str) -> np.ndarray:
     """Unit vectors of all pictures: float32 [N, D]."""
-    found = data.by_file(lambda batch: model.embed_images(batch, task), IMAGE_BATCH)
-    return _checked(found, "images")
+    return _checked(_of_pictures(model, "embed_images", data, task), "images")
 
 
 def probe_features(model: Model, data: DataFolder, task: str) -> np.ndarray:
     """Mean patch tokens of all pictures: float32 [N, W]."""
-    found = data.by_file(lambda batch: model.image_features(batch, task), IMAGE_BATCH)
-    return _checked(found, "images")
+    return _checked(_of_pictures(model, "image_features", data, task), "images")
 
 
 def embed_texts(model: Model, texts: Sequence[str]) -> np.ndarray:
     """Unit vectors of texts: float32 [M, D]; each distinct text is embedded once."""
     distinct = list(dict.fromkeys(texts))
-    parts = [
-        model.embed_texts(distinct[start : start + TEXT_BATCH])
-        for start in range(0, len(distinct), TEXT_BATCH)
-    ]
+    starts = range(0, len(distinct), TEXT_BATCH)
+    parts = in_batches(model, "embed_texts", [(distinct[i : i + TEXT_BATCH],) for i in starts])
     vectors = _checked(np.concatenate(parts), "texts")
     position = {text: index for index, text in enumerate(distinct)}
     return vectors[[position[text] for text in texts]]
+
+
+def in_batches(model: Model, method: str, batches: Sequence[tuple[Any, ...]]) -> list[Any]:
+    """What a method of the model answers to each batch of arguments, shared by all ranks that hold
+    the model (`eval.ranks`)."""
+    if hasattr(model, "in_batches"):
+        return model.in_batches(method, batches)
+    return [getattr(model, method)(*batch) for batch in batches]
+
+
+def _of_pictures(model: Model, method: str, data: DataFolder, task: str) -> np.ndarray:
+    """Rows that a method makes of all pictures, each file shown once: [N, ...]."""
+    shown, which = data.files
+    starts = range(0, len(shown), IMAGE_BATCH)
+    parts = in_batches(model, method, [(shown[i : i + IMAGE_BATCH], task) for i in starts])
+    return np.concatenate(parts)[which]
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from eval.datasets import ConceptSet, DataFolder, Picture
-from eval.embedding import Model, Setting
+from eval.embedding import Model, Setting, in_batches
 from eval.reference import squared_distances
 from infra.decode import Picture as Shown
 from infra.errors import DataError
@@ -85,10 +85,9 @@ def replies(
     model: Model, images: Sequence[Shown], prompts: Sequence[str], max_new_tokens: int
 ) -> list[str]:
     """The model's answers, a batch at a time."""
-    answers: list[str] = []
-    for start in range(0, len(prompts), BATCH):
-        part = slice(start, start + BATCH)
-        answers += model.generate(images[part], prompts[part], max_new_tokens)
+    parts = [slice(start, start + BATCH) for start in range(0, len(prompts), BATCH)]
+    batches = [(images[part], prompts[part], max_new_tokens) for part in parts]
+    answers = [text for texts in in_batches(model, "generate", batches) for text in texts]
     assert len(answers) == len(prompts), "a model answers every prompt"
     return answers
 

@@ -10,7 +10,6 @@ import numpy as np
 
 from eval.datasets import ConceptSet
 from eval.pictures import decode_squares
-from infra.decode import Encoded
 
 SIDE_PX = 64
 BATCH = 256
@@ -20,11 +19,13 @@ def picture_features(data: ConceptSet) -> np.ndarray:
     """Features of all pictures, on white: float32 [N, F]."""
     from infra.images import hog_features
 
-    def features(shown: list[Encoded]) -> np.ndarray:
-        names = [picture.where for picture in shown]
-        return hog_features(decode_squares([p.data for p in shown], SIDE_PX, names=names))
-
-    return data.by_file(features, BATCH)
+    shown, which = data.files
+    parts = []
+    for start in range(0, len(shown), BATCH):
+        part = shown[start : start + BATCH]
+        names = [file.where for file in part]
+        parts.append(hog_features(decode_squares([f.data for f in part], SIDE_PX, names=names)))
+    return np.concatenate(parts)[which]
 
 
 def squared_distances(left: np.ndarray, right: np.ndarray) -> np.ndarray:

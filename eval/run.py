@@ -6,6 +6,7 @@ from typing import Any
 
 from eval.datasets import ConceptSet, DataFolder, PairSet, read_concept_set, read_folder
 from eval.embedding import Model, Setting
+from eval.ranks import Team, run_team
 from eval.reference import NearestPicture
 from eval.scores import Score, write_scores
 from eval.suites import NEEDS, suite_run, why_not
@@ -35,6 +36,7 @@ def evaluate_folder(
     languages: default are the five of the embedded data as far as the folder has them, else all
     that it has. sources: stems of the Parquet files under test, default all; train_sources: stems
     of those that references and probes may learn from.
+    It runs where training runs, over the ranks of the launcher profile (`eval.ranks`).
     The items lie beside the score file, in `<its stem>.items/`.
     Raises DataError or ModelError for what cannot be read or done.
     """
@@ -52,12 +54,6 @@ def evaluate_folder(
         for line in data.told:
             log(f"labels: {line}")
     train = read_concept_set(data_dir, sources=train_sources) if train_sources else None
-    from models.internvl.load import load_model  # PyTorch and Megatron: seconds
-
-    model = load_model(folder)
-    reason = why_not(model, suite)
-    if reason:
-        raise ModelError(reason)
     setting = Setting(
         languages=choose_languages(data, languages, suite, log),
         seed=seed,
@@ -66,8 +62,16 @@ def evaluate_folder(
         nearest=_nearest(train, data),
         scenes=scenes,
     )
-    scores = suite_run(suite)(model, data, setting)
-    write_scores(out, scores, model=model_facts(model, folder), data=data.facts())
+
+    def work(team: Team) -> tuple[list[Score], dict[str, Any]]:
+        model = team.load(folder)
+        reason = why_not(model, suite)
+        if reason:
+            raise ModelError(reason)
+        return suite_run(suite)(model, data, setting), model_facts(model, folder)
+
+    scores, facts = run_team(work)
+    write_scores(out, scores, model=facts, data=data.facts())
     log(f"{suite}: {len(scores)} scores on {len(data)} pictures of {data.folder} -> {out}")
     return scores
 

@@ -273,6 +273,26 @@ def chat_check(
 
 
 @app.command()
+def pixels(
+    image: Annotated[Path, typer.Argument(help="a picture")],
+    out: Annotated[Path, typer.Option(help="the folder to make, with one PNG a square")],
+    model: Annotated[
+        str | None, typer.Option(help="a registered name or a model folder; default: params.yaml")
+    ] = None,
+    purpose: Annotated[str, typer.Option("--for", help="train or evaluate")] = "evaluate",
+    task: Annotated[
+        str | None, typer.Option(help="zero_shot, linear_probe, retrieval, caption or chat")
+    ] = None,
+) -> None:
+    """Write what a model is given of a picture: its tiles, or its one square."""
+    from flows.pixels import write_pixels
+
+    write_pixels(
+        image, out, model=model, purpose=purpose, task=task, root=find_root, say=typer.echo
+    )
+
+
+@app.command()
 def recipes(
     name: Annotated[str | None, typer.Argument(help="show this one")] = None,
 ) -> None:

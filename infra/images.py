@@ -5,7 +5,7 @@ arrays [N, H, W, C] with C = 3 (RGB) or 4 (RGBA, straight alpha).
 """
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -37,6 +37,12 @@ def decode_rgba(data: bytes, size_px: int | None = None, where: str = "picture")
 
     rgba = decode.decode_rgba(data, where)
     return rgba if size_px is None else squeeze(rgba, size_px)
+
+
+def decode_batch(encoded: Sequence[bytes], size_px: int, names: Iterable[object]) -> np.ndarray:
+    """Squeezed squares, uint8 [N, S, S, 4]. Raises DataError with the name of a bad picture."""
+    pairs = zip(encoded, names, strict=True)
+    return np.stack([decode_rgba(data, size_px, f"picture {name}") for data, name in pairs])
 
 
 def encode_webp(rgba: np.ndarray, quality: int | None = None) -> bytes:

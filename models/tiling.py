@@ -293,7 +293,7 @@ def _of_pillow(image: Image) -> np.ndarray:
 
 
 def _official_rgb(picture: Encoded | bytes | Image) -> np.ndarray:
-    """`Image.open(...).convert("RGB")`, as the official code has it."""
+    """What the official code has: the file as it is stored, converted to RGB by Pillow."""
     if not isinstance(picture, Encoded | bytes):
         return np.array(picture.convert("RGB"))
     data, where = _encoded(picture)

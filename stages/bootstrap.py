@@ -22,7 +22,7 @@ import numpy as np
 from infra.artwork import hash64
 from infra.errors import ConfigError, DataError
 from infra.forked import run_forked
-from infra.images import decode_rgba, hog_features
+from infra.images import decode_batch, hog_features
 from infra.progress import Progress
 from infra.stage import Context, Stage, main
 from infra.tables import read_table, write_table
@@ -179,9 +179,7 @@ def _features(context: Context, image_ids: list[str]) -> np.ndarray:
     with Progress(len(image_ids), unit="pictures", label="bootstrap features") as progress:
         for start in range(0, len(image_ids), FEATURE_BATCH):
             part = image_ids[start : start + FEATURE_BATCH]
-            batches.append(
-                hog_features(np.stack([decode_rgba(stored[i], 64, f"picture {i}") for i in part]))
-            )
+            batches.append(hog_features(decode_batch([stored[i] for i in part], 64, part)))
             progress.update(len(part))
     return np.concatenate(batches)
 

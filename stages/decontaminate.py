@@ -13,7 +13,7 @@ import numpy as np
 from infra.artwork import hash64, read_artwork
 from infra.errors import ConfigError, DataError
 from infra.funnel import Verdict, dropped_table
-from infra.images import decode_rgba
+from infra.images import decode_batch, decode_rgba
 from infra.noise import reencode
 from infra.phash import colour_grid, hamming, near, perceptual_hash
 from infra.progress import Progress
@@ -110,9 +110,7 @@ def prints(encoded: list[bytes]) -> Prints:
     with Progress(len(encoded), unit="pictures", label="decontaminate") as progress:
         for start in range(0, len(encoded), PICTURE_BATCH):
             part = encoded[start : start + PICTURE_BATCH]
-            pictures = np.stack(
-                [decode_rgba(data, 64, f"picture {i}") for i, data in enumerate(part, start)]
-            )
+            pictures = decode_batch(part, 64, range(start, start + len(part)))
             hashes.append(perceptual_hash(pictures))
             colours.append(colour_grid(pictures))
             progress.update(len(part))

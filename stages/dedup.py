@@ -12,7 +12,7 @@ import numpy as np
 
 from infra.errors import ConfigError
 from infra.funnel import Verdict, dropped_table
-from infra.images import decode_rgba
+from infra.images import decode_batch
 from infra.phash import colour_grid, connected, hamming, perceptual_hash
 from infra.progress import Progress
 from infra.stage import Context, Stage, main
@@ -133,9 +133,7 @@ def _hashes(context: Context, image_ids: list[str]) -> tuple[np.ndarray, np.ndar
     with Progress(len(distinct), unit="pictures", label="dedup") as progress:
         for start in range(0, len(distinct), PICTURE_BATCH):
             part = distinct[start : start + PICTURE_BATCH].tolist()
-            pictures = np.stack(
-                [decode_rgba(stored[image_id], 64, f"picture {image_id}") for image_id in part]
-            )
+            pictures = decode_batch([stored[image_id] for image_id in part], 64, part)
             hashes.append(perceptual_hash(pictures))
             colours.append(colour_grid(pictures))
             progress.update(len(part))

@@ -14,6 +14,7 @@ from typing import Any
 
 from eval.datasets import ConceptSet, read_concept_set
 from eval.embedding import Setting
+from eval.ranks import Team, run_team
 from eval.reference import NearestPicture
 from eval.run import choose_languages, model_facts, score_model
 from eval.scores import with_baseline, with_untrained, write_scores
@@ -91,8 +92,6 @@ def baseline_of(config: Config, variant: str | None) -> tuple[str, ...]:
 def run(config: Config, context: Context) -> None:
     """Score the trained model, its twin and its baseline; write the scores, and the items of the
     first and the last."""
-    from models.internvl.load import load_model
-
     assert context.variant
     folder = f"artifacts/evaluate/{context.variant}"
     data, train, held_out = read_sets(config, context)
@@ -117,26 +116,31 @@ def run(config: Config, context: Context) -> None:
                 "one of the same kind, for others get other questions"
             )
     runs += [("baseline", context.path(path), None, items / "baseline") for path in baseline]
-    results, facts = {}, {}
-    with Progress(len(runs), unit="models", label=f"evaluate {context.variant}") as progress:
-        for name, model_folder, seed, kept in runs:
-            model = load_model(model_folder, untrained_seed=seed)
-            shutil.rmtree(kept, ignore_errors=True)  # no item of an earlier run may stay
-            setting = Setting(
-                languages=languages,
-                seed=config.seed,
-                items_dir=kept,
-                train=train,
-                nearest=nearest,
-                held_out=held_out,
-                scenes=config.evaluate.scenes,
-            )
-            context.log(f"{name} {model.kind}")
-            results[name] = score_model(
-                model, data, setting, suites=config.evaluate.suites, log=context.log
-            )
-            facts[name] = model_facts(model, model_folder)
-            progress.update()
+
+    def work(team: Team) -> tuple[dict[str, Any], dict[str, Any]]:
+        results, facts = {}, {}
+        with Progress(len(runs), unit="models", label=f"evaluate {context.variant}") as progress:
+            for name, model_folder, seed, kept in runs:
+                model = team.load(model_folder, untrained_seed=seed)
+                shutil.rmtree(kept, ignore_errors=True)  # no item of an earlier run may stay
+                setting = Setting(
+                    languages=languages,
+                    seed=config.seed,
+                    items_dir=kept,
+                    train=train,
+                    nearest=nearest,
+                    held_out=held_out,
+                    scenes=config.evaluate.scenes,
+                )
+                context.log(f"{name} {model.kind}")
+                results[name] = score_model(
+                    model, data, setting, suites=config.evaluate.suites, log=context.log
+                )
+                facts[name] = model_facts(model, model_folder)
+                progress.update()
+        return results, facts
+
+    results, facts = run_team(work)
     scores, not_applicable = results["trained"]
     scores = with_untrained(scores, results["untrained"][0])
     if baseline:

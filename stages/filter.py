@@ -12,7 +12,7 @@ import numpy as np
 
 from infra.errors import ConfigError, DataError
 from infra.funnel import Verdict, any_drop, dropped_table, funnel_metrics
-from infra.images import decode_rgba
+from infra.images import decode_batch
 from infra.langid import tag_probability
 from infra.progress import Progress
 from infra.quality import effective_side, text_strokes
@@ -175,9 +175,7 @@ def _measure(context: Context, records: dict[str, list[Any]]) -> dict[str, np.nd
     with Progress(len(encoded), unit="pictures", label="filter") as progress:
         for start in range(0, len(encoded), PICTURE_BATCH):
             part = encoded[start : start + PICTURE_BATCH]
-            pictures = np.stack(
-                [decode_rgba(data, 64, f"picture {i}") for i, data in enumerate(part, start)]
-            )
+            pictures = decode_batch(part, 64, range(start, start + len(part)))
             sides.append(effective_side(pictures))
             strokes.append(text_strokes(pictures))
             progress.update(len(part))

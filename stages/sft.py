@@ -191,7 +191,7 @@ def run(config: Config, context: Context) -> None:
     )
 
 
-def _architecture(config: Config) -> InternVLConfig:
+def architecture(config: Config) -> InternVLConfig:
     """The new model; its folder says how it was given pictures, so that it is asked alike."""
     lora, most = config.sft.lora, config.sft.max_tiles
     model = config.model.with_lora(**lora) if lora else config.model
@@ -200,7 +200,7 @@ def _architecture(config: Config) -> InternVLConfig:
 
 def _start(config: Config, context: Context) -> Start:
     folders = config.sft.start.folders(context.variant)
-    return plan_start(context.bound.address, _architecture(config), folders, context.root)
+    return plan_start(context.bound.address, architecture(config), folders, context.root)
 
 
 class SceneQuestions:
@@ -299,7 +299,7 @@ def _stream(config: Config, context: Context, dialogue: Dialogue) -> Conversatio
             context.path(CHAT_DATA) / f"{name}.jsonl",
             source.root,
             dialogue,
-            tiling=_architecture(config).pictures.tiling(size_px),
+            tiling=architecture(config).pictures.tiling(size_px),
             tile_tokens=tokens,
             max_tokens=options.max_tokens,
         )
@@ -326,8 +326,8 @@ def _job(config: Config, context: Context, place: Place) -> Job:
     folders = options.start.folders(context.variant)
     tokenizer = load_tokenizer(context.path(folders[WRITES[context.variant]]))
     dialogue = tokenizer.dialogue
-    architecture = _architecture(config)
-    model = build(kind, architecture, seed=config.seed)
+    made = architecture(config)
+    model = build(kind, made, seed=config.seed)
     _start(config, context).fill(model, context.root)
     freeze(model, options.trainable)
     stream = _stream(config, context, dialogue)
@@ -381,7 +381,7 @@ def _job(config: Config, context: Context, place: Place) -> Job:
         objective=ChatObjective(options.objective),
         batch_at=packed_at if place.packing else padded_at,
         finish=finish,
-        save=lambda folder: save_model(folder, kind, architecture, model, tokenizer),
+        save=lambda folder: save_model(folder, kind, made, model, tokenizer),
     )
 
 

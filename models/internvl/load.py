@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from infra.backend import install
+from infra.backend.placement import to_device
 from infra.decode import Picture
 from infra.errors import ModelError
 from infra.train.weights import gather_weights, load_weights, pieces, write_safetensors
@@ -137,7 +137,7 @@ def load_model(folder: str | Path, *, untrained_seed: int | None = None) -> Mode
     model = build(kind, config, seed=untrained_seed or 0, spec="local")
     if untrained_seed is None:
         load_weights(model, Path(folder) / "weights.safetensors")
-    return Model(model.to(install().kind), config, tokenizer)
+    return Model(to_device(model), config, tokenizer)
 
 
 class Model:
@@ -229,13 +229,14 @@ class Model:
         return self.tokenizer.decode(row, keep_special=True).strip()
 
     def _pixels(self, squares: np.ndarray) -> Tensor:
-        return normalise(squares).to(self._device)
+        return normalise(squares).to(self.device)
 
     def _there(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(self._device)
+        return torch.from_numpy(array).to(self.device)
 
     @property
-    def _device(self) -> torch.device:
+    def device(self) -> torch.device:
+        """Where it computes."""
         return next(self.module.parameters()).device
 
     def _by_batch(
