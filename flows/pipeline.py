@@ -106,12 +106,9 @@ class Record:
         self._loop.call_soon_threadsafe(self._over.set)
         deadline = time.monotonic() + RECORD_LIMIT_S
         while not self.lost:
-            try:
-                return self._ending.result(POLL_S)
-            except concurrent.futures.TimeoutError:
-                pass
+            concurrent.futures.wait([self._ending], POLL_S)
             if self._ending.done():
-                return self._failed()
+                return self._ending.result() if self._ending.exception() is None else self._failed()
             if why := lives() or _unheard(url, deadline):
                 self.lose(why)
         return None

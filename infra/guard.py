@@ -27,7 +27,9 @@ import sys
 import time
 from pathlib import Path
 
+PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
+ASKED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 POLL_S = 0.1
 
 
@@ -111,16 +113,37 @@ def reap() -> dict[int, int]:
 
 
 def start(command: list[str]) -> int:
-    """Start `command` with an empty standard input; its process id."""
-    defaults = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD, signal.SIGPIPE]
-    with open(os.devnull, "rb") as nothing:
-        return os.posix_spawnp(
-            command[0],
-            command,
-            os.environ,
-            file_actions=[(os.POSIX_SPAWN_DUP2, nothing.fileno(), 0)],
-            setsigdef=defaults,
-        )
+    """Start `command` with an empty standard input; its process id.
+
+    Should this guard be killed, the kernel sends the command SIGTERM.
+    """
+    guard = os.getpid()
+    pid = os.fork()
+    if pid == 0:
+        become(command, guard)
+    return pid
+
+
+def become(command: list[str], guard: int) -> None:
+    """The child's way from the fork to the command. Never returns."""
+    try:
+        for signum in (*ASKED, signal.SIGCHLD, signal.SIGPIPE):
+            signal.signal(signum, signal.SIG_DFL)
+        with open(os.devnull, "rb") as nothing:
+            os.dup2(nothing.fileno(), 0)
+        control(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() == guard:  # else it was gone before we asked
+            os.execvp(command[0], command)
+    except OSError as error:
+        print(f"{command[0]}: {error.strerror}", file=sys.stderr, flush=True)
+    finally:
+        os._exit(127)
+
+
+def control(option: int, value: int) -> None:
+    """prctl(2). Raises OSError."""
+    if ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), f"prctl({option}) failed")
 
 
 def main(arguments: list[str]) -> int:
@@ -128,19 +151,13 @@ def main(arguments: list[str]) -> int:
     grace_s, dashes, *command = arguments
     assert dashes == "--"
     assert command
-    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER) failed")
+    control(PR_SET_CHILD_SUBREAPER, 1)
     wake_read, wake_write = os.pipe()
     os.set_blocking(wake_write, False)
     signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
-    for signum in (signal.SIGCHLD, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for signum in (*ASKED, signal.SIGCHLD):
         signal.signal(signum, lambda *_: None)
-    try:
-        child = start(command)
-    except FileNotFoundError:
-        print(f"{command[0]}: command not found", file=sys.stderr)
-        return 127
-    code = wait(child, wake_read)
+    code = wait(start(command), wake_read)
     stop_descendants(float(grace_s))
     return code if code is not None else 128 + signal.SIGINT
 

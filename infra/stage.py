@@ -17,7 +17,6 @@ import json
 import os
 import platform
 import posixpath
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,12 +26,12 @@ from typing import Any
 from infra.config import apply_overrides, build, canonical_json, load_params, to_dict
 from infra.errors import ConfigError, DataError, KilledError, UserError
 from infra.fingerprint import fingerprint
+from infra.interrupts import EXIT_INTERRUPTED, heed_interrupts
 from infra.runkey import import_closure, run_key
 from infra.space import no_space
 
 EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
-EXIT_INTERRUPTED = 130
 COPY_PATIENCE_S = 60.0
 LINEAGE_FORMAT = "vlfoundry.lineage.v1"
 KEY_FILE = "run_key"
@@ -163,8 +162,7 @@ def main(stage: Stage, arguments: Sequence[str] | None = None) -> int:
     """The command line of a stage module; returns the exit status."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     _leave_with_parent()
-    for signum in (signal.SIGTERM, signal.SIGUSR1):  # the latter: Slurm, before the time limit
-        signal.signal(signum, _raise_interrupt)
+    heed_interrupts(f"{stage.name}: stopped; run it again to go on")
     try:
         return _main(stage, arguments)
     except UserError as error:
@@ -375,10 +373,6 @@ def _write_atomic(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".part")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
-
-
-def _raise_interrupt(*_: Any) -> None:
-    raise KeyboardInterrupt
 
 
 def _leave_with_parent() -> None:

@@ -7,5 +7,11 @@ the variable when they are imported, hence it is set before.
 """
 
 import os
+import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+if sys.argv[0] == "-m":  # `python -m stages.NAME` is about to import the module that it runs
+    from infra.interrupts import quiet_start
+
+    quiet_start("stopped; run it again to go on")

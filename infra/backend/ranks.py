@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from infra.errors import KilledError, UserError, ending
+from infra.interrupts import end_if_orphaned
 from infra.launch import die_with_parent
 from infra.loopback import listen
 from infra.space import no_space
@@ -341,7 +342,10 @@ def _forward_signals(crew: _Crew) -> Iterator[None]:
         yield  # only the main thread may set handlers
         return
 
+    parent = os.getppid()
+
     def forward(signum: int, frame: Any) -> None:
+        end_if_orphaned(parent)
         now = time.monotonic()
         if crew.asked_at is None:
             crew.asked_at = now
