@@ -7,14 +7,19 @@ it returns to what `dvc dag` and `dvc status` print, and the version of DVC is p
 import dataclasses
 import os
 import re
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from flows.dvclocks import patiently
 from infra.errors import ConfigError, DataError
 
 DEFAULT_TIMEOUT_S = 12 * 3600.0
 ALL_SLOTS = "all"
+LOCK_ADVICE = (
+    "delete dvc.lock and run again: stages whose results DVC's cache has are not run again"
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,16 +91,22 @@ class Graph:
         return frozenset(needed)
 
 
-def load_graph(root: Path) -> Graph:
+def load_graph(root: Path, say: Callable[[str], None] = print) -> Graph:
     """Read graph and status in one go (about 3 CPU-s, most of it imports).
 
-    Raises DataError if dvc.yaml cannot be read.
+    Args:
+        root: the checkout.
+        say: is told if this waits for another DVC process.
+
+    Raises:
+        DataError: dvc.yaml or dvc.lock cannot be read, or another DVC keeps its lock.
+        OSError: DVC's folder cannot be written.
     """
     os.environ.setdefault("DVC_NO_ANALYTICS", "1")
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
 
-    try:
+    def read() -> Graph:
         with Repo(str(root)) as repo:
             graph = repo.index.graph
             names = {stage: _name(stage, root) for stage in graph}
@@ -104,9 +115,28 @@ def load_graph(root: Path) -> Graph:
             changed = {
                 by_address[address]: _reason(details) for address, details in repo.status().items()
             }
+        return Graph(nodes=tuple(_in_order(nodes)), changed=changed)
+
+    check_lock_file(root)
+    try:
+        return patiently(read, root, say)
     except DvcException as error:
-        raise DataError(f"DVC cannot read the pipeline in {root}: {error}") from error
-    return Graph(nodes=tuple(_in_order(nodes)), changed=changed)
+        advice = f"; {LOCK_ADVICE}" if "dvc.lock" in str(error) else ""
+        said = " ".join(str(error).split())
+        raise DataError(f"DVC cannot read the pipeline in {root}: {said}{advice}") from error
+
+
+def check_lock_file(root: Path) -> None:
+    """Raises DataError for a dvc.lock that is no record of a run: empty, or not YAML's mapping."""
+    path = root / "dvc.lock"
+    if not path.exists():
+        return
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (UnicodeDecodeError, IsADirectoryError):
+        text = ""
+    if not re.search(r"^schema:", text, re.MULTILINE):
+        raise DataError(f"{path} is damaged; {LOCK_ADVICE}")
 
 
 def order_lock(root: Path, graph: Graph) -> None:

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from flows.database import check_database
+from flows.dvclocks import clear_stale
 from flows.graph import load_graph
 from flows.lock import RunLock, run_lock
 from flows.parameters import check_parameters
 from flows.restored import drop_damaged
 from flows.runner import StageResult
 from flows.server import Server, ServerError, prefect_environment, server
-from flows.terminal import Terminal, summary_table
+from flows.terminal import DVC_NOISE, Terminal, summary_table
 from flows.walk import Closing, Run, walk
 from flows.workspace import Variation
 from flows.workspace import workspace as prepared
@@ -68,7 +69,8 @@ def run_pipeline(
         os.environ.update(prefect_environment(root))
         # The server starts while DVC reads the graph and Prefect is imported.
         own = None if EXTERNAL in os.environ else _own_server(root, lock, stack, terminal)
-        graph = load_graph(root)
+        clear_stale(root)
+        graph = load_graph(root, terminal.say)
         needed = graph.needed_for(stages) & graph.stale
         terminal.say(f"{len(needed)} of {len(graph.nodes)} stages to run")
         judged = GATE in graph.needed_for(stages)
@@ -211,5 +213,5 @@ def _explain(result: StageResult, terminal: Terminal) -> None:
     if result.state not in ("failed", "timed out"):
         return
     terminal.say(f"{result.name} {result.state}; its last lines:")
-    for line in result.tail[-TAIL_SHOWN:]:
+    for line in [line for line in result.tail if not DVC_NOISE.match(line)][-TAIL_SHOWN:]:
         terminal.say(f"    {line}")

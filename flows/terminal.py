@@ -14,7 +14,9 @@ DVC_NOISE = re.compile(
     r"Running stage '|> |Updating lock file|Generating lock file|Use `dvc push`|"
     r"To track the changes with git|To enable auto staging|\tgit add|\tdvc config|"
     r"Stage '.*' (didn't change, skipping|is cached - skipping run)|"
-    r"Verifying data sources|Data and pipelines are up to date"
+    r"Verifying data sources|Data and pipelines are up to date|"
+    # A run clears what is stale itself, and what is not must not be deleted.
+    r"If there are no processes with such PIDs|.*Auto removed it from the lock file"
 )
 MARKS = {"failed": "✗", "timed out": "✗", "cancelled": "■", "not run": "·"}
 CLEAR = "\r\x1b[2K"

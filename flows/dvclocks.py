@@ -1,0 +1,107 @@
+"""DVC's own locks: waited for where somebody holds them, cleared where nobody can.
+
+`.dvc/tmp/rwlock` is a JSON file that says which process works on which path. A kill can leave it
+half written, or with a process that is gone and whose number another one has by now; DVC then
+refuses for good and tells people to delete the file.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from infra.errors import DataError
+
+RWLOCK = Path(".dvc/tmp/rwlock")
+DVC_FILE = "dvc/__main__.py"
+PATIENCE_S = 60.0
+POLL_S = 0.2
+HALF_WRITTEN_S = 1.0
+
+
+def clear_stale(root: Path) -> None:
+    """Drop from DVC's file what no living DVC process can have written.
+
+    Call it with the lock of the run held: then no DVC of ours is at work.
+    """
+    path = root / RWLOCK
+    known = _read(path)
+    if known is None:
+        time.sleep(HALF_WRITTEN_S)  # a `dvc` that somebody has started may be writing it just now
+        if _read(path) is None:
+            path.unlink(missing_ok=True)
+        return
+    kept = {
+        "write": {p: info for p, info in known.get("write", {}).items() if _is_dvc(info)},
+        "read": {
+            p: alive
+            for p, infos in known.get("read", {}).items()
+            if (alive := [info for info in infos if _is_dvc(info)])
+        },
+    }
+    if kept != {"write": known.get("write", {}), "read": known.get("read", {})}:
+        temporary = path.with_name("rwlock.part")
+        temporary.write_text(json.dumps(kept), encoding="utf-8")
+        temporary.replace(path)
+
+
+def patiently[T](work: Callable[[], T], root: Path, say: Callable[[str], None]) -> T:
+    """`work()`, tried again while another DVC process holds a lock.
+
+    Args:
+        work: what needs DVC's locks.
+        root: the checkout.
+        say: is told once that this waits.
+
+    Raises:
+        DataError: it holds the lock for too long.
+    """
+    from dvc.lock import LockError
+    from dvc.rwlock import RWLockFileCorruptedError
+
+    deadline, waiting = time.monotonic() + PATIENCE_S, False
+    while True:
+        try:
+            return work()
+        except (LockError, RWLockFileCorruptedError) as error:
+            if time.monotonic() > deadline:
+                raise DataError(
+                    f"{_holders(root)} still works in {root} after {PATIENCE_S:.0f} s; "
+                    "run again when it has ended"
+                ) from error
+        if not waiting:
+            waiting = True
+            say(f"waiting for {_holders(root)} to end")
+        time.sleep(POLL_S)
+
+
+def _holders(root: Path) -> str:
+    known = _read(root / RWLOCK) or {}
+    infos = [*known.get("write", {}).values(), *sum(known.get("read", {}).values(), [])]
+    pids = sorted({info["pid"] for info in infos if _is_dvc(info)})
+    if not pids:
+        return "another DVC process"
+    return f"DVC (process {', '.join(map(str, pids))})"
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """What the file says; None if it is damaged."""
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError:
+        return None
+    return known if isinstance(known, dict) else None
+
+
+def _is_dvc(info: dict[str, Any]) -> bool:
+    """Whether the process of an entry still runs and is a DVC: others get its number later."""
+    folder = Path(f"/proc/{info['pid']}")
+    try:
+        state = (folder / "stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()[0]
+        words = (folder / "cmdline").read_bytes().decode("utf-8", "replace").split("\0")
+        return state not in "ZX" and any(Path(w).name == "dvc" or DVC_FILE in w for w in words)
+    except (FileNotFoundError, ProcessLookupError):
+        return False
