@@ -4,12 +4,15 @@ import io
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
 from infra.errors import ConfigError, UserError
+from infra.files import refused
+from infra.interrupts import heed_interrupts
 from infra.project import find_root
+from infra.space import no_space
 
 EXIT_USER_ERROR = 2
 
@@ -153,7 +156,9 @@ def import_(
     Every tensor is accounted for, and kept in the type it has. Code in a pickle is never run.
     """
     from flows.start import bring, bring_text, new_profile, write_profile
+    from infra.files import require_writable_folder
 
+    require_writable_folder(target, "the model")
     root = find_root() if profile else _root_or_none()
     path = new_profile(root, profile, target) if root and profile else None
     said = bring(
@@ -189,9 +194,11 @@ def export(
     ],
 ) -> None:
     """Write a model as official code or transformers reads it."""
+    from infra.files import require_writable_folder
     from infra.registry import resolve_model
     from models.internvl.convert import export_model
 
+    require_writable_folder(target, "the model")
     done = export_model(resolve_model(model), target, format)
     typer.echo(f"{model} ({done.kind}) is in {target} as {done.format}: {done.summary}")
     if done.note:
@@ -204,9 +211,11 @@ def merge(
     target: Annotated[Path, typer.Argument(help="the model folder to make")],
 ) -> None:
     """Fold a model's LoRA adapters into its weights (export does that too)."""
+    from infra.files import require_writable_folder
     from infra.registry import resolve_model
     from models.internvl.convert import merge_model
 
+    require_writable_folder(target, "the model")
     changed = merge_model(resolve_model(model), target)
     typer.echo(f"{model} is in {target}, the adapters of {changed} weights folded in")
 
@@ -308,8 +317,10 @@ def report(
     out: Annotated[Path | None, typer.Option(help="where; default work/report/index.html")] = None,
 ) -> None:
     """Draw the report of the last run again, as one page that works offline."""
-    from eval.report.page import render
+    from eval.report.page import PAGE, render
+    from infra.files import require_writable
 
+    require_writable(out or find_root() / PAGE, "the report")
     typer.echo(render(find_root(), out))
 
 
@@ -362,7 +373,10 @@ def lineage(
 ) -> None:
     """Walk back from a model to the rows that it was trained on."""
     from flows.lineage import lineage_lines, write_rows
+    from infra.files import require_writable
 
+    if rows:
+        require_writable(rows, "the rows")
     for line in lineage_lines(find_root(), model):
         typer.echo(line)
     if rows:
@@ -406,14 +420,26 @@ def status() -> None:
 
 def main() -> None:
     """Entry point: a user's mistake is a message and exit code 2, anything else a traceback."""
+    heed_interrupts("vlfoundry: stopped")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal may lack letters that data have
             stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except UserError as error:
-        print(f"vlfoundry: {error}", file=sys.stderr)
-        raise SystemExit(EXIT_USER_ERROR) from None
+        _refuse(error)
+    except Exception as error:
+        mistake = no_space(error, Path("work"), Path("artifacts"))
+        if mistake is None and isinstance(error, OSError):
+            mistake = refused(error)
+        if mistake is None:
+            raise
+        _refuse(mistake)
+
+
+def _refuse(error: UserError) -> NoReturn:
+    print(f"vlfoundry: {error}", file=sys.stderr)
+    raise SystemExit(EXIT_USER_ERROR) from None
 
 
 if __name__ == "__main__":

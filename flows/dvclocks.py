@@ -8,6 +8,7 @@ refuses for good and tells people to delete the file.
 import json
 import time
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ def patiently[T](work: Callable[[], T], root: Path, say: Callable[[str], None]) 
 
 def _holders(root: Path) -> str:
     known = _read(root / RWLOCK) or {}
-    infos = [*known.get("write", {}).values(), *sum(known.get("read", {}).values(), [])]
+    infos = [*known.get("write", {}).values(), *chain(*known.get("read", {}).values())]
     pids = sorted({info["pid"] for info in infos if _is_dvc(info)})
     if not pids:
         return "another DVC process"

@@ -103,6 +103,9 @@ def load_graph(root: Path, say: Callable[[str], None] = print) -> Graph:
         OSError: DVC's folder cannot be written.
     """
     os.environ.setdefault("DVC_NO_ANALYTICS", "1")
+    home = Path.home()
+    if home.exists() and not home.is_dir():  # /dev/null, of a service: DVC looks for settings there
+        os.environ["HOME"] = str(root / ".dvc" / "tmp" / "home")
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
 
@@ -122,6 +125,8 @@ def load_graph(root: Path, say: Callable[[str], None] = print) -> Graph:
         return patiently(read, root, say)
     except DvcException as error:
         advice = f"; {LOCK_ADVICE}" if "dvc.lock" in str(error) else ""
+        if "not a git repository" in str(error):
+            advice = f"; `git init {root}` makes it one"
         said = " ".join(str(error).split())
         raise DataError(f"DVC cannot read the pipeline in {root}: {said}{advice}") from error
 

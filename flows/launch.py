@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 from flows.database import check_database
 from flows.dvclocks import clear_stale
 from flows.graph import load_graph
+from flows.leftovers import clear_part_files
 from flows.lock import RunLock, run_lock
 from flows.parameters import check_parameters
 from flows.restored import drop_damaged
@@ -25,8 +26,8 @@ from flows.workspace import Variation
 from flows.workspace import workspace as prepared
 from infra.config import parse_value
 from infra.errors import UserError
-from infra.registry import GATE_DECISION
-from infra.space import no_space
+from infra.registry import GATE_DECISION, cache_folder
+from infra.space import free_bytes, no_space, require_space, said
 from infra.stage import START_FOLDER
 
 EXIT_FAILED = 1
@@ -66,6 +67,8 @@ def run_pipeline(
             lock = stack.enter_context(run_lock(root, terminal.say))
         root = lock.root
         check_parameters(root)
+        clear_part_files(cache_folder(root))
+        require_space(*_written(root))
         os.environ.update(prefect_environment(root))
         # The server starts while DVC reads the graph and Prefect is imported.
         own = None if EXTERNAL in os.environ else _own_server(root, lock, stack, terminal)
@@ -143,7 +146,7 @@ def _close(run: Run, began: float) -> int:
     results = run.ordered_results()
     terminal.say()
     for result in results:
-        _explain(result, terminal)
+        _explain(result, root, terminal)
     terminal.say(summary_table(results, began))
     if (root / REPORT_PAGE).is_file():
         terminal.say(f"report: {root / REPORT_PAGE}")
@@ -209,9 +212,18 @@ def _drop_damaged_maker(root: Path, model: str) -> list[str]:
     return [path for name in makers for path in drop_damaged(root, name)]
 
 
-def _explain(result: StageResult, terminal: Terminal) -> None:
+def _written(root: Path) -> tuple[Path, ...]:
+    """The folders whose disks must not be full."""
+    return root / "work", root / "artifacts", cache_folder(root)
+
+
+def _explain(result: StageResult, root: Path, terminal: Terminal) -> None:
     if result.state not in ("failed", "timed out"):
         return
     terminal.say(f"{result.name} {result.state}; its last lines:")
     for line in [line for line in result.tail if not DVC_NOISE.match(line)][-TAIL_SHOWN:]:
         terminal.say(f"    {line}")
+    if any(no_space(RuntimeError(line)) for line in result.tail):  # DVC's words, or the stage's
+        fullest = min(_written(root), key=free_bytes)
+        terminal.say(f"{result.name}: {said(fullest)}")
+        clear_part_files(cache_folder(root))

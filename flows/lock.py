@@ -17,6 +17,7 @@ from typing import TextIO
 
 from infra.errors import UserError
 from infra.files import cannot_write
+from infra.space import no_space
 
 LOCK_FILE = Path("work/run.lock")
 PATIENCE_S = 60.0
@@ -72,9 +73,7 @@ def run_lock(root: Path, say: Callable[[str], None] = print) -> Iterator[RunLock
         raise cannot_write(path, "the lock of the run", error) from error
     with file:
         _take(file, root, say)
-        file.truncate(0)
-        file.write(f"{os.getpid()} {_started(os.getpid())} {socket.gethostname()}")
-        file.flush()
+        _sign(file, path)
         yield RunLock(root=root, descriptor=file.fileno())
 
 
@@ -101,6 +100,18 @@ def _take(file: TextIO, root: Path, say: Callable[[str], None]) -> None:
             waiting = True
             say(f"the last run (process {owner.pid}) was killed; waiting for its stages to end")
         time.sleep(POLL_S)
+
+
+def _sign(file: TextIO, path: Path) -> None:
+    file.truncate(0)
+    file.write(f"{os.getpid()} {_started(os.getpid())} {socket.gethostname()}")
+    try:
+        file.flush()
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            file.close()  # it would try again
+        full = no_space(error, path.parent)
+        raise (full or cannot_write(path, "the lock of the run", error)) from error
 
 
 def _read(file: TextIO) -> _Owner | None:

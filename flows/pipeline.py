@@ -136,7 +136,8 @@ class Record:
             await artifacts.publish(self._run.root, self._run.graph, self._run.results)
             return _final_state(self._run)
 
-        state = await pipeline(
+        record: Any = pipeline  # its overloads do not know `return_state`
+        state = await record(
             root=self._run.root.name, stages=sorted(self._run.stages), return_state=True
         )
         # Task states travel as events, events and logs in the background.

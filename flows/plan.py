@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -242,7 +243,9 @@ def machine_of(
     Raises:
         ConfigError: a value that no machine has.
     """
-    if gpus < 1 or memory <= reserve or not 0 < mfu <= 1 or peak_tflops <= 0:
+    numbers = math.isfinite(memory) and math.isfinite(reserve) and math.isfinite(peak_tflops)
+    possible = gpus >= 1 and memory > reserve >= 0 and 0 < mfu <= 1 and peak_tflops > 0
+    if not (numbers and possible):
         raise ConfigError(
             f"got {gpus} GPUs of {memory:g} GiB ({reserve:g} set aside) and {peak_tflops:g} "
             f"TFLOP/s at MFU {mfu:g}; expected at least one GPU, more memory than is set aside, "

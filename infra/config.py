@@ -15,11 +15,15 @@ PARAMS_FILE = "params.yaml"
 
 
 def load_params(path: str | Path = PARAMS_FILE) -> dict[str, Any]:
-    """Read a parameter file. Raises ConfigError if it is missing or is no mapping."""
+    """Read a parameter file. Raises ConfigError if it is missing, not YAML, or not a mapping."""
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"{path} does not exist; run from the root of the repository")
-    params = _yaml().load(path.read_text(encoding="utf-8"))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8: {error.reason} at byte {error.start}") from error
+    params = _read_yaml(text, str(path))
     if not isinstance(params, dict):
         raise ConfigError(f"{path} holds {type(params).__name__}, expected a mapping of parameters")
     return params
@@ -40,7 +44,7 @@ def apply_overrides(params: Mapping[str, Any], assignments: Sequence[str]) -> di
         for parent in parents:
             node = _child(node, parent, key)
         _child(node, leaf, key)
-        node[leaf] = parse_value(text)
+        node[leaf] = parse_value(text, key)
     return result
 
 
@@ -55,9 +59,12 @@ def merge(base: Mapping[str, Any], changes: Mapping[str, Any], where: str = "") 
     return result
 
 
-def parse_value(text: str) -> Any:
-    """Parse one YAML scalar or flow collection; `1e-3` is a number here as everywhere."""
-    value = _yaml().load(text)
+def parse_value(text: str, where: str = "value") -> Any:
+    """Parse one YAML scalar or flow collection; `1e-3` is a number here as everywhere.
+
+    Raises ConfigError, which names `where`, for what is not YAML.
+    """
+    value = _read_yaml(text, f"{where}={text}")
     if isinstance(value, str):
         try:
             return float(value)
@@ -106,6 +113,26 @@ def _yaml() -> Any:
     from ruamel.yaml import YAML
 
     return YAML(typ="safe", pure=True)
+
+
+def _read_yaml(text: str, where: str) -> Any:
+    """What a YAML text says, in JSON's types. Raises ConfigError, in one line."""
+    from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+    try:
+        value = _yaml().load(text)
+        json.dumps(value)
+    except MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
+        problem = " ".join(str(error.problem or error.context).split())
+        raise ConfigError(f"{where} is not YAML: {problem}{place}") from error
+    except (YAMLError, RecursionError, OverflowError) as error:
+        problem = " ".join(str(error).split())
+        raise ConfigError(f"{where} is not YAML that can be read: {problem}") from error
+    except (TypeError, ValueError) as error:  # a date, a set, bytes, itself
+        raise ConfigError(f"{where} holds what a parameter cannot be: {error}") from error
+    return value
 
 
 def _child(node: Any, key: str, full_key: str) -> Any:

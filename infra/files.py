@@ -16,6 +16,8 @@ REASONS = {
     errno.ENAMETOOLONG: "the name is too long",
 }
 
+REFUSALS = REASONS.keys() | {errno.EISDIR, errno.ENOTDIR, errno.ELOOP}
+
 
 def require_writable(path: Path, what: str) -> None:
     """Make sure that the file `path` can be written, before the work whose result it takes.
@@ -55,6 +57,17 @@ def cannot_write(path: Path, what: str, error: OSError | ValueError) -> UserErro
     code = getattr(error, "errno", None) or 0
     reason = REASONS.get(code) or getattr(error, "strerror", None) or str(error)
     return UserError(f"cannot write {what} to {path}: {reason}; name another place")
+
+
+def refused(error: OSError) -> UserError | None:
+    """The one line for a file that the system does not let us read or write; None: a bug of ours.
+
+    For what nobody could ask before: any file of a checkout that lies on a read-only disk, say.
+    """
+    if error.errno not in REFUSALS or not error.filename:
+        return None
+    reason = REASONS.get(error.errno) or os.strerror(error.errno).lower()
+    return UserError(f"{os.fsdecode(error.filename)}: {reason}")
 
 
 def _require_creatable(real: Path, path: Path, what: str) -> None:

@@ -16,7 +16,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Mapping
-from typing import Any, NoReturn
+from typing import Any
 
 from infra.errors import KilledError, UserError
 from infra.launch import die_with_parent
@@ -105,8 +105,8 @@ def _fork(name: str, work: Callable[[], Any]) -> _Job:
     return _Job(name=name, pid=pid, pipe=read_end)
 
 
-def _be_job(parent: int, pipe: int, work: Callable[[], Any]) -> NoReturn:
-    """The whole life of a job, from the fork to its exit."""
+def _be_job(parent: int, pipe: int, work: Callable[[], Any]) -> None:
+    """The whole life of a job, from the fork to its exit. Never returns."""
     code = 1
     try:
         die_with_parent(signal.SIGKILL)

@@ -42,6 +42,8 @@ def git(
         check=False,
         pass_fds=held,
     )
+    if "not a git repository" in result.stderr:
+        raise GitError(f"{root} is not a git repository; `git init {root}` makes it one")
     if result.returncode:
         raise GitError(f"git {' '.join(arguments)} failed in {root}: {result.stderr.strip()}")
     return result.stdout.rstrip("\n")

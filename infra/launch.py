@@ -56,7 +56,8 @@ class LauncherProfile:
     telemetry: tuple[str, ...] = ()
     """Who is told about each step beside `work/<stage>/steps.jsonl`: tensorboard, dvclive."""
     prometheus: str | None = None
-    """"host:port" at which a running stage answers Prometheus; null: nowhere."""
+    """"host:port" at which a running stage answers Prometheus, "[::1]:9435" for IPv6; null:
+    nowhere."""
 
     def __post_init__(self) -> None:
         for field in ("ranks", "threads", "tensor", "pipeline"):
@@ -74,6 +75,8 @@ class LauncherProfile:
                 raise ConfigError(
                     f"launcher {self.name}: {field} is {value}, expected more than 0, or null"
                 )
+        if self.prometheus is not None:
+            host_and_port(self.prometheus, f"launcher {self.name}: prometheus")
         model_parallel = self.tensor * self.pipeline
         if self.ranks % model_parallel:
             raise ConfigError(
@@ -85,6 +88,19 @@ class LauncherProfile:
     def data(self) -> int:
         """Replicas of the model (DP)."""
         return self.ranks // (self.tensor * self.pipeline)
+
+
+def host_and_port(text: str, where: str) -> tuple[str, int]:
+    """The two parts of "host:port" or "[IPv6]:port"; no host is 127.0.0.1. Raises ConfigError."""
+    host, colon, port = text.rpartition(":")
+    bracketed = host.startswith("[") and host.endswith("]")
+    good_host = bracketed or not set(host) & set("[]:/ ")
+    if not (colon and good_host and port.isascii() and port.isdigit() and int(port) < 1 << 16):
+        raise ConfigError(
+            f"{where} is {text!r}, expected host:port with a port up to 65535, "
+            "for example 127.0.0.1:9435 or [::1]:9435"
+        )
+    return (host[1:-1] if bracketed else host) or "127.0.0.1", int(port)
 
 
 def local_profile() -> LauncherProfile:

@@ -40,6 +40,13 @@ def no_space(error: BaseException, *folders: Path, ask_disks: bool = False) -> N
     return said(full[0]) if ask_disks and full else None
 
 
+def require_space(*folders: Path) -> None:
+    """Raises NoSpaceError if nothing can be written to one of the folders."""
+    for folder in folders:
+        if free_bytes(folder) < LEAST_BYTES:
+            raise said(folder)
+
+
 def said(folder: Path | None) -> NoSpaceError:
     """The one line."""
     if folder is None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from infra.errors import ConfigError
+from infra.launch import host_and_port
 
 PHASES = ("data", "forward", "backward", "communication", "optimizer", "checkpoint")
 SINKS = ("tensorboard", "dvclive")
@@ -153,8 +154,8 @@ def check_sinks(sinks: tuple[str, ...], prometheus: str | None) -> None:
                 f"launcher: telemetry {name!r} needs the package {name}, which is not installed; "
                 "install the extra `telemetry`, or leave it out"
             )
-    if prometheus is not None and not prometheus.rpartition(":")[2].isdigit():
-        raise ConfigError(f"launcher: prometheus is {prometheus!r}; expected host:port")
+    if prometheus is not None:
+        host_and_port(prometheus, "launcher: prometheus")
 
 
 def _tensorboard(folder: Path, stack: contextlib.ExitStack) -> Callable:
@@ -189,11 +190,11 @@ def _dvclive(folder: Path, stack: contextlib.ExitStack) -> Callable:
 def _prometheus(address: str, stack: contextlib.ExitStack) -> Callable:
     from prometheus_client import CollectorRegistry, Gauge, start_http_server
 
-    host, _, port = address.rpartition(":")
+    host, port = host_and_port(address, "launcher: prometheus")
     registry = CollectorRegistry()
     gauges: dict[str, Gauge] = {}
     try:
-        server, thread = start_http_server(int(port), addr=host or "127.0.0.1", registry=registry)
+        server, thread = start_http_server(port, addr=host, registry=registry)
     except OSError as error:
         raise ConfigError(
             f"launcher: prometheus cannot answer at {address} ({error}); name another host:port"

@@ -70,7 +70,7 @@ def test_another_dvc_is_waited_for(toy: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(dvclocks, "PATIENCE_S", 0.5)
     holding = subprocess.Popen([sys.executable, "-c", HOLD, "20"], cwd=toy)
     time.sleep(2)
-    with pytest.raises(DataError, match="still works in .* run again when it has ended") as caught:
+    with pytest.raises(DataError, match=r"still works in .* run again when it has ended") as caught:
         load_graph(toy, said.append)
     assert "remove" not in str(caught.value)
     holding.kill()
