@@ -47,25 +47,25 @@ def clear_stale(root: Path) -> None:
         temporary.replace(path)
 
 
-def patiently[T](work: Callable[[], T], root: Path, say: Callable[[str], None]) -> T:
+def patiently[T](
+    work: Callable[[], T], busy: tuple[type[Exception], ...], root: Path, say: Callable[[str], None]
+) -> T:
     """`work()`, tried again while another DVC process holds a lock.
 
     Args:
         work: what needs DVC's locks.
+        busy: what it raises then.
         root: the checkout.
         say: is told once that this waits.
 
     Raises:
         DataError: it holds the lock for too long.
     """
-    from dvc.lock import LockError
-    from dvc.rwlock import RWLockFileCorruptedError
-
     deadline, waiting = time.monotonic() + PATIENCE_S, False
     while True:
         try:
             return work()
-        except (LockError, RWLockFileCorruptedError) as error:
+        except busy as error:
             if time.monotonic() > deadline:
                 raise DataError(
                     f"{_holders(root)} still works in {root} after {PATIENCE_S:.0f} s; "

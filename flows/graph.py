@@ -107,7 +107,9 @@ def load_graph(root: Path, say: Callable[[str], None] = print) -> Graph:
     if home.exists() and not home.is_dir():  # /dev/null, of a service: DVC looks for settings there
         os.environ["HOME"] = str(root / ".dvc" / "tmp" / "home")
     from dvc.exceptions import DvcException
+    from dvc.lock import LockError
     from dvc.repo import Repo
+    from dvc.rwlock import RWLockFileCorruptedError
 
     def read() -> Graph:
         with Repo(str(root)) as repo:
@@ -122,7 +124,7 @@ def load_graph(root: Path, say: Callable[[str], None] = print) -> Graph:
 
     check_lock_file(root)
     try:
-        return patiently(read, root, say)
+        return patiently(read, (LockError, RWLockFileCorruptedError), root, say)
     except DvcException as error:
         advice = f"; {LOCK_ADVICE}" if "dvc.lock" in str(error) else ""
         if "not a git repository" in str(error):
