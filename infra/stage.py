@@ -1,6 +1,6 @@
 """What one step of the pipeline is, and the small command line that all steps share.
 
-    python -m stages.NAME [--dry-run] [variant=V] [key=value ...]
+    python -m stages.NAME [--help] [--dry-run] [variant=V] [key=value ...]
 
 A stage declares its parameters, inputs and outputs once; `dvc.yaml` says the same and a test ties
 the two. Everything that must outlive a kill lies in `work/NAME/`, which belongs to one run key:
@@ -11,6 +11,7 @@ Nothing here deletes it.
 import contextlib
 import dataclasses
 import fcntl
+import importlib
 import importlib.metadata
 import itertools
 import json
@@ -206,17 +207,23 @@ def check_folders(where: str, start: Any) -> None:
 
 
 def _main(stage: Stage, arguments: list[str]) -> int:
+    if {"--help", "-h"} & set(arguments):
+        # Not by an import statement: what it prints is no source of any result.
+        print("\n".join(importlib.import_module("infra.stagehelp").help_lines(stage)))
+        return 0
     dry_run = "--dry-run" in arguments
     assignments = [argument for argument in arguments if argument != "--dry-run"]
     variants = [a.partition("=")[2] for a in assignments if a.startswith("variant=")]
     bound = stage.bind(variants[-1] if variants else None)
     others = [a for a in assignments if not a.startswith("variant=")]
+    if options := [a for a in others if a.startswith("-")]:
+        raise ConfigError(f"got {options[0]!r}, expected --dry-run, --help or key=value")
     config = parameters_of(stage, apply_overrides(load_params(), others))
     if dry_run:
         print(_plan(bound, config))
         return 0
     root = Path.cwd()
-    with _only_copy(root / "work" / f"{bound.address.replace('@', '-')}.lock", bound.address):
+    with _only_copy(root, bound.address):
         facts = _key_facts(bound, config, root)
         key = run_key(stage.name, facts["parameters"], facts["inputs"], map(Path, facts["sources"]))
         context = Context(bound, root, key)
@@ -226,11 +233,16 @@ def _main(stage: Stage, arguments: list[str]) -> int:
 
 
 @contextlib.contextmanager
-def _only_copy(path: Path, address: str) -> Iterator[None]:
+def _only_copy(root: Path, address: str) -> Iterator[None]:
     """Two copies of a stage would write the same files, and one that was killed may yet be saving.
 
-    Whatever it forks inherits the lock. Raises DataError if another one holds it for too long.
+    The lock lies with DVC's, in a checkout; whatever the stage forks inherits it. Raises DataError
+    if another copy holds it for too long.
     """
+    if not (root / ".dvc").is_dir():
+        yield
+        return
+    path = root / ".dvc" / "tmp" / "stages" / f"{address.replace('@', '-')}.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         deadline, waiting = time.monotonic() + COPY_PATIENCE_S, False

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -253,3 +255,27 @@ def test_folders_are_inside_and_spelled_as_dvc_spells_them(path: str, message: s
     with pytest.raises(ConfigError, match=rf"toy\.start\.one is .*{message}"):
         StartOptions(one=path)
     assert StartOptions(one="..data/start").one == "..data/start"
+
+
+def test_another_copy_is_waited_for(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Such as one that is yet saving though the run that wanted it was killed."""
+    (project / ".dvc").mkdir()
+    assert main(TOY, []) == 0
+    path = project / ".dvc/tmp/stages/toy.lock"
+    code = "import fcntl, sys, time; f = open(sys.argv[1]); fcntl.flock(f, 2); print(flush=True)"
+    command = [sys.executable, "-c", f"{code}; time.sleep(float(sys.argv[2]))", str(path)]
+    with subprocess.Popen([*command, "1.5"], stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        assert main(TOY, []) == 0
+        assert other.poll() is not None
+    assert "toy: waiting for another copy to end" in capsys.readouterr().out
+    monkeypatch.setattr("infra.stage.COPY_PATIENCE_S", 0.2)
+    with subprocess.Popen([*command, "5"], stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        assert main(TOY, []) == EXIT_USER_ERROR
+        other.kill()
+    assert "another copy of toy runs here" in capsys.readouterr().err
