@@ -194,3 +194,26 @@ def test_part_files_that_somebody_writes_stay(tmp_path: Path) -> None:
     with (folder / ".written.tmp").open("ab"):
         clear_part_files(tmp_path)
     assert {path.name for path in folder.iterdir()} == {".written.tmp", ".new.tmp", "0123.tmp"}
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="a network of one's own takes root")
+def test_without_a_loopback_interface(toy: Path) -> None:
+    began = time.monotonic()
+    ended = subprocess.run(
+        ["unshare", "-n", *RUN, "run"], cwd=toy, capture_output=True, text=True, timeout=60,
+        check=False, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )  # fmt: skip
+    if "unshare" in ended.stderr:
+        pytest.skip(ended.stderr)
+    refused(ended, "127.0.0.1 cannot be reached", "`ip link set lo up`")
+    assert time.monotonic() - began < 10
+
+
+def test_a_failed_stage_is_told_without_prefect_s_words(toy: Path) -> None:
+    steer(toy, "prepare", "sys.exit('cannot prepare')")
+    ended = vlfoundry(toy, "run")
+    said = ended.stdout + ended.stderr
+    assert ended.returncode == 1, said
+    assert "cannot prepare" in said
+    for noise in ("NoneType", "Traceback", "ERROR |", "incomplete"):
+        assert noise not in said
