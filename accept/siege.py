@@ -179,6 +179,8 @@ def besiege(project: Project, kills: int, seed: int) -> Outcome:
         process = project.start()
         kill = _strike(project, process, chance) if len(done) < kills else None
         began = time.monotonic()
+        if not kill:  # nobody disturbs it, and its flow has perhaps not begun
+            process.wait(RUN_LIMIT_S)
         survivors = _settle(project, process, at_once=kill is not None and chance.random() < 0.5)
         left += [f"{kill}: {line}" for line in survivors]
         if process.poll() is None:
