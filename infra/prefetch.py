@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from infra.errors import KilledError, UserError, ending
@@ -93,7 +94,8 @@ class Prefetch:
             worker_init_fn=lambda _: _be_worker(parent),
             generator=torch.Generator(),  # else it draws from the one that dropout draws from
         )
-        batches = iter(loader)
+        with _born_deaf_to_ctrl_c():
+            batches = iter(loader)
         if threading.current_thread() is threading.main_thread():
             # torch's raises the death of a worker wherever this process happens to be; we hear of
             # it, within 5 s, when we wait for a batch.
@@ -119,9 +121,20 @@ class _Steps:
             return _Failed(error)
 
 
+@contextlib.contextmanager
+def _born_deaf_to_ctrl_c() -> Iterator[None]:
+    """A Ctrl-C that reaches a worker before it could say that it ignores it would end it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _be_worker(parent: int) -> None:
     die_with_parent(signal.SIGKILL)
     if os.getppid() != parent:  # it was gone before we could ask
         os._exit(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
