@@ -26,6 +26,8 @@ from models.tiling import Tiling, picture_size, plan, share_tiles, tile
 from models.tokenizer import pad
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+LONGEST_TOKEN = 256
+"""letters; no vocabulary has a longer piece"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,6 +161,14 @@ class Conversations:
         """Ids and labels; `tiles` of each picture or frame."""
         messages = sample.with_frames(len(tiles)) if sample.video else sample.messages
         visual = [n * self._tile_tokens for n in tiles]
+        letters = sum(len(text) for _, text in messages)
+        if letters > self._max_tokens * LONGEST_TOKEN:  # megabytes take minutes to encode
+            raise self._error(
+                index,
+                "conversations",
+                f"{letters:,} letters, which are more than {self._max_tokens} tokens "
+                "(sft.max_tokens); shorten the conversation",
+            )
         ids, labels = self._dialogue.conversation(messages, visual)
         if len(ids) > self._max_tokens:
             raise self._error(

@@ -170,6 +170,20 @@ def test_too_long_in_tiles_and_in_words(tmp_path):
     assert "175 tokens, 175 of them of 35 tiles" in talks(path).check(0).message
 
 
+def test_megabytes_of_text_are_not_encoded(tmp_path):
+    class Refuses(PicturesAlone):
+        def conversation(self, messages, visual_tokens):
+            raise AssertionError("it was encoded")
+
+    long = {"from": "human", "value": "word " * 100_000}
+    path = write(tmp_path / "long.jsonl", {"conversations": [long, ANSWER]})
+    problem = talks(path, dialogue=Refuses()).check(0)
+    assert str(problem) == (
+        f"{path}:1: conversations: 500,006 letters, which are more than 171 tokens "
+        "(sft.max_tokens); shorten the conversation"
+    )
+
+
 def test_without_pictures_only_the_line_is_looked_at(tmp_path):
     sample = {"image": "gone.png", "conversations": [ASKED, ANSWER]}
     path = write(tmp_path / "talk.jsonl", sample, sample | {"width": 30, "height": 13})
