@@ -309,7 +309,11 @@ def _rows(
 
     where, row = f"{root.place.rstrip('/')}/{file}", 0
     try:
-        table = pq.ParquetFile(root.open(file))
+        opened = root.open(file)
+    except DataError as error:
+        raise DataError(f"{where} {error}") from error
+    try:
+        table = pq.ParquetFile(opened)
         columns = table.schema_arrow.names
         missing = [name for name in needed if name not in columns]
         if missing:

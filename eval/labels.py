@@ -47,8 +47,10 @@ def one_spelling(labels: Iterable[str]) -> dict[str, str]:
 
 
 def class_key(label: str) -> str:
-    """What is equal for labels of one class."""
-    return " ".join(unicodedata.normalize("NFKC", label).casefold().split())
+    """What is equal for labels of one class. Case is none of it in labels of a single letter: in
+    data sets of letters `A` and `a` are two classes."""
+    tidy = " ".join(unicodedata.normalize("NFKC", label).split())
+    return tidy if len(tidy) == 1 else tidy.casefold()
 
 
 def told(spelling: Mapping[str, str]) -> list[str]:

@@ -8,10 +8,10 @@ from eval.datasets import ConceptSet, DataFolder, PairSet, read_concept_set, rea
 from eval.embedding import Model, Setting
 from eval.ranks import Team, run_team
 from eval.reference import NearestPicture
-from eval.scores import Score, write_scores
+from eval.scores import Score, score_line, write_scores
 from eval.suites import NEEDS, suite_run, why_not
 from infra.errors import DataError, ModelError
-from infra.files import require_writable, require_writable_folder
+from infra.files import cannot_write, require_writable, require_writable_folder
 
 LANGUAGES = ("en", "zh", "ja", "ar", "it")
 SCENES = 250
@@ -71,7 +71,12 @@ def evaluate_folder(
         return suite_run(suite)(model, data, setting), model_facts(model, folder)
 
     scores, facts = run_team(work)
-    write_scores(out, scores, model=facts, data=data.facts())
+    try:
+        write_scores(out, scores, model=facts, data=data.facts())
+    except OSError as error:
+        for score in scores:
+            log(score_line(score))
+        raise cannot_write(out, "the scores", error) from error
     log(f"{suite}: {len(scores)} scores on {len(data)} pictures of {data.folder} -> {out}")
     return scores
 

@@ -127,6 +127,13 @@ def _beside(score: Score, earlier: Score) -> Score:
     )
 
 
+def score_line(score: Score) -> str:
+    """One score for people."""
+    where = f" [{score.lang}]" if score.lang else ""
+    error = "" if score.stderr is None else f" ± {score.stderr:.3f}"
+    return f"{score.suite}/{score.name}{where}: {score.value:.3f}{error} (n={score.n})"
+
+
 def write_scores(
     file: Path,
     scores: Iterable[Score],

@@ -85,6 +85,7 @@ def evaluate(
 ) -> None:
     """Score a model on a folder of pictures, and write the scores as JSON."""
     from eval.run import evaluate_folder
+    from eval.scores import score_line
 
     scores = evaluate_folder(
         model,
@@ -96,9 +97,7 @@ def evaluate(
         train_sources=train_source or None,
     )
     for score in scores:
-        where = f" [{score.lang}]" if score.lang else ""
-        error = "" if score.stderr is None else f" ± {score.stderr:.3f}"
-        typer.echo(f"{score.suite}/{score.name}{where}: {score.value:.3f}{error} (n={score.n})")
+        typer.echo(score_line(score))
     typer.echo(f"written to {json}")
 
 

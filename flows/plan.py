@@ -18,6 +18,7 @@ from models.plan.memory import GIB
 from models.plan.search import Fit, Machine, Plan, search
 from models.plan.workload import Workload
 
+MOST_GPUS = 1_000_000
 SCENE_TEXT_TOKENS = 48
 """room for a question about a scene and its answer, beside the visual tokens"""
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -244,12 +245,12 @@ def machine_of(
         ConfigError: a value that no machine has.
     """
     numbers = math.isfinite(memory) and math.isfinite(reserve) and math.isfinite(peak_tflops)
-    possible = gpus >= 1 and memory > reserve >= 0 and 0 < mfu <= 1 and peak_tflops > 0
+    possible = 1 <= gpus <= MOST_GPUS and memory > reserve >= 0 and 0 < mfu <= 1 and peak_tflops > 0
     if not (numbers and possible):
         raise ConfigError(
             f"got {gpus} GPUs of {memory:g} GiB ({reserve:g} set aside) and {peak_tflops:g} "
-            f"TFLOP/s at MFU {mfu:g}; expected at least one GPU, more memory than is set aside, "
-            "an MFU above 0 and up to 1, and a peak above 0"
+            f"TFLOP/s at MFU {mfu:g}; expected 1 to {MOST_GPUS:,} GPUs, more memory than is set "
+            "aside, an MFU above 0 and up to 1, and a peak above 0"
         )
     return Machine(
         ranks=gpus,

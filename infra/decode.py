@@ -290,6 +290,12 @@ def _in_8_bits(image: Image.Image) -> Image.Image:
 def _scaled(image: Image.Image) -> Image.Image:
     """One channel of more than 8 bits, by the range of its type; a transparent level stays so."""
     values, top = _values(image)
+    peak = float(values.max())
+    if top > 65535.0 and 0 < peak < top / 255:  # of 16 bits a dark picture is one
+        raise DataError(
+            f"its integers of 32 bits go to {peak:g} of {top:g}, so it would be black; scale them, "
+            "or store them as 16 bits"
+        )
     clear = image.info.get("transparency")
     clear = clear if isinstance(clear, int) else None
     inverted = _tag(image, PHOTOMETRIC) == WHITE_IS_ZERO

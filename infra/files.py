@@ -38,7 +38,9 @@ def require_writable(path: Path, what: str) -> None:
             raise UserError(f"{path} is a directory; name a file for {what}")
         if real.is_file():
             os.close(os.open(real, os.O_WRONLY))
-        elif not real.exists():  # what exists and is no file, such as /dev/stdout, takes anything
+        elif real.is_fifo() or real.is_socket() or real.is_block_device():
+            raise UserError(f"{path} is not a plain file; name one for {what}")
+        elif not real.exists():  # a terminal or /dev/null takes anything
             _require_creatable(real, path, what)
     except (OSError, ValueError) as error:
         raise cannot_write(path, what, error) from error

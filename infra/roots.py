@@ -117,7 +117,7 @@ class Root:
     def read(self, name: object, limit_bytes: int = MAX_FILE_BYTES) -> bytes:
         """The content of the file `name`. Raises DataError saying what is wrong with it."""
         checked = self._checked(name)
-        with self._explained("cannot be read"), self._open(checked) as stream:
+        with self._explained(self._cannot_read()), self._open(checked) as stream:
             data = stream.read(limit_bytes + 1)
         if len(data) > limit_bytes:
             raise DataError(f"more than {limit_bytes >> 20} MiB; expected a smaller file")
@@ -128,7 +128,7 @@ class Root:
         if folder:
             self._checked(folder)
         place = self._below(folder)
-        with self._explained("cannot be listed as a folder"):
+        with self._explained(f"{folder or self.place} cannot be listed as a folder"):
             if self._fs is None:
                 return sorted(os.listdir(place))
             found = self._fs.ls(place, detail=False)
@@ -137,8 +137,11 @@ class Root:
     def open(self, name: str) -> BinaryIO:
         """The file `name`, to be read in parts. Raises DataError as `read` does."""
         checked = self._checked(name)
-        with self._explained("cannot be read"):
+        with self._explained(self._cannot_read()):
             return self._open(checked)
+
+    def _cannot_read(self) -> str:
+        return f"cannot be read below {self.place}"
 
     def _checked(self, name: object) -> str:
         expected = what_is_wrong(name, absolute=self.absolute)
@@ -164,7 +167,7 @@ class Root:
         try:
             yield
         except _failures() as error:
-            raise DataError(f"{what} below {self.place}: {_reason(error)}") from error
+            raise DataError(f"{what}: {_reason(error)}") from error
 
 
 def _failures() -> tuple[type[Exception], ...]:

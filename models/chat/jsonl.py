@@ -10,6 +10,7 @@ are left alone, unless they look like one of these misspelt.
 
 from __future__ import annotations
 
+import codecs
 import difflib
 import json
 import re
@@ -21,6 +22,7 @@ from typing import BinaryIO
 import numpy as np
 
 from infra.errors import DataError
+from infra.givenfiles import disguise
 from infra.roots import is_text, open_plain, what_is_wrong
 from models.chat.control import written_out
 from models.chat.templates import IMAGE, Message, Role
@@ -38,6 +40,7 @@ SHOWN = 80
 """letters of a wrong value that a message quotes"""
 A_CHAT_FILE = "expected a chat file, one JSON object a line"
 BLOCK = 1 << 20
+GZIP = b"\x1f\x8b"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +136,8 @@ class ChatFile:
         self.path, self._absolute = Path(path), absolute_paths
         with self._opened() as file:
             self._starts = _line_starts(file)
+            file.seek(0)
+            self._refuse_disguise(file.read(4))
         if len(self._starts) == 1:
             raise DataError(f"{self.path} is empty; {A_CHAT_FILE}")
 
@@ -150,11 +155,13 @@ class ChatFile:
         start, end = self._starts[index : index + 2]
         try:
             if end - start > MAX_LINE_BYTES:
-                size = _Words(f"a line of {(end - start) >> 20} MiB")
-                raise _Wrong("(line)", size, f"at most {MAX_LINE_BYTES >> 20} MiB")
+                size = _Words(f"a line of {end - start:,} bytes")
+                raise _Wrong("(line)", size, f"at most {MAX_LINE_BYTES:,}")
             with self._opened() as file:
                 file.seek(start)
                 line = file.read(end - start)
+            if index == 0:  # as programs on Windows write it
+                line = line.removeprefix(codecs.BOM_UTF8)
             return _sample(_parsed(line), absolute=self._absolute)
         except _Wrong as error:
             return self.problem(index, error.field, str(error))
@@ -162,6 +169,16 @@ class ChatFile:
     def problem(self, index: int, field: str, message: str) -> Problem:
         """What is wrong with a field of line `index`, counted from 0."""
         return Problem(file=self.path, line=index + 1, field=field, message=message)
+
+    def _refuse_disguise(self, begins: bytes) -> None:
+        """Raises DataError for a file that is another one, packed, or in another encoding."""
+        what = disguise(self.path) if begins else None
+        if begins.startswith(GZIP):
+            what = "is compressed (gzip); unpack it"
+        if begins.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            what = "is UTF-16; store it as UTF-8"
+        if what is not None:
+            raise DataError(f"{self.path} {what}; {A_CHAT_FILE}")
 
     def _opened(self) -> BinaryIO:
         try:

@@ -220,6 +220,7 @@ def labelled(labels) -> list[dict]:
     [
         (["red ", " red", "blue", "yellow"], {"red", "blue", "yellow"}),
         (["Red", "red", "red", "blue"], {"red", "blue"}),
+        (["A", "a", "b", " a"], {"A", "a", "b"}),  # letters are classes of their own
         (["caf\u00e9", "cafe\u0301", "bar"], {"caf\u00e9", "bar"}),
         (["\uff21\uff22", "AB", "ab", "x"], {"AB", "x"}),
         (["new  york", "New\tYork", "rome"], {"New York", "rome"}),
@@ -247,6 +248,14 @@ def test_a_row_without_a_label_is_refused_by_zero_shot_alone(tmp_path, nothing):
     assert data.pictures[1].label == ""
     with pytest.raises(DataError, match=r"pairs.parquet, row 1: label is empty .* in 1 of 3 rows"):
         as_concept_set(data)
+
+
+def test_a_file_that_is_none_is_named(tmp_path):
+    import os
+
+    os.mkfifo(tmp_path / "x.parquet")
+    with pytest.raises(DataError, match=r"x\.parquet is a pipe, expected a plain file"):
+        read_folder(tmp_path)
 
 
 def test_what_was_done_to_labels_is_told(tmp_path):

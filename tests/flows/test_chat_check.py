@@ -106,8 +106,33 @@ def test_a_line_longer_than_memory_is_not_read(tmp_path):
     file = ChatFile(path)
     assert len(file) == 3
     (problem,) = problems(path)
-    assert str(problem) == f"{path}:2: (line): got a line of 16 MiB, expected at most 16 MiB"
+    assert (
+        str(problem)
+        == f"{path}:2: (line): got a line of 16,777,217 bytes, expected at most 16,777,216"
+    )
     assert file[2].messages[1].text == "A cat."
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git-lfs pointer"),
+        (b"<!DOCTYPE html><html></html>", "is a web page"),
+        (b"\x1f\x8b\x08\x00rest", r"is compressed \(gzip\); unpack it"),
+        ('{"id": 1}\n'.encode("utf-16"), "is UTF-16; store it as UTF-8"),
+        (b"", "is empty"),
+    ],
+)
+def test_a_file_that_is_something_else_is_said_to_be(tmp_path, content, what):
+    (tmp_path / "x.jsonl").write_bytes(content)
+    with pytest.raises(DataError, match=rf"x\.jsonl {what}.*expected a chat file"):
+        ChatFile(tmp_path / "x.jsonl")
+
+
+def test_what_windows_puts_before_a_text_is_no_part_of_it(tmp_path):
+    path = write(tmp_path / "bom.jsonl", {"conversations": [ASKED | {"value": "Hi"}, ANSWER]})
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    assert problems(path) == []
 
 
 def test_deep_values_and_surrogates_anywhere(tmp_path):

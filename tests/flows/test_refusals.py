@@ -116,7 +116,7 @@ def test_prometheus_answers_over_ipv6(tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
 def test_machines_that_cannot_be(field: str, value: float) -> None:
     numbers = {"memory": 80.0, "mfu": 0.4, "peak_tflops": 989.0, "reserve": 4.0, field: value}
-    with pytest.raises(ConfigError, match="expected at least one GPU"):
+    with pytest.raises(ConfigError, match="expected 1 to 1,000,000 GPUs"):
         machine_of(
             8, numbers["memory"], numbers["mfu"], numbers["peak_tflops"], reserve=numbers["reserve"]
         )

@@ -126,6 +126,10 @@ def test_12_bits_are_scaled_by_their_type() -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
+        (
+            tiff(np.int32([[0, 255_000]]), bits=32, sample_format=2),
+            "integers of 32 bits go to 255000 of 2.14748e\\+09, so it would be black",
+        ),
         (deep(np.float32([[0.5, 37.0]])), "floats are 0.5 to 37, expected 0 to 1"),
         (deep(np.float32([[-0.5, 0.3]])), "floats are -0.5 to 0.3, expected 0 to 1"),
         (deep(np.float32([[0.2, np.nan]])), "floats are nan to nan, expected 0 to 1"),

@@ -172,6 +172,16 @@ def test_what_cannot_be_scored_is_said(root, resolved, tmp_path):
 
 
 @pytest.mark.parametrize("place", ["folder", "file/x.json", "locked/x.json"])
+def test_scores_that_cannot_be_stored_after_all_are_said(root, resolved, monkeypatch):
+    """A disk that is full at the end: nothing asks for space beforehand."""
+    said: list[str] = []
+    monkeypatch.setattr("eval.run.require_writable_folder", lambda *_: None)
+    monkeypatch.setattr("eval.scores.write_items", lambda *_: None)
+    with pytest.raises(UserError, match="cannot write the scores to /dev/full: no space left"):
+        evaluate_folder("internvl_c", root / "data", "zero_shot", "/dev/full", log=said.append)
+    assert [line for line in said if line.startswith("zero_shot/top1")]
+
+
 def test_a_place_that_cannot_be_written_is_said_before_the_model_is_read(
     root, tmp_path, monkeypatch, place
 ):
