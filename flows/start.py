@@ -15,7 +15,7 @@ from eval.variants import MODELS
 from flows.recipes import PROFILES
 from flows.workspace import yaml_text
 from infra.config import to_dict
-from infra.errors import ConfigError, ModelError
+from infra.errors import ConfigError, ModelError, one_line
 from infra.fingerprint import fingerprint
 from infra.givenfiles import check_inside
 from infra.registry import fetch_version, find_version
@@ -166,8 +166,8 @@ def _import(
     )
     _write_origin(target, imported=source.resolve().name, format_there=done.format)
     said = [f"{source} ({done.format}) is the {done.kind} in {target}: {done.summary}"]
-    said += [f"left out: {', '.join(done.left_out)}"] if done.left_out else []
-    unknown = ", ".join(done.unknown)
+    said += [one_line(f"left out: {', '.join(done.left_out)}")] if done.left_out else []
+    unknown = one_line(", ".join(done.unknown))
     return [*said, *([f"fields of config.json that are not known here: {unknown}"] * bool(unknown))]
 
 

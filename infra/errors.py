@@ -1,11 +1,23 @@
 """Mistakes that a user can mend. Anything else that goes wrong is a bug and keeps its traceback."""
 
 
+def one_line(text: str) -> str:
+    """A text of somebody else as it can be shown: what is not printable, as repr escapes it.
+
+    A name may hold line ends and the codes that a terminal obeys.
+    """
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 class UserError(Exception):
     """The message says what is wrong, what was got, what was expected, and what to do.
 
-    The command line prints it without a traceback and exits with code 2.
+    The command line prints it without a traceback and exits with code 2. It is one line, whatever
+    the names and texts of files that stand in it.
     """
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())
 
 
 class ConfigError(UserError):

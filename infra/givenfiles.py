@@ -12,8 +12,15 @@ from typing import Any
 
 from infra.errors import ModelError
 
-MOST_JSON_BYTES = 512 * 1024 * 1024
-"""longest JSON file that is read; the largest published tokenizer.json has some 30 MB"""
+MIB = 1024 * 1024
+MOST_BYTES = 256 * MIB
+"""largest file beside the weights; the largest published tokenizer.json has some 30 MB"""
+MOST_JSON_BYTES = 16 * MIB
+"""largest JSON file that is not a vocabulary; indexes of the largest models have 1 MB"""
+VOCABULARIES = ("tokenizer.json", "vocab.json")
+"""JSON files that may have `MOST_BYTES`"""
+_LONGEST_NAME = 255
+"""bytes of a file's name, of every file system that models are stored on"""
 _SHOWN = reprlib.Repr(maxlevel=2, maxstring=60, maxother=60, maxlong=30, maxdict=3, maxlist=4)
 _LFS = b"version https://git-lfs"
 _PAGES = (b"<!doctype", b"<html", b"<?xml", b"<head", b"<!--")
@@ -24,17 +31,32 @@ def shown(value: Any) -> str:
     return _SHOWN.repr(value)
 
 
-def check_file(path: Path, folder: Path | None = None, *, disguised: bool = True) -> Path:
+def brief(text: str, most: int = 120) -> str:
+    """A name of a file in a message: its beginning and end, if it is long."""
+    return text if len(text) <= most else f"{text[: most // 2]}...{text[-most // 2 :]}"
+
+
+def is_file_name(name: object) -> bool:
+    """Whether a value of a file can be the name of another in the same folder."""
+    if not isinstance(name, str) or not name.isprintable() or Path(name).name != name:
+        return False
+    return len(name.encode()) <= _LONGEST_NAME
+
+
+def check_file(
+    path: Path, folder: Path | None = None, *, disguised: bool = True, most: int | None = None
+) -> Path:
     """The same path, if it is a file with content that may be read.
 
     Args:
         path: what is to be read.
         folder: the model folder that the file has to lie in; None: wherever it is.
         disguised: also look whether it is empty or something else than its name says.
+        most: bytes that it may have; None: any number.
 
     Raises:
-        ModelError: it is no plain file, leads out of the folder, is empty, or is a git-lfs pointer
-            or a web page in place of what its name says.
+        ModelError: it is no plain file, leads out of the folder, is empty or too large, or is a
+            git-lfs pointer or a web page in place of what its name says.
     """
     if folder is not None:
         check_inside(path, folder)
@@ -47,6 +69,11 @@ def check_file(path: Path, folder: Path | None = None, *, disguised: bool = True
         raise ModelError(f"{path} {reason}; download that file again") from None
     if not stat.S_ISREG(facts.st_mode):
         raise ModelError(f"{path} is {_sort(facts.st_mode)}, expected a file")
+    if most is not None and facts.st_size > most:
+        raise ModelError(
+            f"{path} has {facts.st_size:,} bytes, expected at most {most:,} ({most // MIB} MiB) of "
+            "such a file; download it again, or take it out of the folder if it is something else"
+        )
     found = disguise(path) if disguised else None
     if found:
         raise ModelError(f"{path} {found}")
@@ -101,14 +128,11 @@ def read_mapping(
 
 def read_json(path: Path, folder: Path | None = None) -> Any:
     """A JSON file's content. Raises ModelError as `read_mapping` does, but takes any value."""
-    check_file(path, folder)
-    if path.stat().st_size > MOST_JSON_BYTES:
-        raise ModelError(
-            f"{path} has {path.stat().st_size:,} bytes, expected a JSON file of at most "
-            f"{MOST_JSON_BYTES:,}"
-        )
+    large = path.name in VOCABULARIES
+    check_file(path, folder, most=MOST_BYTES if large else MOST_JSON_BYTES)
+    hook = None if large else _unique
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=hook)
     except RecursionError:
         raise ModelError(
             f"{path} is damaged: it is nested too deeply to be read; get that file again"
@@ -117,6 +141,16 @@ def read_json(path: Path, folder: Path | None = None) -> Any:
         raise ModelError(
             f"{path} is damaged: it is not valid JSON ({str(error)[:200]}); get that file again"
         ) from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON mapping. Programs differ in which of two values of one name they take."""
+    facts = dict(pairs)
+    if len(facts) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{shown(twice)} comes twice in one mapping, expected once")
+    return facts
 
 
 def check_inside(path: Path, folder: Path, *others: Path) -> None:
@@ -128,15 +162,21 @@ def check_inside(path: Path, folder: Path, *others: Path) -> None:
     home = folder.resolve()
     allowed = [home, *(other.resolve() for other in others)]
     # Hugging Face's cache: snapshots/REVISION/NAME is a link to blobs/HASH of the same model.
-    if home.parent.name == "snapshots" and home.parent.parent.name.startswith("models--"):
-        allowed.append(home.parent.parent / "blobs")
+    for place in home.parents:
+        if place.name == "snapshots" and place.parent.name.startswith("models--"):
+            allowed.append((place.parent / "blobs").resolve())
     if not any(real.is_relative_to(place) for place in allowed):
         raise ModelError(
             f"{path} is a link to {os.readlink(path) if path.is_symlink() else real}, outside of "
-            f"{folder}; put the file itself there"
+            f"{folder}; put the file itself there: `cp -rL {folder} NEW` makes a folder of files, "
+            "also of a Hugging Face cache whose links lead elsewhere"
         )
-    if real.exists() and not (real.is_file() or real.is_dir()):
-        raise ModelError(f"{path} is {_sort(real.stat().st_mode)}, expected a file")
+    try:
+        mode = real.stat().st_mode
+    except OSError:
+        return  # whoever opens it says so
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise ModelError(f"{path} is {_sort(mode)}, expected a file")
 
 
 def _sort(mode: int) -> str:

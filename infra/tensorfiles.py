@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import struct
 import warnings
 import zipfile
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from infra.errors import ModelError
-from infra.givenfiles import check_file, read_mapping, shown
+from infra.givenfiles import brief, check_file, is_file_name, read_mapping, shown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,6 +34,10 @@ _BROKEN_PICKLE = (
     TypeError, AttributeError, OverflowError, MemoryError, struct.error, OSError,
 )  # fmt: skip
 """what PyTorch's unpickler raises on files that are cut, invented or of something else"""
+_CODE = re.compile(
+    r"(?:GLOBAL|unrecognized function|`add_safe_globals`,? but got) (<[^>]*>|[^\s<]+)"
+)
+"""in a refusal of PyTorch's: what a file would have called"""
 _TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -78,7 +83,7 @@ class TensorFiles:
         if absent:
             raise ModelError(
                 f"the index of {source} promises {len(absent)} tensors that no shard holds, the "
-                f"first is {absent[0]!r}; download the shards again"
+                f"first is {brief(absent[0])!r}; download the shards again"
             )
 
     def __enter__(self) -> TensorFiles:
@@ -97,7 +102,9 @@ class TensorFiles:
         self._open.callback(file.close)
         for name, facts in file.facts():
             if name in self.facts:
-                raise ModelError(f"tensor {name!r} of {self.label} comes again in {path.name}")
+                raise ModelError(
+                    f"tensor {brief(name)!r} of {self.label} comes again in {path.name}"
+                )
             self.facts[name], self._file_of[name] = facts, file
 
 
@@ -149,7 +156,10 @@ class _Safetensors:
         try:
             self._file = safe_open(path, framework="pt")
         except SafetensorError as error:
-            raise ModelError(f"{path} is no complete safetensors file: {error}") from None
+            reason = brief(str(error), 200)
+            raise ModelError(
+                f"{path} is no complete safetensors file: {reason}; download it again"
+            ) from None
         self._path = path
 
     def facts(self) -> Iterator[tuple[str, TensorFacts]]:
@@ -159,8 +169,8 @@ class _Safetensors:
             part = self._file.get_slice(name)
             if part.get_dtype() not in _TYPES:
                 raise ModelError(
-                    f"tensor {name!r} of {self._path} is of type {part.get_dtype()}; weights are "
-                    f"of {sorted(_TYPES)}"
+                    f"tensor {brief(name)!r} of {self._path} is of type {part.get_dtype()}; "
+                    f"weights are of {sorted(_TYPES)}"
                 )
             dtype = getattr(torch, _TYPES[part.get_dtype()])
             yield name, TensorFacts(shape=tuple(part.get_shape()), dtype=dtype)
@@ -205,10 +215,26 @@ def _unpickled(path: Path) -> Any:
             mapped = zipfile.is_zipfile(path)
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except _BROKEN_PICKLE as error:
-        reason = (str(error).splitlines() or [""])[0][:200] or type(error).__name__
-        raise ModelError(
-            f"{path} cannot be read as tensors alone, without running what is in it: {reason}"
-        ) from None
+        raise _unread(path, str(error)) from None
+
+
+def _unread(path: Path, told: str) -> ModelError:
+    """What is wrong with a PyTorch file, without the advice of PyTorch to run what is in it."""
+    code = _CODE.search(told)
+    advice = "get the model in safetensors files, or a file of its state_dict alone"
+    if code:
+        return ModelError(
+            f"{path} holds code ({brief(code[1])}) and cannot be read as tensors alone, without "
+            f"running what is in it; {advice}"
+        )
+    with path.open("rb") as stream:
+        is_pickle = stream.read(1) == pickle.PROTO and not zipfile.is_zipfile(path)
+    if is_pickle and "Unsupported operand" in told:
+        return ModelError(
+            f"{path} is a pickle that PyTorch did not write, and cannot be read as tensors alone, "
+            f"without running what is in it; {advice}"
+        )
+    return ModelError(f"{path} is cut or damaged, or not a PyTorch file; download it again")
 
 
 def _refuse_unreadable(path: Path, name: Any, tensor: Any) -> None:
@@ -217,15 +243,16 @@ def _refuse_unreadable(path: Path, name: Any, tensor: Any) -> None:
     if not isinstance(name, str):
         raise ModelError(f"{path} has {shown(name)} for a name, expected the names of tensors")
     if not isinstance(tensor, torch.Tensor):
-        raise ModelError(f"{name!r} in {path} is a {type(tensor).__name__}, not a tensor")
+        raise ModelError(f"{brief(name)!r} in {path} is a {type(tensor).__name__}, not a tensor")
     if tensor.device.type != "cpu" or tensor.layout != torch.strided or tensor.is_quantized:
         raise ModelError(
-            f"tensor {name!r} of {path} is {tensor.device.type}, {tensor.layout}"
+            f"tensor {brief(name)!r} of {path} is {tensor.device.type}, {tensor.layout}"
             f"{', quantised' if tensor.is_quantized else ''}; expected one with its values, dense"
         )
     if str(tensor.dtype).removeprefix("torch.") not in _TYPES.values():
         raise ModelError(
-            f"tensor {name!r} of {path} is of type {tensor.dtype}; weights are of {sorted(_TYPES)}"
+            f"tensor {brief(name)!r} of {path} is of type {tensor.dtype}; weights are of "
+            f"{sorted(_TYPES)}"
         )
 
 
@@ -254,7 +281,7 @@ def _indexed(index: Path, inside: Path | None) -> tuple[Sequence[Path], set[str]
             "names of files beside it"
         )
     for tensor, name in promised.items():
-        if not isinstance(name, str) or not name or "\0" in name or Path(name).name != name:
+        if not is_file_name(name):
             raise ModelError(
                 f"{index} names the shard {shown(name)} for {shown(tensor)}, expected a file "
                 "beside the index"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from infra.errors import ModelError
-from infra.givenfiles import check_file, read_mapping, shown
+from infra.givenfiles import MOST_BYTES, brief, check_file, read_mapping, shown
 from models.chat.dialogue import TemplateDialogue, WrittenDialogue
 from models.chat.templates import TEMPLATES, named
 from models.chat.tokenizer import ByteLevelTokenizer, ChatTokenizer, SentencePieceTokenizer
@@ -105,10 +105,10 @@ class OfficialTokenizer(TextTokenizer):
         beyond = {token: i for token, i in self._backend.added.items() if i >= rows}
         if beyond:
             raise ModelError(
-                f"{where}: the special tokens {beyond} lie beyond the embedding matrix, which has "
-                f"{rows} rows; the tokenizer files are of another model, or of one whose matrix "
-                "was never made larger for these tokens: take them out of the files, or give the "
-                "files of this model"
+                f"{where}: the special tokens {brief(str(beyond), 600)} lie beyond the embedding "
+                f"matrix, which has {rows} rows; the tokenizer files are of another model, or of "
+                "one whose matrix was never made larger for these tokens: take them out of the "
+                "files, or give the files of this model"
             )
         if self.vocab_size > rows:
             raise ModelError(
@@ -150,13 +150,19 @@ def small_files(folder: Path) -> list[Path]:
 
     Raises:
         ModelError: one of them leads out of the folder, is no plain file, or is a git-lfs pointer
-            or a web page in place of a file that is read.
+            or a web page in place of a file that is read; or it is too large for that.
     """
     paths = [path for pattern in SMALL for path in sorted(folder.glob(pattern))]
-    found = [p for p in paths if not p.is_dir() and not p.name.endswith(".index.json")]
+    found = [p for p in paths if _is_kept(p)]
     for path in found:
-        check_file(path, folder, disguised=path.suffix in READ)
+        check_file(path, folder, disguised=path.suffix in READ, most=MOST_BYTES)
     return found
+
+
+def _is_kept(path: Path) -> bool:
+    """Folders are not, but one in the place of a file that is read is refused."""
+    is_read = path.suffix in READ or path.name == "merges.txt"
+    return not path.name.endswith(".index.json") and (is_read or not path.is_dir())
 
 
 def template_name(facts: Mapping[str, Any]) -> str | None:
@@ -197,8 +203,8 @@ class _Special:
         for entry in decoder.values():
             if entry.get("lstrip"):
                 raise ModelError(
-                    f"{kept}: {_text(path, entry)!r} drops the blanks before it (lstrip), which is "
-                    "not built here"
+                    f"{kept}: {shown(_text(path, entry))} drops the blanks before it (lstrip), "
+                    "which is not built here"
                 )
         ids = _ids(kept / "added_tokens.json", _json(kept / "added_tokens.json").items())
         ids |= _ids(path, ((_text(path, entry), index) for index, entry in decoder.items()))
@@ -258,9 +264,9 @@ def _byte_level(path: Path, special: _Special) -> ByteLevelTokenizer:
     ids |= _ids(path, ((_text(path, token), token.get("id")) for token in added))
     if not facts and special.config.get("tokenizer_class") not in QWEN2:
         raise ModelError(
-            f"{path} is of a {special.config.get('tokenizer_class')}; of vocab.json and merges.txt "
-            f"only {' and '.join(QWEN2)} are read: give a tokenizer.json, which says how it cuts "
-            "texts into words (transformers writes one)"
+            f"{path} is of a {brief(str(special.config.get('tokenizer_class')))}; of vocab.json "
+            f"and merges.txt only {' and '.join(QWEN2)} are read: give a tokenizer.json, which "
+            "says how it cuts texts into words (transformers writes one)"
         )
     begins = special.config.get("add_bos_token")
     begins = _opens_with(begin, facts.get("post_processor")) if begins is None else begins

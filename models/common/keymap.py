@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from infra.errors import ModelError
+from infra.givenfiles import brief
 
 Shape = tuple[int, ...]
 NAMED = 20
@@ -131,7 +132,7 @@ def check_names(
     missing = [name for name in wanted if name not in found]
     surplus = sorted(name for name in found if name not in wanted)
     misshaped = [
-        f"{name} {list(found[name])} (expected {list(shape)})"
+        f"{brief(name)} {list(found[name])} (expected {list(shape)})"
         for name, shape in wanted.items()
         if name in found and found[name] != shape
     ]
@@ -144,4 +145,4 @@ def check_names(
 
 def _list(names: Sequence[str]) -> str:
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(names[:NAMED]) + more
+    return ", ".join(map(brief, names[:NAMED])) + more

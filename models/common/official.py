@@ -72,9 +72,10 @@ VISION = Table(
         "dropout": only(0.0, why=_DROPOUT),
         "attention_dropout": only(0.0, why=_DROPOUT),
         "use_moe": only(False, why="mixtures of experts are not built here"),
+        "model_type": among("intern_vit_6b", "intern_vit_6b", "internvl_vision", "", None),
         **_TOWER,
     },
-    harmless=_GENERAL
+    harmless=(_GENERAL - {"model_type"})
     | names(
         "use_flash_attn use_fa3",
         # What published configs say of experts where there are none.
@@ -219,7 +220,8 @@ NATIVE = Table(
 def _sides(default: int) -> Field:
     def fits(value: object) -> bool:
         sides = value if isinstance(value, list) and value else [value]
-        return all(size(most=PIXELS).fits(side) for side in sides) and len(set(sides)) == 1
+        each = all(size(most=PIXELS).fits(side) for side in sides)
+        return each and len(set(sides)) == 1 and (sides is not value or len(sides) == 2)
 
     words = f"a whole number from 1 to {PIXELS}, or two that are equal, of a square"
     return Field(default=default, expected=words, fits=fits)
@@ -245,10 +247,11 @@ NATIVE_VISION = Table(
         "projection_dropout": only(0.0, why=_DROPOUT),
         "use_mask_token": only(False),
         "use_absolute_position_embeddings": only(True),
+        "model_type": among("internvl_vision", "internvl_vision", "", None),
         "use_mean_pooling": only(True, why="there is no norm behind the last layer here"),
         **_TOWER,
     },
-    harmless=_GENERAL,
+    harmless=_GENERAL - {"model_type"},
 )
 LLAVA = Table(
     fields={

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from infra.errors import ModelError
-from infra.givenfiles import check_file, read_mapping
+from infra.givenfiles import MOST_BYTES, check_file, read_mapping
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
@@ -25,7 +25,7 @@ def read_merges(vocabulary: Path, merges: Path) -> Any:
     from tokenizers import models
 
     read_mapping(vocabulary)
-    check_file(merges)
+    check_file(merges, most=MOST_BYTES)
     return _told(
         merges, "list of merges", lambda: models.BPE.from_file(str(vocabulary), str(merges))
     )
@@ -35,7 +35,7 @@ def read_pieces(path: Path, more: bytes = b"") -> Any:
     """A sentencepiece model with something appended. Raises ModelError if it is damaged."""
     from sentencepiece import SentencePieceProcessor
 
-    content = check_file(path).read_bytes() + more
+    content = check_file(path, most=MOST_BYTES).read_bytes() + more
     try:
         return SentencePieceProcessor(model_proto=content)
     except (RuntimeError, OSError) as error:

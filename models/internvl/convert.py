@@ -29,6 +29,7 @@ from models.internvl import hf
 from models.internvl.config import PARTS, InternVLConfig
 from models.internvl.folder import new_folder, read_config, refuse_overwriting, write_config
 from models.internvl.handover import (
+    LANGUAGE,
     PICTURES,
     has_tokenizer,
     is_ours,
@@ -43,6 +44,7 @@ from models.internvl.source import (
     by_names_of,
     from_heads,
     refuse_unequal,
+    require_adapters,
     require_finite,
     require_layers,
     stored_heads,
@@ -204,9 +206,11 @@ def import_model(
         config = dataclasses.replace(config, pictures=told) if told else config
     refuse_overwriting(target)
     small = small_files(source) if source.is_dir() else []
+    ours = source.is_dir() and is_ours(source)
     with TensorFiles(source, inside=inside) as files, new_folder(target) as part:
         try:
             require_layers(name, form.kind, config, files)
+            require_adapters(name, facts, files)
         except ConfigError as error:
             raise ConfigError(f"{config_file}: {error}") from None
         table, copies = _table(form, config, files)
@@ -225,7 +229,7 @@ def import_model(
         taken = {n for key in chosen for n in key.names}
         if source.is_dir():
             _keep(small, part / KEPT)
-            if is_ours(part / KEPT):
+            if ours:
                 shutil.copyfile(part / KEPT / "tokenizer.json", part / "tokenizer.json")
         if tower_config is not None:
             _write_json(part / KEPT / "config.json", facts)
@@ -361,6 +365,12 @@ def _recognise(path: Path, inside: Path | None = None) -> tuple[str, dict[str, A
             "is given"
         )
     facts = read_mapping(path, inside)
+    languages = [part for part in sorted(set(LANGUAGE.values())) if part and facts.get(part)]
+    if len(languages) > 1:
+        raise ModelError(
+            f"{path} has {' and '.join(languages)}, expected one of them: each class reads its own "
+            "language model from there; delete those that the weights are not of"
+        )
     if "qllama_config" in facts:
         return "internvl_14b", facts
     if "llm_config" in facts:
@@ -430,7 +440,11 @@ def _import_tensors(files: TensorFiles, table: Sequence[Key], path: Path) -> dic
     for key in table:
         dtypes = {files.facts[name].dtype for name in key.names}
         if len(dtypes) > 1:
-            raise ModelError(f"{', '.join(key.names)} are of different types: {dtypes}")
+            types = (f"{n} is {files.facts[n].dtype}" for n in key.names)
+            raise ModelError(
+                f"{files.label}: {', '.join(types)}; expected one type, for they are one matrix "
+                "here: save the model in one type, such as bfloat16"
+            )
         facts[key.ours] = TensorFacts(shape=key.shape, dtype=dtypes.pop())
     facts = _aligned(facts)
     keys = {key.ours: key for key in table}

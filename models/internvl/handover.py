@@ -83,8 +83,8 @@ def write_companions(
     ids = _ids(tokenizer, chats)
     part = LANGUAGE[format]
     (facts[part] if part else facts).update(ids)
-    _write(target / "generation_config.json", _read(target / "generation_config.json") | ids)
-    told = _own_config(config) if own else _read(target / "tokenizer_config.json")
+    _write(target / "generation_config.json", _read(folder / KEPT / "generation_config.json") | ids)
+    told = _own_config(config) if own else _read(folder / KEPT / "tokenizer_config.json")
     if own:
         _write_own(folder / OWN, target / OWN, embeds=format in EMBEDDING)
     if format == "transformers":

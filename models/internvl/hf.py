@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from infra.errors import ConfigError, ModelError
+from infra.givenfiles import shown
 from models.common.config import DecoderConfig, LoraConfig
 from models.common.fields import read, require_multiple, size, wrong
 from models.common.hf_decoder import decoder_keys, internlm2_keys
@@ -80,6 +81,7 @@ def _dual(config: Mapping) -> InternVLConfig:
 def _chat(config: Mapping) -> InternVLConfig:
     said = read(config, CHAT)
     language = llama_hf.config_from_official(said["llm_config"], "llm_config")
+    _require_row(config, said, "img_context_token_id", "llm_config", language)
     vision = vision_hf.config_from_official(said["vision_config"] or {}, "vision_config")
     if said["force_image_size"] not in (None, vision.image_px):
         raise wrong(
@@ -114,6 +116,15 @@ def _connector(
     )
 
 
+def _require_row(
+    config: Mapping, said: Mapping, name: str, part: str, language: DecoderConfig
+) -> None:
+    """A token has a row of the embedding matrix. A default that has none is not looked at."""
+    if config.get(name) is not None and said[name] >= language.vocab_size:
+        expected = f"an id below {part}.vocab_size = {language.vocab_size}"
+        raise wrong(config, "", name, said[name], expected)
+
+
 def _require_layer(config: Mapping, said: Mapping, vision: InternViTConfig, name: str) -> None:
     if not -vision.depth - 1 <= said[name] <= vision.depth:
         expected = (
@@ -142,7 +153,7 @@ def _refuse_lora(config: Mapping) -> None:
     ranks = {name: config[name] for name in LORA_RANKS if config.get(name)}
     if ranks:
         raise ConfigError(
-            f"{ranks}: the adapters of an InternVL-14B have another alpha in the official "
+            f"{shown(ranks)}: the adapters of an InternVL-14B have another alpha in the official "
             "fine-tuning than in the official model class, so what they add is not known; "
             "merge them with the code that they were trained with"
         )
@@ -218,11 +229,17 @@ def config_from_native(config: Mapping) -> InternVLConfig:
             "eps for all",
         )  # fmt: skip
     official = {theirs: tower[name] for name, theirs in _NATIVE_VISION.items()}
+    official["model_type"] = "intern_vit_6b"
     vision = vision_hf.config_from_official(official | sides, "vision_config")
     kind = llama_hf.kind_of(text, "text_config", default="qwen2")
+    if text.get("model_type") not in (None, "", kind):
+        # transformers goes by the type, the official chat models by the class.
+        expected = f"{kind}, as its architectures say"
+        raise wrong(text, "text_config", "model_type", text["model_type"], expected)
     if kind == "internlm2":
         raise wrong(text, "text_config", "model_type", kind, "llama or qwen2")
     language = llama_hf.config_from_official(text, "text_config", kind=kind)
+    _require_row(config, said, "image_token_id", "text_config", language)
     return InternVLConfig(
         vision=vision,
         language=dataclasses.replace(language, tied_head=_is_tied(config, said)),
@@ -295,7 +312,7 @@ def config_from_llava(config: Mapping) -> InternVLConfig:
     if TOWER not in config:
         raise ConfigError(
             "config.json says nothing of the vision tower but its name, "
-            f"{said['mm_vision_tower']!r}; give the config.json of that with --tower-config"
+            f"{shown(said['mm_vision_tower'])}; give the config.json of that with --tower-config"
         )
     language, tower = llama_hf.config_from_official(config, kind="llama"), config[TOWER]
     if said["mm_projector_type"] == "two_mlp":

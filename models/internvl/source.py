@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from infra.errors import ConfigError, ModelError
+from infra.givenfiles import brief
 from infra.tensorfiles import TensorFiles
 from models.common.fields import label
 from models.common.keymap import Key, renamed
@@ -30,6 +31,25 @@ def require_layers(format: str, kind: str, config: InternVLConfig, files: Tensor
             raise ConfigError(
                 f"{label(TOWERS[format][tower], DEPTH)} is {depth}, expected at most "
                 f"{len(files.facts)}, for {files.label} has no more tensors"
+            )
+
+
+_ADAPTED = {"use_backbone_lora": "vision_model.", "use_llm_lora": "language_model."}
+"""fields of a chat model's config.json, and how the names of the tower begin"""
+
+
+def require_adapters(format: str, facts: Mapping, files: TensorFiles) -> None:
+    """Refuse ranks of adapters where there are none, before every linear's are missed by name.
+
+    Raises:
+        ConfigError: names the field of config.json.
+    """
+    for field, tower in _ADAPTED.items():
+        rank = facts.get(field) if format == "internvl_chat" else 0
+        if rank and not any(n.startswith(tower) and ".lora_" in n for n in files.facts):
+            raise ConfigError(
+                f"{field} is {rank}, but the weights in {files.label} have no adapters there, "
+                "expected 0; set it to 0 if they are merged into the weights"
             )
 
 
@@ -99,6 +119,6 @@ def require_finite(name: str, label: str, tensor: Tensor) -> None:
         if not bool(ends.isfinite().all()):
             count = int((~chunk.isfinite()).sum())
             raise ModelError(
-                f"tensor {name!r} of {label} has {count} or more values that are NaN or infinite, "
-                "expected finite numbers; the file is damaged, or its training diverged"
+                f"tensor {brief(name)!r} of {label} has {count} or more values that are NaN or "
+                "infinite, expected finite numbers; the file is damaged, or its training diverged"
             )

@@ -18,6 +18,8 @@ _ARCHITECTURES = {
     "internlm2": "InternLM2ForCausalLM",
 }
 """model types that have this shape, and their classes"""
+DEFAULT_BASE = 10000.0
+"""of rotary positions, where a config does not say it"""
 _LLAMA3 = {
     # Fields of our scaling of kind "llama3", and what Hugging Face calls them.
     "low_freq_factor": "low_freq_factor",
@@ -61,7 +63,8 @@ def config_from_official(config: Mapping, part: str = "", kind: str | None = Non
     if said["head_dim"] not in (None, head_size):
         expected = f"hidden_size / num_attention_heads = {head_size}: nothing else is built here"
         raise wrong(config, part, "head_dim", said["head_dim"], expected)
-    base, scaling = _rope(said, part)
+    _require_layer_types(config, said, part)
+    base, scaling = _rope(config, said, part)
     return LlamaConfig(
         vocab_size=said["vocab_size"],
         width=said["hidden_size"],
@@ -136,16 +139,52 @@ def kind_of(config: Mapping, part: str = "", default: str = "llama") -> str:
     return found[0]
 
 
-def _rope(said: Mapping, part: str) -> tuple[float, RopeScaling | None]:
-    """Base and scaling, from the fields of transformers 4 or 5."""
-    name = "rope_parameters" if said["rope_parameters"] else "rope_scaling"
+def _require_layer_types(config: Mapping, said: Mapping, part: str) -> None:
+    kinds, depth = said["layer_types"], said["num_hidden_layers"]
+    if kinds is not None and len(kinds) != depth:
+        raise wrong(config, part, "layer_types", kinds, f"one for each of the {depth} layers")
+
+
+def _rope(config: Mapping, said: Mapping, part: str) -> tuple[float, RopeScaling | None]:
+    """Base and scaling, from the fields of transformers 4 (`rope_scaling`) or 5.
+
+    Where a file has both, transformers takes `rope_scaling` and nothing of `rope_parameters`. That
+    is refused if it drops more than the word that nothing is scaled.
+    """
+    given = {n: said[n] for n in ("rope_scaling", "rope_parameters") if said[n]}
+    found = {name: _read_rope(config, said, part, name) for name in given}
+    if not found:
+        return _read_rope(config, said, part, "rope_scaling")
+    taken, *dropped = found.values()
+    for base, scaling in dropped:
+        named = given["rope_parameters"].get("rope_theta") is not None
+        if scaling not in (None, taken[1]) or (named and base != taken[0]):
+            raise wrong(
+                config, part, "rope_parameters", given["rope_parameters"],
+                f"the same as rope_scaling = {shown(given['rope_scaling'])} with rope_theta = "
+                f"{taken[0]:g}, which transformers takes in its place; delete one of the two, and "
+                "give rope_theta beside the other",
+            )  # fmt: skip
+    return taken
+
+
+def _read_rope(
+    config: Mapping, said: Mapping, part: str, name: str
+) -> tuple[float, RopeScaling | None]:
     rope = said[name] or {}
-    base = _base(rope, part, name) or said["rope_theta"] or 10000.0
+    base = _base(rope, part, name) or said["rope_theta"]
+    if base is None and "rope_theta" in config:
+        raise wrong(config, part, "rope_theta", None, "a number above 0")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if not isinstance(kind, str) or kind not in ROPE:
         raise ConfigError(
             f"{label(part, name)} is {shown(dict(rope))}, expected the type default, linear, "
             "dynamic or llama3: nothing else is built here"
+        )
+    if rope.get("type", kind) != kind:
+        raise ConfigError(
+            f"{label(part, name)} is {shown(dict(rope))}, expected the same for type, which "
+            "transformers 4 reads, as for rope_type"
         )
     beyond = {n: rope[n] for n in rope if n not in ROPE[kind] and rope[n] is not None}
     if beyond.pop("partial_rotary_factor", 1) != 1 or beyond:
@@ -153,12 +192,13 @@ def _rope(said: Mapping, part: str) -> tuple[float, RopeScaling | None]:
             f"{label(part, name)} is {shown(dict(rope))}, expected of the type {kind} no more than "
             f"{', '.join(sorted(ROPE[kind]))}"
         )
-    return float(base), None if kind == "default" else _scaling(rope, kind, label(part, name))
+    scaling = None if kind == "default" else _scaling(rope, kind, label(part, name))
+    return float(base or DEFAULT_BASE), scaling
 
 
 def _base(rope: Mapping, part: str, name: str) -> float | None:
     base = rope.get("rope_theta")
-    if base is not None and not number(low=0, open_low=True).fits(base):
+    if "rope_theta" in rope and not number(low=0, open_low=True).fits(base):
         raise wrong(rope, label(part, name), "rope_theta", base, "a number above 0")
     return base
 

@@ -149,16 +149,3 @@ def test_what_it_went_on_from(run: Path) -> None:
     ]
     with pytest.raises(DataError, match=rf"last: no stage .* made it, it is {version.ref}"):
         lineage_lines(run, "data/start/last")
-
-
-def test_rows_do_not_go_over_what_the_project_makes(run: Path, tmp_path: Path) -> None:
-    weights = run / "artifacts/contrastive/model/config.json"
-    before = weights.read_bytes()
-    (tmp_path / "notes.txt").write_text("mine")
-    for place in (weights, run / "data/new.parquet", tmp_path / "notes.txt"):
-        with pytest.raises(DataError, match="would be overwritten; name another place"):
-            write_rows(run, "artifacts/contrastive/model", place)
-    assert weights.read_bytes() == before
-    assert (tmp_path / "notes.txt").read_text() == "mine"
-    for _ in range(2):  # rows of an earlier call may be replaced
-        assert write_rows(run, "artifacts/contrastive/model", tmp_path / "rows.parquet") == 2

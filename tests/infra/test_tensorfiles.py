@@ -1,6 +1,7 @@
 """Shards are read, and files written, tensor by tensor."""
 
 import json
+import os
 import pickle
 
 import pytest
@@ -60,6 +61,44 @@ def test_written_and_read_again(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["model.safetensors"]
 
 
+class Shell:
+    def __reduce__(self):
+        return (os.system, ("true",))
+
+
+class Called:
+    """Rebuilt by a function that PyTorch knows, which is not what it would call."""
+
+    def __reduce__(self):
+        return (torch.nn.Linear, (2, 3))
+
+
+@pytest.mark.parametrize("made", [Shell, Called])
+def test_what_a_pickle_would_run_is_said_without_advice_to_run_it(made, tmp_path):
+    torch.save({"a": made()}, tmp_path / "a.bin")
+    with pytest.raises(ModelError, match=r"a\.bin holds code \(\w+.*(system|Linear)\)") as caught:
+        TensorFiles(tmp_path / "a.bin")
+    for advice in ("weights_only", "Re-running", "add_safe_globals", "likely", "trust"):
+        assert advice not in str(caught.value)
+
+
+@pytest.mark.parametrize("is_archive", [True, False])
+def test_a_pytorch_file_that_is_cut_or_overwritten(is_archive, tmp_path):
+    path = tmp_path / "a.bin"
+    torch.save({"a": torch.randn(300, 7)}, path, _use_new_zipfile_serialization=is_archive)
+    whole = path.read_bytes()
+    flipped = bytearray(whole)
+    flipped[90 if is_archive else 3] ^= 0xFF  # in a pickle
+    parts = [whole[:end] for end in (-1000, len(whole) // 2, 100, 30, 7, 3)]
+    for content in (*parts, flipped, b"hello world", bytes(range(1, 200))):
+        path.write_bytes(content)
+        with pytest.raises(ModelError) as caught:
+            TensorFiles(path)
+        assert "a.bin is cut or damaged, or not a PyTorch file; download it again" in str(
+            caught.value
+        )
+
+
 class Mischief:
     def __reduce__(self):
         return (print, ("code of a pickle ran",))
@@ -107,3 +146,13 @@ def test_other_content_is_refused(tmp_path):
     save_file({"a": torch.ones(2, dtype=torch.int64)}, tmp_path / "x.safetensors")
     with pytest.raises(ModelError, match="is of type I64"):
         TensorFiles(tmp_path / "x.safetensors")
+
+
+def test_long_names_are_cut_in_messages(tmp_path):
+    long = "layers." + "x" * 5000
+    save_file({long: torch.ones(2, dtype=torch.int64)}, tmp_path / "x.safetensors")
+    torch.save({long: 3}, tmp_path / "x.bin")
+    for name in ("x.safetensors", "x.bin"):
+        with pytest.raises(ModelError, match=r"'layers\.xx.*\.\.\.x") as caught:
+            TensorFiles(tmp_path / name)
+        assert len(str(caught.value)) < 600

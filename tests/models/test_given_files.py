@@ -342,3 +342,143 @@ def test_whatever_stands_in_our_own_config(ours, tmp_path):
     shutil.copytree(ours, tmp_path / "m")
     for _ in with_anything(tmp_path / "m" / "config.json"):
         assert "\n" not in said(lambda: load_model(tmp_path / "m"))
+
+
+# --- names, sizes and codes that stand in files -----------------------------------------------
+
+
+def refused_line(source: Path, tmp_path: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        import_model(source, tmp_path / "ours")
+    message = str(caught.value)
+    assert message.isprintable()
+    assert len(message) < 1500
+    assert not (tmp_path / "ours").exists()
+    return message
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["x" * 5000, "x" * 300 + ".safetensors", "\u4e2d" * 100, "a\nb", "\ud800", "\x1b[31m", "."],
+    ids=["long", "long_ending", "long_in_bytes", "line_end", "surrogate", "escape", "dot"],
+)
+def test_a_shard_of_a_name_that_cannot_be(name, tmp_path):
+    source = chat_folder(tmp_path / "source")
+    names = list(load_file(source / "model.safetensors"))
+    (source / "model.safetensors").unlink()
+    index = {"weight_map": dict.fromkeys(names, name)}
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    line = refused_line(source, tmp_path)
+    assert "index.json names the shard" in line
+    assert "expected a file beside the index" in line
+
+
+def test_names_of_tensors_are_escaped_and_cut(tmp_path):
+    source = chat_folder(tmp_path / "source")
+    weights = load_file(source / "model.safetensors")
+    bias = weights.pop("mlp1.3.bias")
+    weights |= {"mlp1.3.bias\n\x1b[31mred": bias, "y" * 3000: bias.clone()}
+    save_file(weights, source / "model.safetensors")
+    line = refused_line(source, tmp_path)
+    assert r"mlp1.3.bias\n\x1b[31mred" in line
+    assert "yyy..." in line
+
+
+def test_names_that_are_told_after_an_import_are_escaped(tmp_path, capsys, monkeypatch):
+    source = chat_folder(tmp_path / "source")
+    weights = load_file(source / "model.safetensors")
+    weights["a\n\x1b[31m.rotary_emb.inv_freq"] = torch.ones(3)
+    save_file(weights, source / "model.safetensors")
+    facts = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(facts | {"field\n\x1b[31m": 1}))
+    monkeypatch.setattr("sys.argv", ["vlfoundry", "import", str(source), str(tmp_path / "ours")])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert not ended.value.code
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    assert r"left out: a\n\x1b[31m.rotary_emb.inv_freq" in out
+    assert r"field\n\x1b[31m" in out
+
+
+@pytest.mark.parametrize(
+    ("file", "mib"),
+    [("config.json", 16), ("model.safetensors.index.json", 16), ("tokenizer_config.json", 256),
+     ("tokenizer.json", 256), ("README.md", 256), ("other.model", 256)],
+)  # fmt: skip
+def test_a_file_that_is_too_large_is_refused_before_it_is_read(file, mib, tmp_path):
+    source = chat_folder(tmp_path / "source")
+    with (source / file).open("ab") as stream:
+        stream.truncate(mib * 1024 * 1024 + 1)
+    assert f"{file} has {mib * 1024 * 1024 + 1:,} bytes, expected at most" in refused_line(
+        source, tmp_path
+    )
+
+
+def test_a_field_that_comes_twice_is_refused(tmp_path):
+    source = chat_folder(tmp_path / "source")
+    text = (source / "config.json").read_text()
+    (source / "config.json").write_text(text.rstrip()[:-1] + ', "select_layer": -2}')
+    assert "'select_layer' comes twice" in refused_line(source, tmp_path)
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json", "config.json"])
+def test_a_folder_in_place_of_a_file(file, tmp_path):
+    source = chat_folder(tmp_path / "source")
+    (source / file).unlink()
+    (source / file).mkdir()
+    assert f"{source / file} is a folder, expected a file" in refused_line(source, tmp_path)
+
+
+def test_the_file_of_the_source_is_named_and_not_its_copy(tmp_path):
+    source = chat_folder(tmp_path / "source")
+    for path in source.glob("tokenizer*"):
+        path.unlink()
+    for spoilt in ("[1]", "{"):
+        (source / "tokenizer.json").write_text(spoilt)
+        line = refused_line(source, tmp_path)
+        assert line.startswith(f"{source / 'tokenizer.json'} is damaged")
+        assert ".part" not in line
+
+
+def test_types_that_differ_within_one_matrix(tmp_path):
+    source = chat_folder(tmp_path / "source")
+    weights = load_file(source / "model.safetensors")
+    name = next(n for n in weights if n.endswith("0.self_attn.k_proj.weight"))
+    weights[name] = weights[name].to(torch.float64)
+    save_file(weights, source / "model.safetensors")
+    line = refused_line(source, tmp_path)
+    assert line.startswith(f"{source}: ")
+    assert f"{name} is torch.float64" in line
+    assert "save the model in one type" in line
+
+
+@pytest.mark.parametrize("field", ["use_llm_lora", "use_backbone_lora"])
+def test_ranks_of_adapters_that_are_not_there(field, tmp_path):
+    source = chat_folder(tmp_path / "source")
+    facts = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(facts | {field: 16}))
+    line = refused_line(source, tmp_path)
+    assert line.startswith(f"{source / 'config.json'}: {field} is 16, but the weights in")
+    assert "have no adapters" in line
+    assert "set it to 0" in line
+
+
+def test_links_of_caches(tmp_path):
+    """A model in a folder of a snapshot is read; of what is not known, it is said what to do."""
+    model = tmp_path / "models--OpenGVLab--X"
+    below = chat_folder(model / "snapshots" / "0123" / "tower")
+    elsewhere = tmp_path / "disk"
+    elsewhere.mkdir()
+    (model / "blobs").symlink_to(elsewhere)
+    for path in list(below.iterdir()):
+        path.rename(elsewhere / f"hash-of-{path.name}")
+        path.symlink_to(f"../../../blobs/hash-of-{path.name}")
+    import_model(below, tmp_path / "ours")
+    shutil.rmtree(tmp_path / "ours")
+
+    copied = tmp_path / "mine"
+    copied.mkdir()
+    for path in elsewhere.iterdir():
+        (copied / path.name.removeprefix("hash-of-")).symlink_to(path)
+    assert f"`cp -rL {copied} NEW`" in refused_line(copied, tmp_path)

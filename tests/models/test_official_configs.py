@@ -310,3 +310,117 @@ def test_a_weight_that_is_no_number_is_named(tmp_path):
                 import_model(folder, tmp_path / "ours")
         assert not (tmp_path / "ours").exists()
     assert len(list(tmp_path.iterdir())) == 2
+
+
+# --- one thing said twice ---------------------------------------------------------------------
+
+
+LINEAR = {"type": "linear", "factor": 4.0}
+DEFAULT = {"rope_type": "default"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "base", "factor"),
+    [
+        ({"rope_parameters": DEFAULT, "rope_scaling": LINEAR}, 10000.0, 4.0),
+        ({"rope_parameters": DEFAULT, "rope_scaling": LINEAR, "rope_theta": 777.0}, 777.0, 4.0),
+        (
+            {
+                "rope_parameters": DEFAULT | {"rope_theta": 777.0},
+                "rope_scaling": LINEAR,
+                "rope_theta": 777.0,
+            },
+            777.0,
+            4.0,
+        ),
+        (
+            {
+                "rope_parameters": DEFAULT | {"rope_theta": 777.0},
+                "rope_scaling": LINEAR | {"rope_theta": 777.0},
+            },
+            777.0,
+            4.0,
+        ),
+        ({"rope_parameters": DEFAULT | {"rope_theta": 777.0}, "rope_scaling": None}, 777.0, None),
+        ({"rope_parameters": LINEAR, "rope_scaling": {}, "rope_theta": 777.0}, 777.0, 4.0),
+        ({"rope_parameters": LINEAR, "rope_scaling": LINEAR, "rope_theta": None}, None, None),
+    ],
+)
+@pytest.mark.parametrize("part", ["llm_config", "text_config"])
+def test_old_and_new_names_of_rotary_positions_are_read_as_by_transformers(
+    part, fields, base, factor
+):
+    """The expected values are also those of transformers itself."""
+    from transformers import Qwen2Config
+
+    chat = part == "llm_config"
+    facts = facts_of(CHAT_FOLDER if chat else NATIVE_FOLDER)
+    for name in ("rope_theta", "rope_scaling", "rope_parameters"):
+        facts[part].pop(name, None)
+    facts[part] |= fields
+    read = config_from_official if chat else config_from_native
+    if base is None:
+        with pytest.raises(ConfigError, match=rf"{part}\.rope_theta is None, expected a number"):
+            read(facts)
+        return
+    language = read(json.loads(json.dumps(facts))).language
+    theirs = Qwen2Config(**json.loads(json.dumps(fields))).rope_parameters
+    assert (language.rope_base, base) == (base, theirs["rope_theta"])
+    scaling = language.rope_scaling
+    assert (scaling and scaling.factor, factor) == (factor, theirs.get("factor"))
+
+
+@pytest.mark.parametrize(
+    ("parameters", "scaling"),
+    [
+        (DEFAULT | {"rope_theta": 777.0}, LINEAR),  # transformers would fall back to 10000
+        (LINEAR, LINEAR | {"factor": 3.0}),
+        (LINEAR, {"type": "dynamic", "factor": 4.0}),
+        (LINEAR, {"type": "default"}),
+    ],
+)
+def test_old_and_new_names_of_rotary_positions_that_disagree(parameters, scaling, tmp_path):
+    facts = facts_of(NATIVE_FOLDER)
+    facts["text_config"].pop("rope_theta", None)
+    facts["text_config"] |= {"rope_parameters": parameters, "rope_scaling": scaling}
+    with pytest.raises(ConfigError, match=r"^text_config\.rope_parameters is .*rope_scaling = "):
+        config_from_native(facts)
+
+
+@pytest.mark.parametrize(
+    ("source", "address", "value", "match"),
+    [
+        (CHAT_FOLDER, "llm_config.rope_scaling", {"type": "linear", "rope_type": "dynamic",
+                                                  "factor": 2.0}, "rope_type"),
+        (CHAT_FOLDER, "llm_config.rope_theta", None, "a number above 0"),
+        (NATIVE_FOLDER, "text_config.rope_parameters", {"rope_theta": None}, ""),
+        (NATIVE_FOLDER, "image_token_id", 100000, "an id below text_config.vocab_size"),
+        (CHAT_FOLDER, "img_context_token_id", 100000, "an id below llm_config.vocab_size"),
+        (NATIVE_FOLDER, "vision_config.patch_size", [7, 7, 7], "or two that are equal"),
+        (NATIVE_FOLDER, "vision_config.image_size", [28], "or two that are equal"),
+        (CHAT_FOLDER, "llm_config.layer_types", ["full_attention"] * 9, "for each of the"),
+        (NATIVE_FOLDER, "text_config.layer_types", [], "for each of the"),
+        (NATIVE_FOLDER, "vision_config.model_type", "siglip", "internvl_vision"),
+        (CHAT_FOLDER, "vision_config.model_type", "siglip", "intern_vit_6b"),
+        (NATIVE_FOLDER, "text_config.model_type", "qwen3", "architectures"),
+    ],
+)  # fmt: skip
+def test_a_value_that_cannot_be_is_refused_by_name(source, address, value, match, tmp_path):
+    facts = facts_of(source)
+    if address == "text_config.model_type":
+        facts["text_config"]["architectures"] = ["Qwen2ForCausalLM"]
+    folder = copy(source, tmp_path / "source", changed(facts, address, value))
+    with pytest.raises(ConfigError) as caught:
+        import_model(folder, tmp_path / "ours")
+    message = str(caught.value)
+    assert message.startswith(f"{folder / 'config.json'}: {address}")
+    assert "expected" in message
+    assert match in message
+
+
+def test_two_language_models_are_refused(tmp_path):
+    facts = facts_of(NATIVE_FOLDER)
+    facts["llm_config"] = facts["text_config"] | {"rope_theta": 5.0}
+    folder = copy(NATIVE_FOLDER, tmp_path / "source", facts)
+    with pytest.raises(ModelError, match=r"config\.json has llm_config and text_config, expected"):
+        import_model(folder, tmp_path / "ours")
