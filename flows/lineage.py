@@ -163,8 +163,15 @@ def write_rows(root: Path, model: str, out: Path) -> int:
     records = pq.read_table(locked_file(root, start.lock, RECORDS))
     trained = records.filter(pc.is_in(records["row"], value_set=rows.combine_chunks()))
     out.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(trained, out)
+    part = out.with_name(f".{out.name}.part")
+    pq.write_table(trained, part)  # it removes what it could not write
+    part.replace(out)
     return trained.num_rows
+
+
+def _is_parquet(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) in (b"", b"PAR1")
 
 
 def _maker(made: dict[str, str], path: str) -> str | None:

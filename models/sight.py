@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from infra import decode
-from infra.decode import Picture
 from infra.errors import ConfigError
 from infra.geometry import crop, squeeze
 from infra.images import composite
 
 if TYPE_CHECKING:
+    from infra.decode import Picture
     from models.tiling import Tiling
 
 Geometry = Literal["tiles", "squeeze", "pad", "crop"]
@@ -113,6 +112,8 @@ class Sight:
             from models.tiling import tile
 
             return tile(picture, self.pictures.tiling(self.side_px))
+        from infra import decode  # Pillow: not where only numbers of models are asked for
+
         return composite(_SQUARES[geometry](decode.pixels(picture), self.side_px))[None]
 
 

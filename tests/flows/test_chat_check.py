@@ -108,7 +108,7 @@ def test_a_line_longer_than_memory_is_not_read(tmp_path):
     (problem,) = problems(path)
     assert (
         str(problem)
-        == f"{path}:2: (line): got a line of 16,777,217 bytes, expected at most 16,777,216"
+        == f"{path}:2: (line): got a line of 16,777,218 bytes, expected at most 16,777,216"
     )
     assert file[2].messages[1].text == "A cat."
 
@@ -116,7 +116,10 @@ def test_a_line_longer_than_memory_is_not_read(tmp_path):
 @pytest.mark.parametrize(
     ("content", "what"),
     [
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git-lfs pointer"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+            "is a git-lfs pointer",
+        ),
         (b"<!DOCTYPE html><html></html>", "is a web page"),
         (b"\x1f\x8b\x08\x00rest", r"is compressed \(gzip\); unpack it"),
         ('{"id": 1}\n'.encode("utf-16"), "is UTF-16; store it as UTF-8"),

@@ -1,5 +1,6 @@
 """The evaluation stage with models that need no training, on a small set."""
 
+import errno
 import json
 import sys
 import types
@@ -171,17 +172,21 @@ def test_what_cannot_be_scored_is_said(root, resolved, tmp_path):
     assert not out.exists()
 
 
-@pytest.mark.parametrize("place", ["folder", "file/x.json", "locked/x.json"])
-def test_scores_that_cannot_be_stored_after_all_are_said(root, resolved, monkeypatch):
+def test_scores_that_cannot_be_stored_after_all_are_said(root, resolved, monkeypatch, tmp_path):
     """A disk that is full at the end: nothing asks for space beforehand."""
     said: list[str] = []
-    monkeypatch.setattr("eval.run.require_writable_folder", lambda *_: None)
-    monkeypatch.setattr("eval.scores.write_items", lambda *_: None)
-    with pytest.raises(UserError, match="cannot write the scores to /dev/full: no space left"):
-        evaluate_folder("internvl_c", root / "data", "zero_shot", "/dev/full", log=said.append)
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("eval.run.write_scores", full)
+    out = tmp_path / "x.json"
+    with pytest.raises(UserError, match=r"cannot write the scores to .*x\.json: no space left"):
+        evaluate_folder("internvl_c", root / "data", "zero_shot", out, log=said.append)
     assert [line for line in said if line.startswith("zero_shot/top1")]
 
 
+@pytest.mark.parametrize("place", ["folder", "file/x.json", "locked/x.json"])
 def test_a_place_that_cannot_be_written_is_said_before_the_model_is_read(
     root, tmp_path, monkeypatch, place
 ):
