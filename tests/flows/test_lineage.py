@@ -1,7 +1,6 @@
 """From a model back to its sources, by what the stages wrote about themselves."""
 
 import json
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -12,7 +11,7 @@ import pytest
 
 from flows.lineage import lineage_lines, write_rows
 from flows.start import bring
-from infra.errors import DataError, UserError
+from infra.errors import DataError
 from infra.registry import register_model
 from tests.flows.toy import commit_all, make_toy, sh
 
