@@ -94,19 +94,20 @@ def loss_chart(
             f'<text x="{float(x) - 5:.1f}" y="{top + 10}" text-anchor="end" fill="{ORANGE}">'
             f"{escape(what)}</text>"
         )
-    for words, loss in guesses.items():
-        start, end = place(0, loss).split(","), place(last, loss).split(",")
-        parts.append(
-            f'<line x1="{start[0]}" x2="{end[0]}" y1="{start[1]}" y2="{end[1]}" '
-            f'stroke="{MUTED}" stroke-dasharray="4 4"/>'
-            f'<text x="{end[0]}" y="{float(end[1]) - 5:.1f}" text-anchor="end" fill="{MUTED}">'
-            f"guessing, {escape(words)} = {loss:.2f}</text>"
-        )
     for colour, (name, points) in zip(SERIES * 3, smooth.items(), strict=False):
         path = " ".join(place(step, value) for step, value in points)
         parts.append(
             f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.8">'
             f"<title>{escape(name)}</title></polyline>"
+        )
+    for words, loss in guesses.items():
+        start, end = place(0, loss).split(","), place(last, loss).split(",")
+        parts.append(
+            f'<line x1="{start[0]}" x2="{end[0]}" y1="{start[1]}" y2="{end[1]}" '
+            f'stroke="{MUTED}" stroke-dasharray="4 4"/>'
+            f'<text x="{end[0]}" y="{float(end[1]) - 5:.1f}" text-anchor="end" fill="{MUTED}" '
+            'stroke="#fff" stroke-width="3" paint-order="stroke">'
+            f"guessing, {escape(words)} = {loss:.2f}</text>"
         )
     if len(smooth) > 1:
         for index, (colour, name) in enumerate(zip(SERIES * 3, smooth, strict=False)):
