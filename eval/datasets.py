@@ -14,6 +14,7 @@ URL (s3://bucket/folder).
 
 import abc
 import dataclasses
+import re
 from collections.abc import Collection, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +30,7 @@ from infra.roots import Root, is_text
 
 PICTURE_ROWS, TEXT_ROWS = 16, 1024
 """rows of a file that are read at once"""
+LANGUAGE = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,34}")
 CONCEPTS_FILE = "concepts.parquet"
 FORMATS = (
     "expected a concept set (artwork Parquet with id, concept, image {bytes, path}, and "
@@ -364,7 +366,7 @@ def _texts(value: Any, column: str, where: str) -> tuple[tuple[str, str], ...]:
             f"{where}: {column} is {_shown(value)}, expected a list of {{lang, text}}"
         ) from error
     kept = [
-        (_word(lang, f"{column}.lang", where), _word(text, f"{column}.text", where))
+        (_tag(lang, f"{column}.lang", where), _word(text, f"{column}.text", where))
         for lang, text in pairs
     ]
     return tuple((lang, text) for lang, text in kept if lang and text)
@@ -377,6 +379,16 @@ def _word(value: Any, column: str, where: str) -> str:
     if not isinstance(value, str) or not is_text(value):
         raise DataError(f"{where}: {column} is {_shown(value)}, expected a text")
     return value.strip()
+
+
+def _tag(value: Any, column: str, where: str) -> str:
+    """A language as its tag, which also names files; empty where there is none."""
+    tag = _word(value, column, where)
+    if tag and not LANGUAGE.fullmatch(tag):
+        raise DataError(
+            f"{where}: {column} is {_shown(value)}, expected a language tag such as en or zh-Hans"
+        )
+    return tag
 
 
 def _keyword_lists(value: Any, where: str) -> dict[str, tuple[str, ...]]:
@@ -392,7 +404,7 @@ def _keyword_lists(value: Any, where: str) -> dict[str, tuple[str, ...]]:
             raise DataError(f"{where}: keywords.text is {_shown(words)}, expected a list of texts")
         several = [words] if isinstance(words, str) else words
         kept = [word for w in several if (word := _word(w, "keywords.text", where))]
-        tag = _word(lang, "keywords.lang", where)
+        tag = _tag(lang, "keywords.lang", where)
         if tag and kept:
             found[tag] = tuple(kept)
     return found

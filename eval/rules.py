@@ -122,7 +122,7 @@ def _lead(
     return _check(
         rule, name, value, wanted, passed,
         f"{value:.1%} against {other:.1%} of {who}: "
-        f"{(value - other) / spread:.1f} standard errors, {margin:g} asked",
+        f"{(value - other) / spread:.1f} standard errors, more than {margin:g} asked",
     )  # fmt: skip
 
 

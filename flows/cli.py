@@ -72,7 +72,9 @@ def evaluate(
     data: Annotated[
         str, typer.Option(help="folder or URL (s3://...) with a concept set or a pair set")
     ],
-    suite: Annotated[str, typer.Option(help="zero_shot, retrieval, linear_probe, ...")],
+    suite: Annotated[
+        list[str], typer.Option(help="one of zero_shot, retrieval, linear_probe, ...")
+    ],
     json: Annotated[Path, typer.Option(help="where the scores go")],
     source: Annotated[
         list[str] | None, typer.Option(help="only these Parquet files of DATA (their stems)")
@@ -87,10 +89,12 @@ def evaluate(
     from eval.run import evaluate_folder
     from eval.scores import score_line
 
+    if len(suite) > 1:
+        raise ConfigError(f"got --suite {len(suite)} times, expected one suite a call")
     scores = evaluate_folder(
         model,
         data,
-        suite,
+        suite[0],
         json,
         languages=lang or None,
         sources=source or None,

@@ -146,6 +146,20 @@ def check_lock_file(root: Path) -> None:
         raise DataError(f"{path} is damaged; {LOCK_ADVICE}")
 
 
+def lock_is_whole(text: str) -> bool:
+    """Whether DVC would read the text of a dvc.lock."""
+    from dvc.schema import COMPILED_LOCKFILE_SCHEMA
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+    from voluptuous import Invalid
+
+    try:
+        COMPILED_LOCKFILE_SCHEMA(YAML(typ="safe", pure=True).load(text))
+    except (YAMLError, Invalid):
+        return False
+    return True
+
+
 def order_lock(root: Path, graph: Graph) -> None:
     """Put the entries of dvc.lock into the graph's order.
 

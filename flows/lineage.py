@@ -14,7 +14,9 @@ from typing import Any
 from flows.start import describe
 from infra.config import parse_value
 from infra.errors import DataError
+from infra.files import require_writable
 from infra.git import read
+from infra.project import SOURCES
 from infra.registry import check_files, find_version, locked_file, locked_files
 from infra.stage import read_origin
 
@@ -154,6 +156,7 @@ def write_rows(root: Path, model: str, out: Path) -> int:
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
+    _require_own_place(root, out)
     start = origin(root, model)
     shard = next((step for step in walk(start) if step.stage == SHARD_STAGE), None)
     kept = [path for path in (shard.facts["inputs"] if shard else {}) if path.endswith(KEPT)]
@@ -169,7 +172,21 @@ def write_rows(root: Path, model: str, out: Path) -> int:
     return trained.num_rows
 
 
+def _require_own_place(root: Path, out: Path) -> None:
+    """Raises UserError for a file that holds something else, or that the project itself makes."""
+    require_writable(out, "the rows")
+    real = out.resolve()
+    taken = [root / name for name in ("artifacts", "data", *SOURCES)]
+    inside = any(real.is_relative_to(folder.resolve()) for folder in taken)
+    if inside or (out.exists() and not _is_parquet(out)):
+        what = "is a file of the project" if inside else "is not a Parquet file"
+        raise DataError(f"{out} {what} and would be overwritten; name another place for the rows")
+
+
 def _is_parquet(path: Path) -> bool:
+    """Whether a file may be replaced by rows: it holds some, or nothing yet."""
+    if not path.is_file():
+        return False
     with path.open("rb") as file:
         return file.read(4) in (b"", b"PAR1")
 

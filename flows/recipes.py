@@ -60,7 +60,7 @@ class Recipe:
 def profile_path(root: Path, name: str) -> Path:
     """The file of a profile. Raises ConfigError, naming those there are."""
     path = root / PROFILES / f"{name}.yaml"
-    if not path.is_file():
+    if "/" in name or not path.is_file():
         known = sorted(file.stem for file in (root / PROFILES).glob("*.yaml"))
         raise ConfigError(f"no profile {name!r}: expected one of {known} (files of {PROFILES}/)")
     return path

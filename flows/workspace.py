@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.lock import LOCK_FILE, RunLock, run_lock
+from flows.parameters import check_parameters
 from flows.recipes import with_profile
 from infra.config import PARAMS_FILE, apply_overrides, canonical_json, load_params
 from infra.errors import ConfigError
@@ -74,6 +75,7 @@ def workspace(
         ConfigError: there is no such parameter, or `folder` is not a workspace of this checkout.
     """
     params = variation.apply(root)
+    check_parameters(root, params)  # before anything of it is made
     folder = (folder or root / "work" / "workspaces" / variation.name).resolve()
     commit = snapshot(root, say)
     _make_worktree(root, folder, commit)
@@ -144,6 +146,17 @@ def _check_out(folder: Path, commit: str, lock: RunLock) -> None:
     for name in KEPT_FILES:
         if (aside / name).is_file():
             (aside / name).replace(folder / name)
+    _drop_torn_lock(folder)
+
+
+def _drop_torn_lock(folder: Path) -> None:
+    """A dvc.lock that came while somebody was writing it, or was damaged, helps nobody: without
+    it DVC finds what earlier runs made in its cache."""
+    from flows.graph import lock_is_whole
+
+    path = folder / "dvc.lock"
+    if path.is_file() and not lock_is_whole(path.read_text("utf-8", "replace")):
+        path.unlink()
 
 
 def _write_atomic(path: Path, content: bytes, mode: int = 0o666) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import json
+import sys
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -197,6 +198,7 @@ def _convert_scalar(hint: Any, value: Any, where: str) -> Any:
             value,
             "a number",
         )
+        _expect(abs(value) <= sys.float_info.max, where, value, "a finite number")
         return float(value)
     if hint is int:
         _expect(

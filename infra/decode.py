@@ -31,7 +31,8 @@ LONGEST_PX = 65_535
 """longest side; a strip longer than this is no photograph"""
 ORIENTATION = 0x0112
 BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339
-WHITE_IS_ZERO, SIGNED = 0, 2
+PLANAR = 284
+WHITE_IS_ZERO, SIGNED, SEPARATE = 0, 2, 2
 ROWS = 256
 """rows that are converted at once"""
 BROKEN = (
@@ -135,7 +136,8 @@ def _named(data: bytes, where: str) -> Iterator[None]:
         what = str(error) or type(error).__name__
         raise DataError(
             f"{where}: {len(data)} bytes cannot be read as a picture ({what}); the file is cut or "
-            f"damaged, expected a whole one in one of the formats {', '.join(FORMATS)}"
+            "damaged, or its pixels are of a kind that is not read; expected a whole one in one of "
+            f"the formats {', '.join(FORMATS)}"
         ) from error
 
 
@@ -151,6 +153,7 @@ def _open(data: bytes) -> Image.Image:
         factory, accept = Image.OPEN[name]
         if accept is not None and accept(head) is True:
             image = factory(io.BytesIO(data), "")
+            _check_kind(image)
             _check_size(image)
             return image
     raise DataError(
@@ -168,6 +171,18 @@ def _import_readers() -> None:
         TiffImagePlugin,
         WebPImagePlugin,
     )
+
+
+def _check_kind(image: Image.Image) -> None:
+    """Raises DataError for kinds of TIFF that Pillow reads wrong without a word."""
+    bits = _tag(image, BITS_PER_SAMPLE) or 8
+    if _tag(image, PLANAR) == SEPARATE and bits > 8:
+        raise DataError(
+            f"it is a TIFF of {bits} bits whose channels are stored one by one, which is not read; "
+            "store them together (PlanarConfiguration 1), or as PNG"
+        )
+    if _tag(image, SAMPLE_FORMAT) == SIGNED and bits == 8:
+        raise DataError("it is a TIFF of signed bytes, which is not read; store 0 to 255")
 
 
 def _check_size(image: Image.Image) -> None:

@@ -45,7 +45,8 @@ def git(
     if "not a git repository" in result.stderr:
         raise GitError(f"{root} is not a git repository; `git init {root}` makes it one")
     if result.returncode:
-        raise GitError(f"git {' '.join(arguments)} failed in {root}: {result.stderr.strip()}")
+        why = result.stderr.strip() or f"exit code {result.returncode}, without a word"
+        raise GitError(f"git {' '.join(arguments)} failed in {root}: {why}")
     return result.stdout.rstrip("\n")
 
 

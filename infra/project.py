@@ -17,6 +17,8 @@ OWN_FILES = (
 """files by which DVC and we know a project"""
 SOURCES = ("eval", "flows", "infra", "models", "profiles", "stages")
 """folders whose files are code or parameters"""
+SOURCE_TYPES = (".py", ".yaml", ".yml", ".j2", ".css", ".js")
+"""a key that somebody left in one of these folders is no source"""
 
 
 def find_root(start: Path | None = None) -> Path:
@@ -73,7 +75,13 @@ def _is_ours(path: PurePosixPath, dependencies: Sequence[PurePosixPath]) -> bool
         return True
     if any(part.startswith(".") for part in path.parts):
         return path.name == ".gitignore"
-    return path.parts[0] in SOURCES or any(path.is_relative_to(dep) for dep in dependencies)
+    is_source = path.parts[0] in SOURCES and path.suffix in SOURCE_TYPES
+    return is_source or any(_is_in(path, dependency) for dependency in dependencies)
+
+
+def _is_in(path: PurePosixPath, dependency: PurePosixPath) -> bool:
+    """Whether a file is in a folder that DVC names; folders of sources have a rule of their own."""
+    return path.parts[0] not in SOURCES and path.is_relative_to(dependency)
 
 
 def _dependencies(root: Path) -> Iterator[str]:

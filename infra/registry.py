@@ -17,10 +17,12 @@ from typing import Any
 
 from infra.config import parse_value
 from infra.errors import ConfigError, DataError, ModelError
-from infra.git import git, identity, read, snapshot
+from infra.files import require_writable_folder
+from infra.git import common_folder, git, identity, read, snapshot
 from infra.project import find_root
 
 CHAMPION = "champion"
+STAGE_NAME = re.compile(r"[a-z]+")
 GATE_DECISION = "artifacts/gate/gate.json"
 REF_PATTERN = re.compile(
     r"(?P<name>[A-Za-z0-9][A-Za-z0-9_-]*)(?:@(?P<version>v\d+\.\d+\.\d+)|#(?P<stage>[a-z]+))?"
@@ -97,10 +99,16 @@ def register_model(root: Path, folder: Path, *, promote: str | None = None) -> V
     Args:
         promote: also assign this stage ("champion") to it, if it does not stand there already.
 
-    Raises ModelError if the folder is no model, DataError if it is not what dvc.lock says.
+    Raises ModelError if the folder is no model or the stage's name is none, DataError if it is not
+    what dvc.lock says.
     """
     import gto.api
 
+    if promote is not None and not STAGE_NAME.fullmatch(promote):
+        raise ModelError(
+            f"{promote!r} is not the name of a stage; expected small letters, such as {CHAMPION}"
+        )
+    require_writable_folder(common_folder(root) / "refs" / "tags", "the tag of a version")
     folder = folder if folder.is_absolute() else root / folder
     name = model_kind(folder)
     path = os.path.relpath(folder.resolve(), root.resolve())

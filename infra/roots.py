@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import posixpath
 import stat
 import sys
 from collections.abc import Iterator
@@ -152,7 +153,8 @@ class Root:
 
     def _below(self, name: str) -> str:
         if self._fs is not None:
-            return f"{self._path.rstrip('/')}/{name}".rstrip("/")
+            spelled = posixpath.normpath(name) if name else ""  # as the local file system reads it
+            return f"{self._path.rstrip('/')}/{spelled}".rstrip("/")
         place = os.path.join(self._path, name)
         if not Path(os.path.realpath(place)).is_relative_to(os.path.realpath(self._path)):
             raise DataError(f"leads out of {self.place}, through a link; expected a file below it")

@@ -327,6 +327,9 @@ def _claim_work_folder(context: Context) -> None:
     held = _key_of(context.work)
     if held == context.run_key:
         return
+    if context.work.is_dir() and not any(context.work.iterdir()):  # it may be a mount point
+        _write_atomic(context.work / KEY_FILE, context.run_key)
+        return
     if context.work.exists():
         aside = _set_aside(context.work, held)
         context.log(

@@ -101,6 +101,11 @@ def _class_vectors(
     if not classes:
         raise DataError(f"{data.folder}: no drawn concept has a name in {lang!r}")
     names = [data.concepts[concept].names[lang] for concept in classes]
+    if len(set(names)) < 2:
+        raise DataError(
+            f"{data.folder}: zero_shot needs two names to choose from, and all {len(names)} "
+            f"concepts are called {names[0]!r}{f' in {lang!r}' if lang else ''}"
+        )
     prompts = [template.format(name=name) for template in templates for name in names]
     by_template = embed_texts(model, prompts).reshape(len(templates), len(classes), -1)
     return dict(zip(classes, unit(by_template.mean(axis=0)), strict=True))

@@ -277,3 +277,17 @@ def test_a_folder_may_be_a_url(tmp_path):
     assert data.facts()["folder"] == "own"
     with pytest.raises(DataError, match="memory://datasets/none"):
         read_folder("memory://datasets/none")
+
+
+@pytest.mark.parametrize("lang", ["../../../../victim", "a/b", "x" * 300, "en us", ".hidden", "1"])
+def test_a_language_that_is_no_tag_is_refused(tmp_path, lang):
+    """It names files: one of another folder would be overwritten."""
+    write_pair_set(tmp_path, [pair(0), pair(1, captions=[{"lang": lang, "text": "a cat"}])])
+    with pytest.raises(DataError, match=r"row 1: captions.lang is .*expected a language tag"):
+        read_folder(tmp_path)
+
+
+@pytest.mark.parametrize("lang", ["en", "EN", "zh-Hans", "pt_BR", "x-klingon"])
+def test_language_tags_are_taken_as_they_are(tmp_path, lang):
+    write_pair_set(tmp_path, [pair(0, captions=[{"lang": lang, "text": "a cat"}])])
+    assert read_folder(tmp_path).languages == (lang,)

@@ -266,3 +266,18 @@ def test_languages_that_are_not_there(data):
 def test_every_suite_is_registered_with_what_it_needs():
     for name in NEEDS:
         assert callable(suite_run(name))
+
+
+def test_classes_of_one_name_cannot_be_told_apart(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    write_concept_set(tmp_path, count=4)
+    table = pq.read_table(tmp_path / "concepts.parquet").to_pylist()
+    for row in table:
+        row["name"] = [{"lang": "en", "text": "same"}]
+    pq.write_table(pa.Table.from_pylist(table), tmp_path / "concepts.parquet")
+    data = read_folder(tmp_path)
+    setting = Setting(languages=("en",), seed=0, items_dir=tmp_path / "items")
+    with pytest.raises(DataError, match=r"all 4 concepts are called 'same' in 'en'"):
+        suite_run("zero_shot")(Guesser(), data, setting)

@@ -1,6 +1,7 @@
 """From a model back to its sources, by what the stages wrote about themselves."""
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 from flows.lineage import lineage_lines, write_rows
 from flows.start import bring
-from infra.errors import DataError
+from infra.errors import DataError, UserError
 from infra.registry import register_model
 from tests.flows.toy import commit_all, make_toy, sh
 
@@ -149,3 +150,20 @@ def test_what_it_went_on_from(run: Path) -> None:
     ]
     with pytest.raises(DataError, match=rf"last: no stage .* made it, it is {version.ref}"):
         lineage_lines(run, "data/start/last")
+
+
+def test_rows_do_not_go_over_what_the_project_makes(run: Path, tmp_path: Path) -> None:
+    weights = run / "artifacts/contrastive/model/config.json"
+    before = weights.read_bytes()
+    (tmp_path / "notes.txt").write_text("mine")
+    os.mkfifo(tmp_path / "pipe")
+    for place in (weights, run / "data/new.parquet", tmp_path / "notes.txt", Path("/dev/null")):
+        with pytest.raises(DataError, match="would be overwritten; name another place"):
+            write_rows(run, "artifacts/contrastive/model", place)
+    with pytest.raises(UserError, match="is not a plain file"):
+        write_rows(run, "artifacts/contrastive/model", tmp_path / "pipe")
+    assert Path("/dev/null").is_char_device()
+    assert weights.read_bytes() == before
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    for _ in range(2):  # rows of an earlier call may be replaced
+        assert write_rows(run, "artifacts/contrastive/model", tmp_path / "rows.parquet") == 2

@@ -41,3 +41,14 @@ def test_every_stage_is_asked(project, monkeypatch, old, new, message):
     monkeypatch.setattr(flows.launch, "server", too_late)
     with pytest.raises(ConfigError, match=message):
         flows.launch.run_pipeline(project, terminal=Terminal(io.StringIO()))
+
+
+@pytest.mark.parametrize("text", ["ranks: two\n", "x: [1\n", "prometheus: 127.0.0.1:99999\n"])
+def test_the_launcher_is_looked_at_as_well(project, monkeypatch, text):
+    (project / "odd.yaml").write_text(text)
+    monkeypatch.setenv("VLFOUNDRY_LAUNCHER", str(project / "odd.yaml"))
+    with pytest.raises(ConfigError, match="odd"):
+        check_parameters(project)
+    monkeypatch.setenv("VLFOUNDRY_LAUNCHER", "nope")
+    with pytest.raises(ConfigError, match="no launcher profile 'nope'"):
+        check_parameters(project)

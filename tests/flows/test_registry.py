@@ -196,3 +196,12 @@ def test_a_second_machine_fetches_from_a_remote_that_came_after_the_run(
     assert (folder / "weights").read_bytes() == (trained / MODEL / "weights").read_bytes()
     assert sh(second, "git", "worktree", "list").count("\n") == 1
     assert not list((second / "work").glob("fetch-*"))
+
+
+@pytest.mark.parametrize("stage", ["bad stage!", "", "Champion", "a/b"])
+def test_a_stage_that_cannot_be_named_is_refused_before_anything_is_registered(
+    trained: Path, stage: str
+) -> None:
+    with pytest.raises(ModelError, match="is not the name of a stage"):
+        register_model(trained, MODEL, promote=stage)
+    assert list_models(trained) == ()

@@ -14,7 +14,8 @@ from infra.config import load_params
 from infra.errors import ConfigError, ModelError
 from infra.project import find_root
 from infra.registry import cache_folder, resolve_model
-from tests.flows.toy import DVC_YAML, sh
+from tests.flows.toy import DVC_YAML, reproduce, sh
+from tests.tiny import ROOT
 
 
 def prepare(root: Path, variation: Variation, folder: Path | None = None) -> Path:
@@ -136,3 +137,42 @@ def test_a_project_below_the_root_of_its_repository_is_refused_at_once(
     assert sorted(path for path in outer.rglob("*") if ".git" not in path.parts) == before
     sh(outer / "inner", "git", "init", "--quiet")
     assert find_root() == outer / "inner"
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "junk"])
+def test_a_torn_lock_is_not_taken_along_nor_kept(toy: Path, damage: str) -> None:
+    """As it is for a moment while DVC writes it, or for good after a crash."""
+    reproduce(toy)
+    whole = (toy / "dvc.lock").read_text()
+    torn = {"cut": whole[: len(whole) // 2], "empty": "", "junk": "{{"}[damage]
+    (toy / "dvc.lock").write_text(torn)
+    place = prepare(toy, Variation(overrides=("seed=7",)))
+    assert not (place / "dvc.lock").exists()
+    (place / "dvc.lock").write_text(torn)
+    assert prepare(toy, Variation(overrides=("seed=7",))) == place
+    assert not (place / "dvc.lock").exists()
+    (toy / "dvc.lock").write_text(whole)
+    (place / "dvc.lock").write_text(whole)
+    prepare(toy, Variation(overrides=("seed=7",)))
+    assert (place / "dvc.lock").read_text() == whole
+
+
+def test_nothing_is_made_for_parameters_that_a_stage_refuses(tmp_path: Path) -> None:
+    for name in ("dvc.yaml", "params.yaml"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    sh(tmp_path, "git", "init", "--quiet")
+    with pytest.raises(ConfigError, match="steps"):
+        prepare(tmp_path, Variation(overrides=("contrastive.train.steps=[1,2]",)))
+    assert not (tmp_path / "work").exists()
+    assert sh(tmp_path, "git", "for-each-ref") == ""
+    with pytest.raises(ConfigError, match=r"no profile '\.\./params'"):
+        prepare(tmp_path, Variation(profile="../params"))
+
+
+def test_a_key_among_the_sources_is_no_source(toy: Path) -> None:
+    (toy / "stages").mkdir()
+    (toy / "stages/id_rsa").write_text("secret")
+    (toy / "stages/service.json").write_text("secret")
+    (toy / "stages/new.py").write_text("# mine")
+    place = prepare(toy, Variation(overrides=("seed=7",)))
+    assert sorted(path.name for path in (place / "stages").iterdir()) == ["new.py"]

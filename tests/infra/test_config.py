@@ -74,3 +74,13 @@ def test_profiles_are_laid_over_known_keys_only() -> None:
 
 def test_canonical_json_does_not_depend_on_order() -> None:
     assert canonical_json({"b": 1, "a": "é"}) == canonical_json({"a": "é", "b": 1})
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-.inf", float("nan"), 1e400])
+def test_a_number_that_is_none_is_refused(value):
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Options:
+        lr: float
+
+    with pytest.raises(ConfigError, match=r"train\.lr.*(a number|a finite number)"):
+        build(Options, {"lr": value}, "train")

@@ -377,3 +377,9 @@ def test_nobody_else_opens_pictures() -> None:
         if "Image.open(" in line and "formats=" not in line
     ]
     assert not found
+
+
+def test_kinds_of_tiff_that_pillow_reads_wrong_are_refused() -> None:
+    bytes_with_sign = tiff(np.int8([[-128, 127]]), bits=8, sample_format=2)
+    with pytest.raises(DataError, match="a TIFF of signed bytes"):
+        decode(bytes_with_sign)

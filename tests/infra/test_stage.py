@@ -279,3 +279,12 @@ def test_another_copy_is_waited_for(
         assert main(TOY, []) == EXIT_USER_ERROR
         other.kill()
     assert "another copy of toy runs here" in capsys.readouterr().err
+
+
+def test_an_empty_work_folder_is_taken_as_it_is(project: Path) -> None:
+    """It may be a mount point, which cannot be renamed."""
+    (project / "work/toy").mkdir(parents=True)
+    inode = (project / "work/toy").stat().st_ino
+    main(TOY, [])
+    assert (project / "work/toy").stat().st_ino == inode
+    assert [path.name for path in (project / "work").iterdir()] == ["toy"]
