@@ -244,7 +244,7 @@ def test_a_spoilt_file_of_our_own_folder_is_named(case, ours, tmp_path):
         ("embed_dim", 10**9, "asks for"),
         ("text.depth", -2, r"config\.json: model\.text: depth is -2, expected"),
         ("text.heads", 0, r"heads is 0, expected a whole number from 1"),
-        ("vision.eps", float("nan"), r"eps is nan, expected a finite number above 0"),
+        ("vision.eps", float("nan"), r"eps: got nan, expected a finite number"),
         ("vision.qkv_bias", "yes", r"qkv_bias: got 'yes', expected true or false"),
         ("vision", None, r"model\.vision: got None, expected a mapping"),
     ],
@@ -427,7 +427,7 @@ def test_a_folder_in_place_of_a_file(file, tmp_path):
     source = chat_folder(tmp_path / "source")
     (source / file).unlink()
     (source / file).mkdir()
-    assert f"{source / file} is a folder, expected a file" in refused_line(source, tmp_path)
+    assert f"{source / file} is a directory, expected a file" in refused_line(source, tmp_path)
 
 
 def test_the_file_of_the_source_is_named_and_not_its_copy(tmp_path):
