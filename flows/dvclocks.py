@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from infra.errors import DataError
+from infra.files import write_atomic
 
 RWLOCK = Path(".dvc/tmp/rwlock")
 DVC_FILE = "dvc/__main__.py"
@@ -42,9 +43,7 @@ def clear_stale(root: Path) -> None:
         },
     }
     if kept != {"write": known.get("write", {}), "read": known.get("read", {})}:
-        temporary = path.with_name("rwlock.part")
-        temporary.write_text(json.dumps(kept), encoding="utf-8")
-        temporary.replace(path)
+        write_atomic(path, json.dumps(kept))
 
 
 def patiently[T](

@@ -14,6 +14,7 @@ from typing import Any
 
 from flows.dvclocks import patiently
 from infra.errors import ConfigError, DataError
+from infra.files import write_atomic
 
 DEFAULT_TIMEOUT_S = 12 * 3600.0
 ALL_SLOTS = "all"
@@ -174,9 +175,7 @@ def order_lock(root: Path, graph: Graph) -> None:
     last = len(place)
     ordered = sorted(entries, key=lambda entry: place.get(entry.strip().partition(":")[0], last))
     if ordered != entries:
-        temporary = path.with_name(".dvc.lock.part")
-        temporary.write_text(head + "".join(ordered), encoding="utf-8")
-        temporary.replace(path)
+        write_atomic(path, head + "".join(ordered))
 
 
 def _name(stage: Any, root: Path) -> str:

@@ -20,6 +20,7 @@ from flows.parameters import check_parameters
 from flows.recipes import with_profile
 from infra.config import PARAMS_FILE, apply_overrides, canonical_json, load_params
 from infra.errors import ConfigError
+from infra.files import write_atomic
 from infra.git import GitError, common_folder, git, repository_lock, snapshot
 from infra.registry import cache_folder
 from infra.stage import START_FOLDER
@@ -83,7 +84,7 @@ def workspace(
         _check_out(folder, commit, lock)
         _share_cache(root, folder)
         _share_starts(root, folder)
-        _write_atomic(folder / PARAMS_FILE, yaml_text(params).encode())
+        write_atomic(folder / PARAMS_FILE, yaml_text(params).encode())
         yield lock
 
 
@@ -139,7 +140,7 @@ def _check_out(folder: Path, commit: str, lock: RunLock) -> None:
     for name in KEPT_FILES:
         if (folder / name).is_file() and not (aside / name).is_file():
             aside.mkdir(exist_ok=True)
-            _write_atomic(aside / name, (folder / name).read_bytes())
+            write_atomic(aside / name, (folder / name).read_bytes())
     # Git of a run that was killed has ended: it has held the lock too.
     (folder / git(folder, "rev-parse", "--git-path", "index.lock")).unlink(missing_ok=True)
     git(folder, "checkout", "--quiet", "--force", "--detach", commit, held=(lock.descriptor,))
@@ -159,14 +160,6 @@ def _drop_torn_lock(folder: Path) -> None:
         path.unlink()
 
 
-def _write_atomic(path: Path, content: bytes, mode: int = 0o666) -> None:
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.unlink(missing_ok=True)
-    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
-        file.write(content)
-    temporary.replace(path)
-
-
 def _share_cache(root: Path, folder: Path) -> None:
     """DVC's settings that git does not know (credentials), and the cache of `root`."""
     import configparser
@@ -179,7 +172,7 @@ def _share_cache(root: Path, folder: Path) -> None:
     text = io.StringIO()
     parser.write(text)
     # It may hold keys: for nobody else's eyes, whatever the umask.
-    _write_atomic(folder / ".dvc" / "config.local", text.getvalue().encode(), mode=0o600)
+    write_atomic(folder / ".dvc" / "config.local", text.getvalue().encode(), mode=0o600)
 
 
 def _share_starts(root: Path, folder: Path) -> None:

@@ -1,7 +1,8 @@
-"""Files that a person names: whether they can be written, asked before the work that fills them."""
+"""Whether a place can be written, what kind of file a path is, and replacing a file whole."""
 
 import errno
 import os
+import stat
 import tempfile
 from pathlib import Path
 
@@ -15,6 +16,14 @@ REASONS = {
     errno.EDQUOT: "the disk quota is used up",
     errno.ENAMETOOLONG: "the name is too long",
 }
+
+_KINDS = (
+    (stat.S_ISDIR, "a directory"),
+    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+    (stat.S_ISSOCK, "a socket"),
+)
 
 REFUSALS = REASONS.keys() | {errno.EISDIR, errno.ENOTDIR, errno.ELOOP}
 
@@ -70,6 +79,26 @@ def refused(error: OSError) -> UserError | None:
         return None
     reason = REASONS.get(error.errno) or os.strerror(error.errno).lower()
     return UserError(f"{os.fsdecode(error.filename)}: {reason}")
+
+
+def kind_of(mode: int) -> str:
+    """What a path that is no plain file is, in words for a message, from its `st_mode`."""
+    return next((words for is_kind, words in _KINDS if is_kind(mode)), "something else")
+
+
+def write_atomic(path: Path, content: str | bytes, mode: int = 0o666) -> None:
+    """Write a small file whole or not at all: a kill leaves the old one, or a `.NAME.part` beside.
+
+    Args:
+        path: the file; its folder exists.
+        content: what it takes; text is written as UTF-8.
+        mode: permissions of the file, less the umask.
+    """
+    unfinished = path.with_name(f".{path.name}.part")
+    unfinished.unlink(missing_ok=True)
+    with os.fdopen(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+    unfinished.replace(path)
 
 
 def _require_creatable(real: Path, path: Path, what: str) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from infra.errors import ModelError
+from infra.files import kind_of
 
 MIB = 1024 * 1024
 MOST_BYTES = 256 * MIB
@@ -68,7 +69,7 @@ def check_file(
         )
         raise ModelError(f"{path} {reason}; download that file again") from None
     if not stat.S_ISREG(facts.st_mode):
-        raise ModelError(f"{path} is {_sort(facts.st_mode)}, expected a file")
+        raise ModelError(f"{path} is {kind_of(facts.st_mode)}, expected a file")
     if most is not None and facts.st_size > most:
         raise ModelError(
             f"{path} has {facts.st_size:,} bytes, expected at most {most:,} ({most // MIB} MiB) of "
@@ -176,17 +177,4 @@ def check_inside(path: Path, folder: Path, *others: Path) -> None:
     except OSError:
         return  # whoever opens it says so
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-        raise ModelError(f"{path} is {_sort(mode)}, expected a file")
-
-
-def _sort(mode: int) -> str:
-    for is_one, name in (
-        (stat.S_ISDIR, "a folder"),
-        (stat.S_ISFIFO, "a named pipe"),
-        (stat.S_ISSOCK, "a socket"),
-        (stat.S_ISCHR, "a device"),
-        (stat.S_ISBLK, "a device"),
-    ):
-        if is_one(mode):
-            return name
-    return "no plain file"
+        raise ModelError(f"{path} is {kind_of(mode)}, expected a file")

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, cast
 
 from infra.errors import ConfigError, DataError
+from infra.files import kind_of
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -27,13 +28,6 @@ MAX_NAME = 4096
 """longest name, in characters"""
 EVERYTHING = "/"
 """the root that says that names are absolute paths"""
-KINDS = (
-    (stat.S_ISDIR, "a directory"),
-    (stat.S_ISFIFO, "a pipe"),
-    (stat.S_ISCHR, "a device"),
-    (stat.S_ISBLK, "a device"),
-    (stat.S_ISSOCK, "a socket"),
-)
 
 
 def what_is_wrong(name: object, *, absolute: bool = False) -> str | None:
@@ -76,8 +70,7 @@ def open_plain(place: str | Path) -> BinaryIO:
     mode = os.fstat(descriptor).st_mode
     if not stat.S_ISREG(mode):
         os.close(descriptor)
-        kind = next((words for is_kind, words in KINDS if is_kind(mode)), "something else")
-        raise DataError(f"is {kind}, expected a plain file")
+        raise DataError(f"is {kind_of(mode)}, expected a plain file")
     return os.fdopen(descriptor, "rb")
 
 

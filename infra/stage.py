@@ -26,6 +26,7 @@ from typing import Any
 
 from infra.config import apply_overrides, build, canonical_json, load_params, to_dict
 from infra.errors import ConfigError, DataError, KilledError, UserError
+from infra.files import write_atomic
 from infra.fingerprint import fingerprint
 from infra.interrupts import EXIT_INTERRUPTED, heed_interrupts
 from infra.runkey import import_closure, run_key
@@ -152,7 +153,7 @@ class Context:
         """Add facts that must not be hashed (times, devices, rates) to `work/.../record.json`."""
         path = self.work / "record.json"
         known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        _write_atomic(path, json.dumps({**known, **facts}, indent=2, sort_keys=True) + "\n")
+        write_atomic(path, json.dumps({**known, **facts}, indent=2, sort_keys=True) + "\n")
 
     def log(self, message: str) -> None:
         """Print one line at once."""
@@ -318,7 +319,7 @@ def _write_lineage(bound: Bound, context: Context, facts: dict[str, Any]) -> Non
     }
     path = context.path(bound.lineage)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _write_atomic(path, json.dumps(lineage, sort_keys=True, indent=2, ensure_ascii=False) + "\n")
+    write_atomic(path, json.dumps(lineage, sort_keys=True, indent=2, ensure_ascii=False) + "\n")
 
 
 def _claim_work_folder(context: Context) -> None:
@@ -328,7 +329,7 @@ def _claim_work_folder(context: Context) -> None:
     if held == context.run_key:
         return
     if context.work.is_dir() and not any(context.work.iterdir()):  # it may be a mount point
-        _write_atomic(context.work / KEY_FILE, context.run_key)
+        write_atomic(context.work / KEY_FILE, context.run_key)
         return
     if context.work.exists():
         aside = _set_aside(context.work, held)
@@ -343,7 +344,7 @@ def _claim_work_folder(context: Context) -> None:
         return
     made = context.work.with_name(context.work.name + ".new")
     made.mkdir(parents=True, exist_ok=True)
-    _write_atomic(made / KEY_FILE, context.run_key)
+    write_atomic(made / KEY_FILE, context.run_key)
     made.rename(context.work)
 
 
@@ -382,12 +383,6 @@ def _overlap(one: str, other: str) -> bool:
 
 def _versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in RECORDED_PACKAGES}
-
-
-def _write_atomic(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 def _leave_with_parent() -> None:

@@ -9,14 +9,15 @@ from pathlib import Path
 import pytest
 
 LIBC = ctypes.CDLL(None, use_errno=True)
+MS_RDONLY = 1
 
 
 @contextlib.contextmanager
-def small_disk(place: Path, size_bytes: int) -> Iterator[Path]:
+def small_disk(place: Path, size_bytes: int, flags: int = 0) -> Iterator[Path]:
     """A disk of that size at `place`; the test is skipped, saying so, where none can be mounted."""
     place.mkdir(parents=True, exist_ok=True)
     options = f"size={size_bytes}".encode()
-    if LIBC.mount(b"tmpfs", os.fsencode(place), b"tmpfs", 0, options):
+    if LIBC.mount(b"tmpfs", os.fsencode(place), b"tmpfs", flags, options):
         pytest.skip(f"no small disk: mount says {os.strerror(ctypes.get_errno())}")
     try:
         yield place

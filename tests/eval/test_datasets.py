@@ -197,7 +197,7 @@ def test_columns_of_the_wrong_type_name_the_row(case, message):
         ({"image": {"bytes": None, "path": 7}}, r"row 1: image has no bytes.* path 7: .*a path"),
         ({"image": {"bytes": None, "path": "a\0b"}}, r"row 1: .*text without NUL"),
         ({"image": {"bytes": None, "path": "http://x/a"}}, r"row 1: .*may be a URL"),
-        ({"image": {"bytes": None, "path": "pipe"}}, r"row 1: .*is a pipe, expected a plain"),
+        ({"image": {"bytes": None, "path": "pipe"}}, r"row 1: .*is a named pipe, expected a plain"),
     ],
 )
 def test_a_value_of_the_wrong_type_names_the_row(tmp_path, change, message):
@@ -254,7 +254,7 @@ def test_a_file_that_is_none_is_named(tmp_path):
     import os
 
     os.mkfifo(tmp_path / "x.parquet")
-    with pytest.raises(DataError, match=r"x\.parquet is a pipe, expected a plain file"):
+    with pytest.raises(DataError, match=r"x\.parquet is a named pipe, expected a plain file"):
         read_folder(tmp_path)
 
 

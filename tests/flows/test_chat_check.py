@@ -162,7 +162,7 @@ def test_deep_values_and_surrogates_anywhere(tmp_path):
 
 def test_a_pipe_and_a_folder_are_no_chat_files(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(DataError, match="pipe is a pipe, expected a plain file"):
+    with pytest.raises(DataError, match="pipe is a named pipe, expected a plain file"):
         ChatFile(tmp_path / "pipe")
     with pytest.raises(DataError, match="is a directory"):
         ChatFile(tmp_path)

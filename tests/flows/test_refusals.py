@@ -16,10 +16,10 @@ from infra.config import apply_overrides, load_params
 from infra.errors import ConfigError
 from infra.launch import LauncherProfile, host_and_port, load_profile
 from tests.flows.toy import processes_marked, sh, steer
-from tests.small_disk import LIBC, fill, small_disk
+from tests.small_disk import LIBC, MS_RDONLY, fill, small_disk
 
 RUN = [sys.executable, "-m", "flows.cli"]
-MS_RDONLY, MS_REMOUNT, MS_BIND = 1, 32, 4096
+MS_REMOUNT, MS_BIND = 32, 4096
 
 
 def vlfoundry(root: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -1,6 +1,5 @@
 """Whether a place can be written is said before the work, in one line, and nothing is left."""
 
-import ctypes
 import os
 import tempfile
 from pathlib import Path
@@ -8,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from infra.errors import UserError
-from infra.files import require_writable, require_writable_folder
+from infra.files import require_writable, require_writable_folder, write_atomic
+from tests.small_disk import MS_RDONLY, fill, small_disk
 
 
 @pytest.mark.parametrize("name", ["new.json", "a/b/new.json", "old.json", "link.json"])
@@ -79,15 +79,29 @@ def test_no_permission() -> None:
         assert os.listdir(place) == ["file"]
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason="mounting takes root")
 def test_a_read_only_file_system(tmp_path: Path) -> None:
-    libc = ctypes.CDLL(None, use_errno=True)
-    place = tmp_path / "ro"
-    place.mkdir()
-    if libc.mount(b"tmpfs", str(place).encode(), b"tmpfs", 1, b"size=1m"):  # MS_RDONLY
-        pytest.skip(f"mount: {os.strerror(ctypes.get_errno())}")
-    try:
-        with pytest.raises(UserError, match="the file system is read-only"):
-            require_writable(place / "x.json", "the scores")
-    finally:
-        libc.umount(str(place).encode())
+    with (
+        small_disk(tmp_path / "ro", 1 << 20, MS_RDONLY) as place,
+        pytest.raises(UserError, match="the file system is read-only"),
+    ):
+        require_writable(place / "x.json", "the scores")
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "deps.lock"
+    (tmp_path / ".deps.lock.part").write_bytes(b"of a killed process, and longer than the text")
+    write_atomic(path, "größer\n")
+    assert path.read_bytes() == "größer\n".encode()
+    write_atomic(path, b"\xff", mode=0o600)
+    assert path.read_bytes() == b"\xff"
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert os.listdir(tmp_path) == [path.name]
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "full", 1 << 20) as place:
+        (place / "x.json").write_text("old")
+        fill(place)
+        with pytest.raises(OSError, match="No space left"):
+            write_atomic(place / "x.json", b"new" * 5000)
+        assert (place / "x.json").read_text() == "old"

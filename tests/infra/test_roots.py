@@ -47,7 +47,7 @@ def test_what_is_below_the_root_is_read(folder):
         ("sub/../../secret", r"without `\.\.`"),
         ("out", "leads out of .* through a link"),
         ("device", "leads out of .* through a link"),
-        ("pipe", "is a pipe, expected a plain file"),
+        ("pipe", "is a named pipe, expected a plain file"),
         ("socket", "cannot be read"),
         ("sub", "is a directory, expected a plain file"),
         ("loop", "cannot be read"),
