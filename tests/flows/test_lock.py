@@ -118,10 +118,11 @@ def test_a_run_that_was_killed_is_waited_for(tmp_path: Path) -> None:
 def test_dvc_lock_survives_a_kill_while_sources_change(
     toy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (toy / "dvc.lock").write_text("of the checkout\n")
+    of_the_checkout, of_the_run = "schema: '2.0'\n", "schema: '2.0'\nstages: {}\n"
+    (toy / "dvc.lock").write_text(of_the_checkout)
     variation = Variation(overrides=("seed=3",))
     with workspace(toy, variation) as lock:
-        (lock.root / "dvc.lock").write_text("of the run\n")
+        (lock.root / "dvc.lock").write_text(of_the_run)
     from infra import git as module
 
     def dies(root: Path, *words: str, **options: tuple[int, ...]) -> str:
@@ -133,10 +134,10 @@ def test_dvc_lock_survives_a_kill_while_sources_change(
     monkeypatch.setattr("flows.workspace.git", dies)
     with pytest.raises(GitError), workspace(toy, variation):
         pass
-    assert (lock.root / "dvc.lock").read_text() == "of the checkout\n"
+    assert (lock.root / "dvc.lock").read_text() == of_the_checkout
     monkeypatch.undo()
     with workspace(toy, variation):
-        assert (lock.root / "dvc.lock").read_text() == "of the run\n"
+        assert (lock.root / "dvc.lock").read_text() == of_the_run
     assert not list((lock.root / "work").rglob("dvc.lock"))
 
 
