@@ -2,9 +2,10 @@
 
 Prefect can start a temporary server itself, but that one shares our terminal's process group (a
 Ctrl-C ends it before the flow can record that it was cancelled), outlives a kill -9 of the flow,
-and gives up after 20 s. Here the same server runs under `infra/guard.py` and on the leash of
-`flows/leash.py`. It listens on a socket that was bound before it was started: no other program can
-come by its port, and nobody else's server can be taken for it.
+and gives up after 20 s. Here the same server runs under `infra/guard.py`: it ends when the run
+lets go of the guard or is gone, and the kernel kills it if its guard is killed. It listens on a
+socket that was bound before it was started: no other program can come by its port, and nobody
+else's server can be taken for it.
 
 The server keeps a record and nothing else: what happens to it must not stop a run.
 """
@@ -29,7 +30,6 @@ from infra.loopback import listen
 START_LIMIT_S = 300.0
 STOP_GRACE_S = 3.0
 POLL_S = 0.1
-LEASH = Path(__file__).with_name("leash.py")
 
 
 class ServerError(UserError):
@@ -82,20 +82,13 @@ class Server:
         self.home = root / "work" / "prefect"
         self.home.mkdir(parents=True, exist_ok=True)
         self.log = self.home / "server.log"
-        follow, self._leash = os.pipe()
-        try:
-            with listen() as listener:
-                self.port = listener.getsockname()[1]
-                self.process = self._start(listener.fileno(), follow, held)
-        except OSError:
-            os.close(self._leash)
-            raise
-        finally:
-            os.close(follow)
+        with listen() as listener:
+            self.port = listener.getsockname()[1]
+            self.process = self._start(listener.fileno(), held)
 
-    def _start(self, listener: int, follow: int, held: tuple[int, ...]) -> subprocess.Popen:
+    def _start(self, listener: int, held: tuple[int, ...]) -> subprocess.Popen:
         command = [
-            sys.executable, "-P", str(LEASH), str(follow),
+            sys.executable, "-P", "-m",
             "uvicorn", "--factory", "prefect.server.api.server:create_app",
             "--fd", str(listener), "--log-level", "error", "--lifespan", "on",
         ]  # fmt: skip
@@ -115,7 +108,7 @@ class Server:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                pass_fds=(listener, follow, *held),
+                pass_fds=(listener, *held),
             )
 
     @property
@@ -155,7 +148,6 @@ class Server:
         try:
             self.process.wait(STOP_GRACE_S * 1.25 + 10)
         finally:
-            os.close(self._leash)
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
 

@@ -115,7 +115,8 @@ def reap() -> dict[int, int]:
 def start(command: list[str]) -> int:
     """Start `command` with an empty standard input; its process id.
 
-    Should this guard be killed, the kernel sends the command SIGTERM.
+    Should this guard be killed, the kernel kills the command: who has lost his guard may be
+    anywhere, such as deaf to SIGTERM at the end of a Python process.
     """
     guard = os.getpid()
     pid = os.fork()
@@ -131,7 +132,7 @@ def become(command: list[str], guard: int) -> None:
             signal.signal(signum, signal.SIG_DFL)
         with open(os.devnull, "rb") as nothing:
             os.dup2(nothing.fileno(), 0)
-        control(PR_SET_PDEATHSIG, signal.SIGTERM)
+        control(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() == guard:  # else it was gone before we asked
             os.execvp(command[0], command)
     except OSError as error:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from infra.guard import command_line, descendants
-from tests.flows.toy import processes_marked, wait_until
+from tests.flows.toy import processes_marked, wait_for_the_end, wait_until
 
 CASE = Path(__file__).parents[1] / "cases" / "guard_leaves_stage"
 EXIT = {"x86_64": 60, "aarch64": 93}
@@ -58,3 +58,23 @@ def test_a_stage_that_does_not_end_when_asked_is_killed(_: int, mark: str) -> No
     assert guard.wait(30) == 128 + signal.SIGINT
     assert processes_marked(mark) == []
     assert time.monotonic() - began < 5
+
+
+DEAF = """
+import signal, time
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+print("deaf", flush=True)
+time.sleep(300)
+"""
+
+
+def test_a_command_that_is_deaf_to_sigterm_ends_with_a_killed_guard(mark: str) -> None:
+    guard = subprocess.Popen(
+        command_line([sys.executable, "-c", DEAF], 1.0),
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
+    assert guard.stdout is not None
+    assert guard.stdout.readline() == b"deaf\n"
+    guard.kill()
+    wait_for_the_end(mark, limit_s=10)
+    guard.communicate()

@@ -14,7 +14,7 @@ import pytest
 
 from flows.graph import load_graph
 from flows.terminal import Terminal
-from tests.flows.toy import processes_marked, sh, steer, wait_until
+from tests.flows.toy import processes_marked, sh, steer, wait_for_the_end, wait_until
 
 COMMAND = [sys.executable, "-m", "flows.cli", "run"]
 # A stage that is busy until it is interrupted, saves, and leaves as ours do.
@@ -126,5 +126,5 @@ def test_kill_9_of_the_flow_leaves_no_orphan(
     assert "work.py prepare" in alive
     process.kill()
     process.wait()
-    wait_until(lambda: not processes_marked(mark), "the end of all processes", limit_s=20)
+    wait_for_the_end(mark, limit_s=20)
     assert (toy / "work" / "saved").exists()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from flows.runner import run_guarded, run_stage
 from infra.guard import command_line
-from tests.flows.toy import processes_marked, wait_until
+from tests.flows.toy import processes_marked, wait_for_the_end
 
 # A child in a session of its own, as an elastic launcher makes them, and a stubborn parent.
 STUBBORN = "trap '' INT TERM; setsid sleep 300 & echo started; while true; do sleep 0.1; done"
@@ -79,7 +79,7 @@ def test_kill_9_of_the_owner_ends_everything(tmp_path: Path, mark: str) -> None:
     assert len(processes_marked(mark)) >= 4
     owner.kill()
     owner.wait()
-    wait_until(lambda: not processes_marked(mark), "the end of all processes", limit_s=5)
+    wait_for_the_end(mark, limit_s=5)
 
 
 def test_kill_9_of_the_guard_ends_the_group(tmp_path: Path, mark: str) -> None:
@@ -97,7 +97,7 @@ def test_kill_9_of_the_guard_ends_the_group(tmp_path: Path, mark: str) -> None:
 
     began = time.monotonic()
     assert asyncio.run(scenario()) == -signal.SIGKILL
-    wait_until(lambda: not processes_marked(mark), "the end of all processes", limit_s=5)
+    wait_for_the_end(mark, limit_s=5)
     assert time.monotonic() - began < 30
 
 

@@ -16,7 +16,7 @@ import pytest
 
 from flows.database import fault, set_aside
 from flows.server import server
-from tests.flows.toy import processes_marked, steer, wait_until
+from tests.flows.toy import processes_marked, steer, wait_for_the_end, wait_until
 
 COMMAND = [sys.executable, "-m", "flows.cli", "run"]
 WAITS = """
@@ -118,7 +118,7 @@ def test_nothing_is_left_when_flow_and_guards_are_killed_at_once(
     for victim in (process, *guards):
         victim.kill()
     process.wait()
-    wait_until(lambda: not processes_marked(mark), "the end of all processes", limit_s=10)
+    wait_for_the_end(mark, limit_s=10)
 
 
 def test_the_port_is_never_free(tmp_path: Path) -> None:

@@ -112,3 +112,11 @@ def processes_marked(mark: str) -> list[str]:
         except (FileNotFoundError, ProcessLookupError, PermissionError):
             continue  # it ended while we looked, or is not ours
     return found
+
+
+def wait_for_the_end(mark: str, limit_s: float) -> None:
+    """Poll until no process with `mark` lives; fails the test with those that do."""
+    deadline = time.monotonic() + limit_s
+    while (left := processes_marked(mark)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert left == []
