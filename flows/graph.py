@@ -1,4 +1,4 @@
-"""The pipeline's graph, read from DVC: the only module that imports DVC's internals.
+"""The pipeline's graph, read from DVC. Only this and `infra/dvccache.py` import its internals.
 
 `dvc.api` does not show the graph, so this reads `Repo.index`; tests/flows/test_graph.py holds what
 it returns to what `dvc dag` and `dvc status` print, and the version of DVC is pinned.
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.dvclocks import patiently
+from infra.dvccache import find_home
 from infra.errors import ConfigError, DataError
 from infra.files import write_atomic
 
@@ -104,9 +105,7 @@ def load_graph(root: Path, say: Callable[[str], None] = print) -> Graph:
         OSError: DVC's folder cannot be written.
     """
     os.environ.setdefault("DVC_NO_ANALYTICS", "1")
-    home = Path.home()
-    if home.exists() and not home.is_dir():  # /dev/null, of a service: DVC looks for settings there
-        os.environ["HOME"] = str(root / ".dvc" / "tmp" / "home")
+    find_home(root)
     from dvc.exceptions import DvcException
     from dvc.lock import LockError
     from dvc.repo import Repo

@@ -25,8 +25,9 @@ from flows.walk import Closing, Run, walk
 from flows.workspace import Variation
 from flows.workspace import workspace as prepared
 from infra.config import parse_value
+from infra.dvccache import cache_folder
 from infra.errors import UserError
-from infra.registry import GATE_DECISION, cache_folder
+from infra.registry import GATE_DECISION
 from infra.space import free_bytes, no_space, require_space, said
 from infra.stage import START_FOLDER
 

@@ -5,15 +5,13 @@ same. Here what a stage got back is compared with dvc.lock, and what is damaged 
 the stage runs again.
 """
 
-import hashlib
 import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from infra.config import parse_value
-from infra.registry import cache_folder
+from infra.dvccache import cache_folder, md5_of, object_path
 
 DIRECTORY = ".dir"
 """ends the name of an object that lists the files of a folder"""
@@ -27,48 +25,34 @@ def drop_damaged(root: Path, stage: str) -> list[str]:
     lock = root / "dvc.lock"
     text = lock.read_text("utf-8") if lock.is_file() else ""
     outs = ((parse_value(text) or {}).get("stages", {}).get(stage) or {}).get("outs", [])
-    damaged = []
+    damaged, cache = [], cache_folder(root)
     for out in outs:
-        wrong = list(_wrong_objects(root, out))
+        wrong = list(_wrong_objects(root / out["path"], out["md5"], cache))
         for md5 in wrong:
-            _delete(_object(root, md5))
+            _delete(object_path(cache, md5))
         if wrong:
             _delete(root / out["path"])
             damaged.append(out["path"])
     return damaged
 
 
-def _wrong_objects(root: Path, out: dict[str, Any]) -> Iterator[str]:
+def _wrong_objects(place: Path, md5: str, cache: Path) -> Iterator[str]:
     """Names of the objects of one output whose content, in the workspace or in the cache, is of
     another hash. An output that is missing has none: DVC sees that itself."""
-    md5, place = out["md5"], root / out["path"]
+    thing = object_path(cache, md5)
     if not md5.endswith(DIRECTORY):
-        yield from [md5] if _differs(place, md5) or _differs(_object(root, md5), md5) else []
-        return
-    listing = _object(root, md5)
-    if not listing.is_file():
-        return
-    if _differs(listing, md5.removesuffix(DIRECTORY)):
+        if _differs(place, md5) or _differs(thing, md5):
+            yield md5
+    elif _differs(thing, md5.removesuffix(DIRECTORY)):
         yield md5
-        return
-    for entry in json.loads(listing.read_bytes()):
-        expected = entry["md5"]
-        if _differs(place / entry["relpath"], expected) or _differs(
-            _object(root, expected), expected
-        ):
-            yield expected
+    elif thing.is_file():
+        for entry in json.loads(thing.read_bytes()):
+            yield from _wrong_objects(place / entry["relpath"], entry["md5"], cache)
 
 
 def _differs(path: Path, md5: str) -> bool:
     """Whether a file is there and has another hash."""
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "md5").hexdigest() != md5
-
-
-def _object(root: Path, md5: str) -> Path:
-    return cache_folder(root) / "files" / "md5" / md5[:2] / md5[2:]
+    return path.is_file() and md5_of(path) != md5
 
 
 def _delete(path: Path) -> None:

@@ -19,10 +19,10 @@ from flows.lock import LOCK_FILE, RunLock, run_lock
 from flows.parameters import check_parameters
 from flows.recipes import with_profile
 from infra.config import PARAMS_FILE, apply_overrides, canonical_json, load_params
+from infra.dvccache import share_settings
 from infra.errors import ConfigError
 from infra.files import write_atomic
 from infra.git import GitError, common_folder, git, repository_lock, snapshot
-from infra.registry import cache_folder
 from infra.stage import START_FOLDER
 
 KEPT_FILES = ("dvc.lock",)
@@ -82,7 +82,7 @@ def workspace(
     _make_worktree(root, folder, commit)
     with run_lock(folder, say) as lock:
         _check_out(folder, commit, lock)
-        _share_cache(root, folder)
+        share_settings(root, folder)
         _share_starts(root, folder)
         write_atomic(folder / PARAMS_FILE, yaml_text(params).encode())
         yield lock
@@ -158,21 +158,6 @@ def _drop_torn_lock(folder: Path) -> None:
     path = folder / "dvc.lock"
     if path.is_file() and not lock_is_whole(path.read_text("utf-8", "replace")):
         path.unlink()
-
-
-def _share_cache(root: Path, folder: Path) -> None:
-    """DVC's settings that git does not know (credentials), and the cache of `root`."""
-    import configparser
-
-    parser = configparser.ConfigParser(interpolation=None)
-    parser.read(root / ".dvc" / "config.local", encoding="utf-8")
-    if not parser.has_section("cache"):
-        parser.add_section("cache")
-    parser.set("cache", "dir", str(cache_folder(root).resolve()))
-    text = io.StringIO()
-    parser.write(text)
-    # It may hold keys: for nobody else's eyes, whatever the umask.
-    write_atomic(folder / ".dvc" / "config.local", text.getvalue().encode(), mode=0o600)
 
 
 def _share_starts(root: Path, folder: Path) -> None:

@@ -5,7 +5,6 @@ The tags follow GTO (`internvl_c@v0.1.0` is a version, `internvl_c#champion#1` a
 names the weights by their hash in DVC's cache: nothing else stores what a model is.
 """
 
-import configparser
 import dataclasses
 import hashlib
 import json
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from infra.config import parse_value
+from infra.dvccache import cache_folder, md5_of, object_path
 from infra.errors import ConfigError, DataError, ModelError
 from infra.files import require_writable_folder
 from infra.git import common_folder, git, identity, read, snapshot
@@ -290,16 +290,6 @@ def locked_file(root: Path, lock: str, path: str) -> Path:
     return _object(root, files[name])
 
 
-def cache_folder(root: Path) -> Path:
-    """DVC's cache of a checkout, as .dvc/config and .dvc/config.local say."""
-    for name in ("config.local", "config"):
-        parser = configparser.ConfigParser(interpolation=None)
-        parser.read(root / ".dvc" / name, encoding="utf-8")
-        if folder := parser.get("cache", "dir", fallback=None):
-            return (root / ".dvc" / folder).resolve()
-    return root / ".dvc" / "cache"
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Tag:
     name: str
@@ -367,10 +357,11 @@ def _identity(files: dict[str, str]) -> str:
 
 def _object(root: Path, md5: str) -> Path:
     """An object of DVC's cache. Raises DataError if it is missing."""
-    path = cache_folder(root) / "files" / "md5" / md5[:2] / md5[2:]
+    cache = cache_folder(root)
+    path = object_path(cache, md5)
     if not path.is_file():
         raise DataError(
-            f"DVC's cache in {cache_folder(root)} lacks {md5}; `vlfoundry fetch MODEL` gets it "
+            f"DVC's cache in {cache} lacks {md5}; `vlfoundry fetch MODEL` gets it "
             "from DVC's remote, if there is one; or run the pipeline again"
         )
     return path
@@ -379,7 +370,7 @@ def _object(root: Path, md5: str) -> Path:
 def check_files(folder: Path, entries: dict[str, str]) -> None:
     """Raises DataError, naming the files, unless the folder has just these, each of its hash."""
     found = {
-        file.relative_to(folder).as_posix(): _md5(file)
+        file.relative_to(folder).as_posix(): md5_of(file)
         for file in sorted(folder.rglob("*"))
         if file.is_file()
     }
@@ -399,7 +390,7 @@ def _fetch(root: Path, version: Version, entries: dict[str, str], folder: Path) 
         target = part / name
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(_object(root, md5), target)
-        if (got := _md5(target)) != md5:  # DVC itself does not check this when it checks out
+        if (got := md5_of(target)) != md5:  # DVC itself does not check this when it checks out
             raise DataError(
                 f"{version.ref}: {name} in DVC's cache is damaged (hash {got}, expected {md5}); "
                 "delete the object and fetch or run it again"
@@ -410,8 +401,3 @@ def _fetch(root: Path, version: Version, entries: dict[str, str], folder: Path) 
         shutil.rmtree(part)
         if not folder.is_dir():
             raise
-
-
-def _md5(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "md5").hexdigest()

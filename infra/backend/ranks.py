@@ -19,7 +19,6 @@ import os
 import pickle
 import selectors
 import signal
-import socket
 import sys
 import threading
 import time
@@ -61,10 +60,8 @@ class Rank:
     """0 .. count-1"""
     count: int
     """how many there are"""
-    address: tuple[str, int]
-    """host and port where rank 0 keeps the rendezvous store"""
-    listener: int | None
-    """rank 0: file descriptor of the socket that already listens there"""
+    store: int
+    """file descriptor, the same file on all, by which they find each other"""
 
 
 @dataclasses.dataclass
@@ -124,14 +121,14 @@ def run_ranks(
         KeyboardInterrupt: the parent was asked to stop and the ranks had nothing to save.
     """
     _prepare_parent()
-    with listen() as listener:
-        crew = _Crew()
-        with _forward_signals(crew):
-            try:
-                crew.start(listener, ranks, threads, lambda: fn(*args))
-                crew.wait(timeout_s)
-            finally:
-                crew.kill()
+    listen().close()  # the ranks will, on sockets of their own
+    crew = _Crew()
+    with os.fdopen(os.memfd_create("ranks")) as store, _forward_signals(crew):
+        try:
+            crew.start(store.fileno(), ranks, threads, lambda: fn(*args))
+            crew.wait(timeout_s)
+        finally:
+            crew.kill()
     return crew.results()
 
 
@@ -186,30 +183,20 @@ class _Crew:
         """readable when a signal has come"""
         self._members: list[_Member] = []
 
-    def start(
-        self, listener: socket.socket, ranks: int, threads: int, work: Callable[[], Any]
-    ) -> None:
+    def start(self, store: int, ranks: int, threads: int, work: Callable[[], Any]) -> None:
         """Fork all ranks."""
         # Objects made so far never become garbage in a rank; not looking at them again saves
         # both time in its collector and copies of shared pages.
         gc.freeze()
         try:
             for index in range(ranks):
-                rank = Rank(
-                    index=index,
-                    count=ranks,
-                    address=listener.getsockname(),
-                    listener=listener.fileno() if index == 0 else None,
-                )
-                self._fork(rank, listener, threads, work)
+                self._fork(Rank(index=index, count=ranks, store=store), threads, work)
         finally:
             gc.unfreeze()
         if self.asked_at is not None:  # while we were forking: the last ranks missed it
             self.signal(signal.SIGTERM)
 
-    def _fork(
-        self, rank: Rank, listener: socket.socket, threads: int, work: Callable[[], Any]
-    ) -> None:
+    def _fork(self, rank: Rank, threads: int, work: Callable[[], Any]) -> None:
         read_end, write_end = os.pipe()
         parent = os.getpid()
         # Until the rank has its own handlers, a signal must not run the parent's in it.
@@ -218,8 +205,6 @@ class _Crew:
         if pid == 0:
             for pipe in (read_end, *(member.pipe for member in self._members)):
                 os.close(pipe)
-            if rank.listener is None:
-                listener.close()
             _be_rank(rank, parent, write_end, mask, threads, work)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         os.close(write_end)

@@ -11,7 +11,8 @@ import pytest
 from flows.graph import load_graph
 from flows.launch import EXIT_FAILED, EXIT_REJECTED, finish
 from flows.terminal import Terminal
-from infra.registry import cache_folder, list_models
+from infra.dvccache import cache_folder
+from infra.registry import list_models
 from tests.flows.toy import DVC_YAML, commit_all, sh, steer
 
 GATE_YAML = (

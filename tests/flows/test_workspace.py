@@ -11,9 +11,10 @@ import flows.cli
 from flows.graph import load_graph
 from flows.workspace import Variation, workspace
 from infra.config import load_params
+from infra.dvccache import cache_folder
 from infra.errors import ConfigError, ModelError
 from infra.project import find_root
-from infra.registry import cache_folder, resolve_model
+from infra.registry import resolve_model
 from tests.flows.toy import DVC_YAML, reproduce, sh
 from tests.tiny import ROOT
 
@@ -89,7 +90,7 @@ def test_mistakes_are_messages(toy: Path, tmp_path: Path) -> None:
 def test_secrets_stay_where_they_are(toy: Path) -> None:
     """Keys in DVC's own file keep their mode; what nobody names is in no commit of a run."""
     local = toy / ".dvc" / "config.local"
-    local.write_text("['remote \"store\"']\n    access_key_id = K\n")
+    local.write_text("['remote \"store\"']\n    url = s3://b/c\n    access_key_id = K\n")
     local.chmod(0o600)
     (toy / "dvc.yaml").write_text(
         DVC_YAML.replace("[source.txt, work.py]", "[source.txt, work.py, data/chat]")

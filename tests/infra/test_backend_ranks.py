@@ -80,6 +80,23 @@ def test_a_rank_joins_and_leaves_as_many_worlds_as_it_likes(run_ranks):
         assert len(named_as_the_rank) == 2, threads  # it itself, and the device's
 
 
+def test_ranks_meet_without_a_resolver(run_ranks):
+    """A TCPStore, torch's default, looks up the name of each peer's address."""
+
+    def work():
+        from torch.distributed import FileStore, distributed_c10d
+
+        from infra.backend import Layout
+        from infra.backend.parallel import parallel
+
+        with parallel(Layout(data=2)):
+            return isinstance(
+                distributed_c10d._get_default_store().underlying_store.underlying_store, FileStore
+            )
+
+    assert run_ranks(work, ranks=2) == [True, True]
+
+
 def test_failure_shows_its_traceback_and_ends_the_others(run_ranks, tmp_path):
     def work():
         if this_rank().index == 1:
