@@ -118,15 +118,18 @@ class Root:
         return data
 
     def names(self, folder: str = "") -> list[str]:
-        """Names of what is in a folder below the root, sorted. Raises DataError."""
+        """Names of what is in a folder below the root, sorted, hidden ones left out: macOS puts a
+        ._x.parquet beside each x.parquet on a disk that is not its own. Raises DataError."""
         if folder:
             self._checked(folder)
         place = self._below(folder)
         with self._explained(f"{folder or self.place} cannot be listed as a folder"):
             if self._fs is None:
-                return sorted(os.listdir(place))
-            found = self._fs.ls(place, detail=False)
-        return sorted(path.rstrip("/").rpartition("/")[2] for path in found)
+                found = os.listdir(place)
+            else:
+                paths = self._fs.ls(place, detail=False)
+                found = [path.rstrip("/").rpartition("/")[2] for path in paths]
+        return sorted(name for name in found if not name.startswith("."))
 
     def open(self, name: str) -> BinaryIO:
         """The file `name`, to be read in parts. Raises DataError as `read` does."""

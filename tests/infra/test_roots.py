@@ -37,6 +37,7 @@ def test_what_is_below_the_root_is_read(folder):
     assert root.read("in/a b.png") == b"inside"
     assert root.read("./sub/./a b.png") == b"inside"
     assert root.read("~odd") == b"tilde"
+    (folder / "sub" / "._a b.png").write_bytes(b"of macOS")
     assert root.names("sub") == ["a b.png"]
 
 
@@ -87,8 +88,9 @@ def test_a_huge_file_is_not_read(folder):
 def test_a_root_may_be_a_url_and_a_name_may_not_leave_it():
     import fsspec
 
-    with fsspec.open("memory://roots/a/b.png", "wb") as stream:
-        stream.write(b"there")
+    for name in ("b.png", ".DS_Store"):
+        with fsspec.open(f"memory://roots/a/{name}", "wb") as stream:
+            stream.write(b"there")
     root = Root("memory://roots/a")
     assert root.read("b.png") == b"there"
     assert root.names() == ["b.png"]
