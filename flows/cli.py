@@ -61,7 +61,10 @@ def run(
     variation = Variation(profile=profile, overrides=tuple(set_ or ()))
     raise typer.Exit(
         run_pipeline(
-            find_root(), stages=tuple(stage or ()), variation=variation, workspace=workspace
+            find_root(),
+            stages=tuple(stage or ()),
+            variation=variation,
+            workspace=workspace and workspace.expanduser(),
         )
     )
 

@@ -11,8 +11,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+from flows.restored import drop_damaged_objects
 from infra.config import parse_value
-from infra.dvccache import share_settings
+from infra.dvccache import cache_folder, share_settings
 from infra.errors import DataError
 from infra.git import git, read, repository_lock
 from infra.registry import find_version, locked_file, locked_files
@@ -37,8 +38,13 @@ def fetch(root: Path, model: str, *, everything: bool = False) -> str:
     version = find_version(root, model)
     lock = read(root, version.commit, "dvc.lock") or ""
     stages = (parse_value(lock) or {}).get("stages", {})
-    made = [out["path"] for stage in stages.values() for out in stage.get("outs", [])]
-    wanted = [path for path in made if path == version.path or Path(path).name in NEEDED]
+    made = {out["path"]: out["md5"] for stage in stages.values() for out in stage.get("outs", [])}
+    wanted = [
+        path for path in made if everything or path == version.path or Path(path).name in NEEDED
+    ]
+    cache = cache_folder(root)
+    for path in wanted:  # what is there is not fetched again
+        drop_damaged_objects(cache, made[path])
     (root / "work").mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="fetch-", dir=root / "work") as folder:
         place = Path(folder) / "run"
@@ -52,25 +58,31 @@ def fetch(root: Path, model: str, *, everything: bool = False) -> str:
         finally:
             with repository_lock(root):
                 git(root, "worktree", "remove", "--force", str(place))
+    damaged = [str(thing) for path in wanted for thing in drop_damaged_objects(cache, made[path])]
+    if damaged:
+        raise DataError(
+            f"DVC's remote has other bytes of {version.ref} than its run made (seen in "
+            f"{', '.join(damaged)}, and deleted there); delete them in the remote, and `dvc push` "
+            "where it was trained"
+        )
     if not _is_here(root, lock, version.path):
         raise DataError(
-            f"DVC could not fetch {version.ref}{said}; `dvc remote list` shows what is "
-            "configured, `dvc remote add -d NAME URL` adds a remote, and `dvc push` where it was "
-            "trained fills it"
+            f"DVC could not fetch {version.ref}: {said or 'no remote has all of it'}; "
+            "`dvc remote list` shows what is configured, `dvc remote add -d NAME URL` adds a "
+            "remote, and `dvc push` in the checkout or workspace where it was trained fills it"
         )
     return f"{version.ref}: {'all' if everything else 'the model'} of its run is in DVC's cache"
 
 
 def _dvc_fetch(place: Path, targets: list[str]) -> str:
-    """Let DVC fetch; what it complained about, if it did. It does not always fail without a
-    remote."""
+    """Let DVC fetch; the first error that it told. It does not always fail without a remote."""
     ended = subprocess.run(
         [sys.executable, "-m", "dvc", "fetch", *targets],
         cwd=place, capture_output=True, text=True, check=False,
         env={**os.environ, "DVC_NO_ANALYTICS": "1"},
     )  # fmt: skip
     errors = [line for line in ended.stderr.splitlines() if line.startswith("ERROR: ")]
-    return f": {errors[0].removeprefix('ERROR: ')}" if errors else ""
+    return errors[0].removeprefix("ERROR: ") if errors else ""
 
 
 def _is_here(root: Path, lock: str, path: str) -> bool:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.dvclocks import patiently
-from infra.dvccache import find_home
+from infra.dvccache import read_settings
 from infra.errors import ConfigError, DataError
 from infra.files import write_atomic
 
@@ -101,11 +101,12 @@ def load_graph(root: Path, say: Callable[[str], None] = print) -> Graph:
         say: is told if this waits for another DVC process.
 
     Raises:
+        ConfigError: DVC cannot read its settings.
         DataError: dvc.yaml or dvc.lock cannot be read, or another DVC keeps its lock.
         OSError: DVC's folder cannot be written.
     """
     os.environ.setdefault("DVC_NO_ANALYTICS", "1")
-    find_home(root)
+    read_settings(root)
     from dvc.exceptions import DvcException
     from dvc.lock import LockError
     from dvc.repo import Repo

@@ -26,7 +26,7 @@ from flows.workspace import Variation
 from flows.workspace import workspace as prepared
 from infra.config import parse_value
 from infra.dvccache import cache_folder
-from infra.errors import UserError
+from infra.errors import UserError, ending, killed_by
 from infra.registry import GATE_DECISION
 from infra.space import free_bytes, no_space, require_space, said
 from infra.stage import START_FOLDER
@@ -38,6 +38,7 @@ EXIT_CANCELLED = 130
 EXTERNAL = "PREFECT_API_URL"
 GATE = "gate"
 """the stage whose verdict is the run's"""
+REPORT = "report"
 REPORT_DATA = Path("artifacts/report/report.json")
 REPORT_PAGE = Path("work/report/index.html")
 TAIL_SHOWN = 15
@@ -149,12 +150,12 @@ def _close(run: Run, began: float) -> int:
     for result in results:
         _explain(result, root, terminal)
     terminal.say(summary_table(results, began))
-    if (root / REPORT_PAGE).is_file():
+    if any(r.name == REPORT and r.good for r in results) and (root / REPORT_PAGE).is_file():
         terminal.say(f"report: {root / REPORT_PAGE}")
     for line in run.closing.lines:
         terminal.say(line)
     if run.cancelled:
-        terminal.say("stopped; run `make run` again to go on: finished stages are kept")
+        terminal.say("stopped; run the same command again to go on: finished stages are kept")
         return EXIT_CANCELLED
     if run.closing.failed or not all(result.good for result in results):
         return EXIT_FAILED
@@ -221,7 +222,10 @@ def _written(root: Path) -> tuple[Path, ...]:
 def _explain(result: StageResult, root: Path, terminal: Terminal) -> None:
     if result.state not in ("failed", "timed out"):
         return
-    terminal.say(f"{result.name} {result.state}; its last lines:")
+    killed = ""
+    if result.state == "failed" and result.code and killed_by(result.code):
+        killed = f" ({ending(result.code)})"
+    terminal.say(f"{result.name} {result.state}{killed}; its last lines:")
     for line in [line for line in result.tail if not DVC_NOISE.match(line)][-TAIL_SHOWN:]:
         terminal.say(f"    {line}")
     if any(no_space(RuntimeError(line)) for line in result.tail):  # DVC's words, or the stage's

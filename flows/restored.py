@@ -27,27 +27,36 @@ def drop_damaged(root: Path, stage: str) -> list[str]:
     outs = ((parse_value(text) or {}).get("stages", {}).get(stage) or {}).get("outs", [])
     damaged, cache = [], cache_folder(root)
     for out in outs:
-        wrong = list(_wrong_objects(root / out["path"], out["md5"], cache))
-        for md5 in wrong:
-            _delete(object_path(cache, md5))
-        if wrong:
+        if drop_damaged_objects(cache, out["md5"], root / out["path"]):
             _delete(root / out["path"])
             damaged.append(out["path"])
     return damaged
 
 
-def _wrong_objects(place: Path, md5: str, cache: Path) -> Iterator[str]:
-    """Names of the objects of one output whose content, in the workspace or in the cache, is of
-    another hash. An output that is missing has none: DVC sees that itself."""
+def drop_damaged_objects(cache: Path, md5: str, place: Path | None = None) -> list[Path]:
+    """Delete the objects of one output whose content is of another hash; where they were.
+
+    Args:
+        md5: of the output, as dvc.lock has it.
+        place: where the output is checked out; what differs there counts as damaged too.
+    """
+    wrong = [object_path(cache, name) for name in _wrong_objects(place, md5, cache)]
+    for path in wrong:
+        _delete(path)
+    return wrong
+
+
+def _wrong_objects(place: Path | None, md5: str, cache: Path) -> Iterator[str]:
+    """An output that is missing has none: DVC sees that itself."""
     thing = object_path(cache, md5)
     if not md5.endswith(DIRECTORY):
-        if _differs(place, md5) or _differs(thing, md5):
+        if _differs(thing, md5) or (place and _differs(place, md5)):
             yield md5
     elif _differs(thing, md5.removesuffix(DIRECTORY)):
         yield md5
     elif thing.is_file():
         for entry in json.loads(thing.read_bytes()):
-            yield from _wrong_objects(place / entry["relpath"], entry["md5"], cache)
+            yield from _wrong_objects(place and place / entry["relpath"], entry["md5"], cache)
 
 
 def _differs(path: Path, md5: str) -> bool:

@@ -124,8 +124,7 @@ class Server:
     @property
     def ending(self) -> str:
         """How it ended, in words."""
-        code = self.process.wait()  # of the guard: 128 + the signal that ended the server
-        return ending(128 - code if code > 128 else code)
+        return ending(self.process.wait())
 
     def wait(self, limit_s: float = START_LIMIT_S) -> str:
         """Block until the server answers; its URL. Raises ServerError."""

@@ -5,7 +5,6 @@ holds its architecture and makes the stage that fits its kind go on from it.
 """
 
 import json
-import os
 import re
 import shutil
 from pathlib import Path
@@ -15,7 +14,9 @@ from eval.variants import MODELS
 from flows.recipes import PROFILES
 from flows.workspace import yaml_text
 from infra.config import to_dict
+from infra.dvccache import cache_folder
 from infra.errors import ConfigError, ModelError, one_line
+from infra.files import new_folder
 from infra.fingerprint import fingerprint
 from infra.givenfiles import check_inside
 from infra.registry import fetch_version, find_version
@@ -175,16 +176,13 @@ def _copy(root: Path | None, source: Path, target: Path) -> list[str]:
     """Appears when it is complete. What already says where it came from goes on saying that."""
     read_config(source)
     _refuse_links(root, source)
-    part = target.with_name(f"{target.name}.{os.getpid()}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    shutil.copytree(source, part)
-    digest = fingerprint(source)
-    if fingerprint(part) != digest:
-        shutil.rmtree(part)
-        raise ModelError(f"{source} changed while it was copied; try again when it is at rest")
-    if not (part / ORIGIN_FILE).is_file():
-        _write_origin(part, folder=_place(root, source), sha256=digest)
-    part.rename(target)
+    with new_folder(target) as part:
+        shutil.copytree(source, part, dirs_exist_ok=True)
+        digest = fingerprint(source)
+        if fingerprint(part) != digest:
+            raise ModelError(f"{source} changed while it was copied; try again when it is at rest")
+        if not (part / ORIGIN_FILE).is_file():
+            _write_origin(part, folder=_place(root, source), sha256=digest)
     return [f"{source} is in {target}, sha256 {digest[:12]}"]
 
 
@@ -194,7 +192,7 @@ def _refuse_links(root: Path | None, source: Path) -> None:
     Raises:
         ModelError: a link leads elsewhere, or a file is none.
     """
-    cache = [root / ".dvc" / "cache"] if root else []
+    cache = [cache_folder(root)] if root else []
     for path in sorted(source.rglob("*")):
         if path.is_symlink() or not path.is_dir():
             check_inside(path, source, *cache)

@@ -78,6 +78,12 @@ def workspace(
     params = variation.apply(root)
     check_parameters(root, params)  # before anything of it is made
     folder = (folder or root / "work" / "workspaces" / variation.name).resolve()
+    inside = root.resolve() in folder.parents
+    if inside and not folder.is_relative_to(root.resolve() / "work"):
+        raise ConfigError(
+            f"--workspace {folder} is inside of the checkout; name a folder outside of it, or "
+            f"below {root / 'work'}"
+        )
     commit = snapshot(root, say)
     _make_worktree(root, folder, commit)
     with run_lock(folder, say) as lock:

@@ -24,7 +24,7 @@ LOCAL = Path(".dvc/config.local")
 
 def cache_folder(root: Path) -> Path:
     """DVC's cache of a checkout. Raises ConfigError if DVC cannot read its settings."""
-    folder = _settings(root)["cache"].get("dir")
+    folder = read_settings(root)["cache"].get("dir")
     return Path(folder).resolve() if folder else root / ".dvc" / "cache"
 
 
@@ -51,7 +51,7 @@ def share_settings(root: Path, place: Path) -> None:
     from configobj import ConfigObj
     from dvc.config_schema import RelPath
 
-    settings = _settings(root)
+    settings = read_settings(root)
     shared: Any = ConfigObj(str(root / LOCAL), encoding="utf-8")
     for level in ("repo", "local"):
         for name, options in settings.load_one(level)["remote"].items():
@@ -64,7 +64,7 @@ def share_settings(root: Path, place: Path) -> None:
     write_atomic(place / LOCAL, text.getvalue(), mode=0o600)
 
 
-def find_home(root: Path) -> None:
+def _find_home(root: Path) -> None:
     """Give DVC a folder where it looks for the user's settings, if HOME is none: /dev/null, as
     services have it."""
     home = Path.home()
@@ -72,13 +72,20 @@ def find_home(root: Path) -> None:
         os.environ["HOME"] = str(root / ".dvc" / "tmp" / "home")
 
 
-def _settings(root: Path) -> Config:
-    find_home(root)
+def read_settings(root: Path) -> Config:
+    """All settings that count for a checkout. Raises ConfigError if DVC cannot read them."""
+    _find_home(root)
+    from configobj import ConfigObjError
     from dvc.config import Config
     from dvc.config import ConfigError as Refused
 
     try:
         return Config(str(root / ".dvc"))
-    except Refused as error:
+    except (Refused, ConfigObjError, TypeError) as error:
         said = " ".join(str(error.__cause__ or error).split())
-        raise ConfigError(f"DVC cannot read its settings for {root}: {said}") from error
+        if not isinstance(error, Refused):  # DVC itself ends in a traceback then
+            said += "; a value with a comma needs quotes, and one with `%(` cannot be read"
+        raise ConfigError(
+            f"DVC cannot read its settings for {root} (.dvc/config, .dvc/config.local, or those "
+            f"of the user): {said}"
+        ) from error

@@ -48,12 +48,19 @@ class KilledError(RuntimeError):
         return cls(f"{what} {ending(exit_code)}")
 
 
+def killed_by(exit_code: int) -> int | None:
+    """The signal that ended a process, told as -N or, by a shell or the guard, as 128 + N."""
+    if exit_code < 0:
+        return -exit_code
+    return exit_code - 128 if 128 < exit_code <= 192 else None
+
+
 def ending(exit_code: int) -> str:
     """How a process ended, in words: `was killed by SIGKILL (out of memory?)`."""
-    if exit_code >= 0:
+    signum = killed_by(exit_code)
+    if signum is None:
         return f"ended unasked with exit code {exit_code}"
     import signal
 
-    signum = -exit_code
     name = signal.Signals(signum).name if signum in set(signal.Signals) else f"signal {signum}"
     return f"was killed by {name}{' (out of memory?)' if signum == signal.SIGKILL else ''}"

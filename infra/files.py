@@ -1,12 +1,16 @@
-"""Whether a place can be written, what kind of file a path is, and replacing a file whole."""
+"""Whether a place can be written, what kind of file a path is, and writing all of it or nothing."""
 
 import errno
+import fnmatch
 import os
+import shutil
 import stat
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from infra.errors import UserError
+from infra.errors import ModelError, UserError
 
 REASONS = {
     errno.EACCES: "permission denied",
@@ -24,6 +28,14 @@ _KINDS = (
     (stat.S_ISBLK, "a device"),
     (stat.S_ISSOCK, "a socket"),
 )
+
+LITTER = (".DS_Store", "._*", "Thumbs.db", "desktop.ini")
+"""what macOS and Windows leave in folders; .dvcignore has the same"""
+
+_NO_PLACE = (
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENOENT,
+    errno.ENAMETOOLONG, errno.EFBIG,
+)  # fmt: skip
 
 REFUSALS = REASONS.keys() | {errno.EISDIR, errno.ENOTDIR, errno.ELOOP}
 
@@ -81,6 +93,14 @@ def refused(error: OSError) -> UserError | None:
     return UserError(f"{os.fsdecode(error.filename)}: {reason}")
 
 
+def files_below(folder: Path) -> Iterator[Path]:
+    """The plain files below a folder, sorted, without what file managers leave there (`LITTER`)."""
+    for path in sorted(folder.rglob("*")):
+        litter = any(fnmatch.fnmatchcase(path.name, pattern) for pattern in LITTER)
+        if not litter and path.is_file():
+            yield path
+
+
 def kind_of(mode: int) -> str:
     """What a path that is no plain file is, in words for a message, from its `st_mode`."""
     return next((words for is_kind, words in _KINDS if is_kind(mode)), "something else")
@@ -99,6 +119,29 @@ def write_atomic(path: Path, content: str | bytes, mode: int = 0o666) -> None:
     with os.fdopen(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
         file.write(content.encode() if isinstance(content, str) else content)
     unfinished.replace(path)
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A folder beside the one that is to be, whose place it takes when it is complete.
+
+    Raises:
+        ModelError: it cannot be made or written there. Nothing is left of it then, nor after any
+            other error.
+    """
+    target = target.resolve()
+    part = target.with_name(f"{target.name}.{os.getpid()}.part")
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        yield part
+        part.rename(target)
+    except OSError as error:
+        if error.errno not in _NO_PLACE:
+            raise
+        raise ModelError(f"{target} cannot be written: {error.strerror}") from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def _require_creatable(real: Path, path: Path, what: str) -> None:

@@ -4,6 +4,7 @@ import hashlib
 from pathlib import Path
 
 from infra.errors import DataError
+from infra.files import files_below
 
 CHUNK_BYTES = 1 << 20
 
@@ -16,6 +17,8 @@ def sha256_bytes(data: bytes) -> str:
 def fingerprint(path: str | Path) -> str:
     """Hexadecimal sha256 of a file, or of a folder's sorted (relative name, sha256) pairs.
 
+    What file managers leave in folders does not count, nor does it for DVC (.dvcignore).
+
     Raises DataError if there is nothing at `path`.
     """
     path = Path(path)
@@ -24,7 +27,7 @@ def fingerprint(path: str | Path) -> str:
     if not path.is_dir():
         raise DataError(f"{path} does not exist; run the stage that makes it first")
     digest = hashlib.sha256()
-    for file in sorted(p for p in path.rglob("*") if p.is_file()):
+    for file in files_below(path):
         digest.update(f"{file.relative_to(path).as_posix()}\0{_sha256_file(file)}\n".encode())
     return digest.hexdigest()
 

@@ -17,7 +17,7 @@ from typing import Any
 from infra.config import parse_value
 from infra.dvccache import cache_folder, md5_of, object_path
 from infra.errors import ConfigError, DataError, ModelError
-from infra.files import require_writable_folder
+from infra.files import files_below, new_folder, require_writable_folder
 from infra.git import common_folder, git, identity, read, snapshot
 from infra.project import find_root
 
@@ -369,11 +369,7 @@ def _object(root: Path, md5: str) -> Path:
 
 def check_files(folder: Path, entries: dict[str, str]) -> None:
     """Raises DataError, naming the files, unless the folder has just these, each of its hash."""
-    found = {
-        file.relative_to(folder).as_posix(): md5_of(file)
-        for file in sorted(folder.rglob("*"))
-        if file.is_file()
-    }
+    found = {file.relative_to(folder).as_posix(): md5_of(file) for file in files_below(folder)}
     if found != entries:
         differing = sorted(name for name in found | entries if found.get(name) != entries.get(name))
         raise DataError(
@@ -384,20 +380,18 @@ def check_files(folder: Path, entries: dict[str, str]) -> None:
 
 def _fetch(root: Path, version: Version, entries: dict[str, str], folder: Path) -> None:
     """Copy a model out of the cache, every file checked; `folder` appears when it is complete."""
-    part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    for name, md5 in entries.items():
-        target = part / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(_object(root, md5), target)
-        if (got := md5_of(target)) != md5:  # DVC itself does not check this when it checks out
-            raise DataError(
-                f"{version.ref}: {name} in DVC's cache is damaged (hash {got}, expected {md5}); "
-                "delete the object and fetch or run it again"
-            )
     try:
-        part.rename(folder)
-    except OSError:  # somebody else was quicker
-        shutil.rmtree(part)
+        with new_folder(folder) as part:
+            for name, md5 in entries.items():
+                target, source = part / name, _object(root, md5)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source, target)
+                if (got := md5_of(target)) != md5:  # DVC itself does not check it at a checkout
+                    raise DataError(
+                        f"{version.ref}: {name} in DVC's cache is damaged ({source} has hash "
+                        f"{got}); `vlfoundry fetch {version.ref}` gets it again from DVC's "
+                        "remote, if there is one; else delete that file and run the pipeline again"
+                    )
+    except OSError:  # somebody else was quicker, if the folder is there
         if not folder.is_dir():
             raise

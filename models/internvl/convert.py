@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from infra.errors import ConfigError, ModelError
+from infra.files import new_folder
 from infra.givenfiles import read_mapping, shown
 from infra.tensorfiles import TensorFacts, TensorFiles, write_tensors
 from models.chat.official import KEPT, OfficialTokenizer, small_files, template_name
@@ -27,7 +28,7 @@ from models.common.keymap import Key, check_names
 from models.internvit import hf as vision_hf
 from models.internvl import hf
 from models.internvl.config import PARTS, InternVLConfig
-from models.internvl.folder import new_folder, read_config, refuse_overwriting, write_config
+from models.internvl.folder import read_config, refuse_overwriting, write_config
 from models.internvl.handover import (
     LANGUAGE,
     PICTURES,

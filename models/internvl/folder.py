@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
-import shutil
 import struct
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 from infra.config import build, to_dict
@@ -18,10 +14,6 @@ from models.internvl.config import PARTS, InternVLConfig
 from models.plan.weights import weights
 
 FORMAT = "vlfoundry.model.v1"
-_NO_PLACE = (
-    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENOENT,
-    errno.ENAMETOOLONG, errno.EFBIG,
-)  # fmt: skip
 
 
 def write_config(folder: Path, kind: str, config: InternVLConfig) -> None:
@@ -99,29 +91,6 @@ def refuse_overwriting(target: Path) -> None:
     """Raises ModelError if something is in the folder that is to be made."""
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ModelError(f"{target} is there already; name a folder that is not there, or is empty")
-
-
-@contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
-    """A folder beside the one that is to be, whose place it takes when it is complete.
-
-    Raises:
-        ModelError: it cannot be made or written there. Nothing is left of it then, nor after any
-            other error.
-    """
-    target = target.resolve()
-    part = target.with_name(f"{target.name}.{os.getpid()}.part")
-    try:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        yield part
-        part.rename(target)
-    except OSError as error:
-        if error.errno not in _NO_PLACE:
-            raise
-        raise ModelError(f"{target} cannot be written: {error.strerror}") from None
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def weight_shapes(folder: str | Path) -> dict[str, tuple[int, ...]]:

@@ -159,11 +159,15 @@ def test_what_a_killed_git_has_left(toy: Path) -> None:
 def test_checkouts_are_no_workspaces(toy: Path, tmp_path: Path) -> None:
     sh(tmp_path, "git", "clone", "--quiet", str(toy), str(tmp_path / "other"))
     sh(toy, "git", "worktree", "add", "--quiet", "-b", "mine", str(tmp_path / "mine"))
+    (toy / "work").mkdir(exist_ok=True)
+    (toy / "work" / "file").touch()
     for place, said in (
         (toy, "is a checkout, not a workspace"),
         (tmp_path / "other", "is a checkout, not a workspace"),
         (tmp_path / "mine", "has branch 'mine' checked out"),
-        (toy / "work.py", "is not a directory"),
+        (toy / "work.py", "is inside of the checkout"),
+        (toy / "~" / "new", "is inside of the checkout"),
+        (toy / "work" / "file", "is not a directory"),
     ):
         with pytest.raises(ConfigError, match=said), workspace(toy, Variation(), place):
             pass

@@ -107,7 +107,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(toy: Path, prefect_server: str, mark
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 130, output
     assert (toy / "work" / "saved").exists()
-    assert "run `make run` again to go on" in output
+    assert "run the same command again to go on" in output
     assert processes_marked(mark) == []
     newest = ask(prefect_server, "flow_runs/filter", sort="START_TIME_DESC", limit=1)
     assert newest[0]["state_type"] == "CANCELLED"

@@ -11,6 +11,7 @@ import pytest
 from flows.fetch import fetch
 from flows.launch import finish
 from flows.start import bring
+from infra.dvccache import cache_folder, md5_of, object_path
 from infra.errors import DataError, ModelError
 from infra.git import git
 from infra.registry import (
@@ -196,6 +197,33 @@ def test_a_second_machine_fetches_from_a_remote_that_came_after_the_run(
     assert (folder / "weights").read_bytes() == (trained / MODEL / "weights").read_bytes()
     assert sh(second, "git", "worktree", "list").count("\n") == 1
     assert not list((second / "work").glob("fetch-*"))
+
+
+def overwrite(path: Path) -> None:
+    path.chmod(0o644)
+    path.write_bytes(b"x" * path.stat().st_size)
+
+
+def test_what_is_fetched_is_what_the_run_made(trained: Path, tmp_path: Path) -> None:
+    version = register_model(trained, MODEL)
+    dvc = (sys.executable, "-m", "dvc")
+    store, target = tmp_path / "store", trained / "data/start/it"
+    sh(trained, *dvc, "remote", "add", "--quiet", "--default", "store", str(store))
+    sh(trained, *dvc, "push", "--quiet")
+    md5 = md5_of(trained / MODEL / "weights")
+    here = object_path(cache_folder(trained), md5)
+    overwrite(here)
+    with pytest.raises(DataError, match=r"weights in DVC's cache is damaged .*vlfoundry fetch"):
+        bring(trained, version.ref, target)
+    assert list(target.parent.iterdir()) == []
+    fetch(trained, version.ref)
+    bring(trained, version.ref, target)
+    assert md5_of(target / "weights") == md5
+    overwrite(here)
+    overwrite(store / "files" / "md5" / md5[:2] / md5[2:])
+    with pytest.raises(DataError, match=r"remote has other bytes of toy_a@v0\.1\.0"):
+        fetch(trained, version.ref)
+    assert not here.exists()
 
 
 @pytest.mark.parametrize("stage", ["bad stage!", "", "Champion", "a/b"])

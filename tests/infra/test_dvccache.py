@@ -64,7 +64,15 @@ def test_another_checkout_reaches_the_same_remotes(places: tuple[Path, Path]) ->
     assert dvc(second, "config", "remote.far.credentialpath") == str(first / ".dvc" / "keys")
 
 
-@pytest.mark.parametrize("text", ["[cache\n", "[cache]\n    dri = x\n"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[cache\n",
+        "[cache]\n    dri = x\n",
+        "[cache]\n    dir = /a, b\n",
+        "['remote \"r\"']\n    url = s3://b\n    secret_access_key = a%(b)sc\n",
+    ],
+)
 def test_settings_that_dvc_refuses(places: tuple[Path, Path], text: str) -> None:
     (places[0] / ".dvc/config").write_text(text)
     with pytest.raises(ConfigError, match="DVC cannot read its settings"):

@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 
 from infra.errors import UserError
-from infra.files import require_writable, require_writable_folder, write_atomic
+from infra.files import (
+    LITTER,
+    files_below,
+    require_writable,
+    require_writable_folder,
+    write_atomic,
+)
+from infra.fingerprint import fingerprint
 from tests.small_disk import MS_RDONLY, fill, small_disk
 
 
@@ -105,3 +112,20 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
         with pytest.raises(OSError, match="No space left"):
             write_atomic(place / "x.json", b"new" * 5000)
         assert (place / "x.json").read_text() == "old"
+
+
+def test_what_file_managers_leave_does_not_count(tmp_path: Path) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / ".hidden").write_text("kept")
+    (tmp_path / "a" / "x.txt").write_text("kept")
+    before = fingerprint(tmp_path)
+    for name in (".DS_Store", "._x.txt", "b/._y", "b/Thumbs.db", "desktop.ini"):
+        (tmp_path / "a" / name).write_text("litter")
+    assert [path.name for path in files_below(tmp_path)] == [".hidden", "x.txt"]
+    assert fingerprint(tmp_path) == before
+
+
+def test_dvc_and_git_leave_out_the_same() -> None:
+    for name in (".dvcignore", ".gitignore"):
+        lines = (Path(__file__).parents[2] / name).read_text("utf-8").splitlines()
+        assert set(LITTER) <= set(lines), name
