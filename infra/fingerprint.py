@@ -6,8 +6,6 @@ from pathlib import Path
 from infra.errors import DataError
 from infra.files import files_below
 
-CHUNK_BYTES = 1 << 20
-
 
 def sha256_bytes(data: bytes) -> str:
     """Hexadecimal sha256 of `data`."""
@@ -33,8 +31,5 @@ def fingerprint(path: str | Path) -> str:
 
 
 def _sha256_file(path: Path) -> str:
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()

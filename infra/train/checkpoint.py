@@ -22,6 +22,7 @@ import shutil
 import signal
 import tempfile
 import traceback
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ from typing import Any
 
 from infra.config import canonical_json
 from infra.errors import KilledError
+from infra.fingerprint import fingerprint
 from infra.launch import die_with_parent
 from infra.space import no_space
 from infra.train.config import TrainConfig
@@ -147,7 +149,7 @@ class Checkpoints:
         files = {name: digest for digests, _ in heard for name, digest in digests.items()}
         for path in pending.unfinished.iterdir():  # what is written last is small
             if path.name not in files:
-                files[path.name] = _digest(path)
+                files[path.name] = fingerprint(path)
         manifest = {**pending.manifest, "files": dict(sorted(files.items()))}
         _write_manifest(pending.unfinished / MANIFEST, manifest)
         shutil.rmtree(pending.final, ignore_errors=True)
@@ -168,7 +170,11 @@ class Checkpoints:
         state = self._state(loading=True)
         if not same_ranks:
             del state["random"]
-        loaded = dist_checkpointing.load(state, str(saved.folder))
+        with warnings.catch_warnings():
+            # Megatron reads the common part on each rank alone, and calls torch in its older way.
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            warnings.filterwarnings("ignore", message="The argument order of load has been changed")
+            loaded = dist_checkpointing.load(state, str(saved.folder))
         with torch.no_grad():  # Megatron fills views of the parameters in place
             self._model.load_state_dict(loaded["model"])
             self._load_optimizer(loaded)
@@ -353,7 +359,7 @@ def _write(function: Callable, rank: Any, buckets: Any, _: Any) -> _Written:
         result = results.get_nowait()
         if isinstance(result, Exception):
             raise result
-        digests = {Path(path).name: _digest(Path(path)) for path, _, _ in buckets}
+        digests = {Path(path).name: fingerprint(path) for path, _, _ in buckets}
     except Exception as error:  # noqa: BLE001 - the ranks raise it
         full = no_space(error, *folders, ask_disks=True)
         if full is None:
@@ -436,11 +442,6 @@ def _read_manifest(path: Path) -> dict[str, Any] | None:
 def _damaged_file(path: Path, digests: dict[str, str]) -> str | None:
     for name, digest in digests.items():
         file = path / name
-        if not file.is_file() or _digest(file) != digest:
+        if not file.is_file() or fingerprint(file) != digest:
             return name
     return None
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

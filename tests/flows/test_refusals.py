@@ -217,3 +217,15 @@ def test_a_failed_stage_is_told_without_prefect_s_words(toy: Path) -> None:
     assert "cannot prepare" in said
     for noise in ("NoneType", "Traceback", "ERROR |", "incomplete"):
         assert noise not in said
+
+
+def test_a_stage_whose_processes_are_killed_is_told_so(toy: Path) -> None:
+    (toy / "work" / "report").mkdir(parents=True)
+    (toy / "work" / "report" / "index.html").write_text("of an earlier run")
+    steer(toy, "prepare", "print('half', flush=True); os.kill(os.getppid(), 9); time.sleep(60)")
+    ended = vlfoundry(toy, "run")
+    assert ended.returncode == 1, ended.stdout + ended.stderr
+    assert (
+        "prepare failed (was killed by SIGKILL (out of memory?)); its last lines:" in ended.stdout
+    )
+    assert "report:" not in ended.stdout

@@ -223,6 +223,7 @@ def test_killed_and_unchanged_it_resumes_killed_and_changed_it_starts_clean(
     done = record(ready)["resumed_from"]
     assert 2 <= done < STEPS
     assert f"going on after step {done} of {STEPS}" in resumed
+    assert "Warning" not in resumed
     assert not list(ready.glob("work/contrastive.*"))
     assert artifacts(ready, "contrastive") == artifacts(trained, "contrastive")
 
