@@ -85,7 +85,7 @@ def test_what_is_not_finished_is_not_seen(run_ranks, tmp_path):
 
         from infra.train import checkpoint
 
-        checkpoint._digest = lambda path: time.sleep(60)
+        checkpoint.fingerprint = lambda path: time.sleep(60)
         return tower.train(tmp_path, CONFIG, kill=(0, 3))
 
     with pytest.raises(RankError, match="rank 0 was killed"):
@@ -104,7 +104,7 @@ def test_a_writer_that_fails_ends_the_run(run_ranks, tmp_path):
         def no_space(path):
             raise OSError("no space left on device")
 
-        checkpoint._digest = no_space
+        checkpoint.fingerprint = no_space
         return tower.train(tmp_path, CONFIG)
 
     with pytest.raises(RankError, match="the writer ended with exit code 1"):
@@ -122,7 +122,7 @@ def test_a_writer_that_is_killed_ends_the_run(run_ranks, tmp_path):
             time.sleep(60)
 
         if this_rank().index == 1:
-            checkpoint._digest = die
+            checkpoint.fingerprint = die
         return tower.train(tmp_path, CONFIG)
 
     with pytest.raises(KilledError, match="writes a checkpoint was killed by SIGKILL"):
