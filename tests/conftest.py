@@ -13,6 +13,7 @@ os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])
 if not Path("/dev/nvidiactl").exists():
     os.environ["TRITON_INTERPRET"] = "1"
 
+import psutil
 import pytest
 
 import infra.train.mfu
@@ -54,3 +55,11 @@ def made_once(
         return folder
 
     return once
+
+
+@pytest.fixture
+def new_children() -> Callable[[], list[psutil.Process]]:
+    """Asks for child processes of this one that came in this test: those that others have left,
+    zombies perhaps, are not its own."""
+    before = psutil.Process().children()
+    return lambda: [child for child in psutil.Process().children() if child not in before]

@@ -4,6 +4,7 @@ import errno
 import os
 import signal
 import time
+from collections.abc import Callable, Iterator
 
 import psutil
 import pytest
@@ -23,6 +24,12 @@ def test_results_come_in_the_order_of_the_jobs() -> None:
     assert len(quick) == 300_000
 
 
+@pytest.fixture(autouse=True)
+def no_job_is_left(new_children: Callable) -> Iterator[None]:
+    yield
+    assert new_children() == []
+
+
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("which", [0, 1, 2])
 def test_a_job_that_is_killed_is_named_and_ends_the_others(signum: int, which: int) -> None:
@@ -36,7 +43,6 @@ def test_a_job_that_is_killed_is_named_and_ends_the_others(signum: int, which: i
     finally:
         signal.signal(signal.SIGTERM, before)
     assert time.monotonic() - began < 5
-    assert not psutil.Process().children()
 
 
 def raise_interrupt(*_: object) -> None:
@@ -62,7 +68,6 @@ def test_mistakes_and_faults() -> None:
 
     with pytest.raises(DataError.__base__, match="no space left on"):
         run_forked({"a": full, "b": sleeper})
-    assert not psutil.Process().children()
 
 
 def test_jobs_end_with_their_parent() -> None:

@@ -115,7 +115,7 @@ def test_a_run_draws_the_same_numbers_with_and_without_workers(shards, torch):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_damaged_sample_is_named(shards, tmp_path, workers):
+def test_a_damaged_sample_is_named(shards, tmp_path, workers, new_children):
     for path in sorted(os.listdir(shards.folder)):
         (tmp_path / path).write_bytes((np.fromfile(f"{shards.folder}/{path}", np.uint8)).tobytes())
     victim = tmp_path / "00002.tar"
@@ -126,36 +126,36 @@ def test_a_damaged_sample_is_named(shards, tmp_path, workers):
 
     with pytest.raises(DataError, match=r"00002\.tar .*cannot be read as a picture"):
         list(map(batches, range(STEPS)))
-    assert not psutil.Process().children()
+    assert new_children() == []
 
 
-def test_another_mistake_keeps_its_traceback():
+def test_another_mistake_keeps_its_traceback(new_children):
     def batch_at(step: int) -> int:
         return {}[step]
 
     with pytest.raises(KeyError, match=r"return \{\}"):
         Prefetch(batch_at, steps=3, workers=1)(0)
-    assert not psutil.Process().children()
+    assert new_children() == []
 
 
-def test_a_worker_that_is_killed_is_an_error():
+def test_a_worker_that_is_killed_is_an_error(new_children):
     batches = Prefetch(lambda _: os.kill(os.getpid(), signal.SIGKILL), steps=3, workers=1)
     with pytest.raises(KilledError, match=r"worker .* was killed by SIGKILL \(out of memory\?\)"):
         batches(0)
-    assert not psutil.Process().children()
+    assert new_children() == []
 
 
-def test_a_worker_that_is_killed_while_nobody_waits_for_it():
+def test_a_worker_that_is_killed_while_nobody_waits_for_it(new_children):
     """Not in the middle of whatever this process does, and within 10 s of the next batch."""
     batches = Prefetch(lambda step: time.sleep(0.1 * step) or step, steps=100, workers=1)
     batches(0)
-    os.kill(psutil.Process().children()[0].pid, signal.SIGKILL)
+    os.kill(new_children()[0].pid, signal.SIGKILL)
     time.sleep(0.3)
     began = time.monotonic()
     with pytest.raises(KilledError, match="was killed by SIGKILL"):
         list(map(batches, range(1, 10)))
     assert time.monotonic() - began < 10
-    assert not psutil.Process().children()
+    assert new_children() == []
 
 
 def test_no_worker_outlives_a_process_that_is_killed():
@@ -176,10 +176,10 @@ def test_no_worker_outlives_a_process_that_is_killed():
     assert not alive
 
 
-def test_a_request_to_stop_is_left_to_the_rank(shards):
+def test_a_request_to_stop_is_left_to_the_rank(shards, new_children):
     """Ctrl-C reaches the whole process group; the workers go on serving the last steps."""
     batches = Prefetch(loader(shards, 0, 1), steps=STEPS, workers=2)
     batches(0)
-    for worker in psutil.Process().children():
+    for worker in new_children():
         worker.send_signal(signal.SIGINT)
     assert [len(batches(step)["places"]) for step in range(1, STEPS)] == [BATCH] * (STEPS - 1)
