@@ -32,10 +32,7 @@ _KINDS = (
 LITTER = (".DS_Store", "._*", "Thumbs.db", "desktop.ini")
 """what macOS and Windows leave in folders; .dvcignore has the same"""
 
-_NO_PLACE = (
-    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENOENT,
-    errno.ENAMETOOLONG, errno.EFBIG,
-)  # fmt: skip
+_NO_PLACE = REASONS.keys() | {errno.ENOTDIR, errno.ENOENT, errno.EFBIG}
 
 REFUSALS = REASONS.keys() | {errno.EISDIR, errno.ENOTDIR, errno.ELOOP}
 
