@@ -25,7 +25,7 @@ def test_the_graph_is_what_dvc_dag_prints(toy: Path, monkeypatch: pytest.MonkeyP
     assert edges(graph) == edges_of_dvc_dag(toy)
     assert [node.name for node in graph.nodes] == ["prepare", "train@a", "train@b", "score"]
     train = graph.node("train@a")
-    assert train.cmd == "python work.py train a"
+    assert train.cmd == "exec python work.py train a"
     assert train.deps == ("artifacts/prepare",)
     assert train.outs == ("artifacts/train/a",)
     assert (train.slots, train.timeout_s) == (None, 60)

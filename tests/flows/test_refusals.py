@@ -219,7 +219,11 @@ def test_a_failed_stage_is_told_without_prefect_s_words(toy: Path) -> None:
         assert noise not in said
 
 
-def test_a_stage_whose_processes_are_killed_is_told_so(toy: Path) -> None:
+@pytest.mark.parametrize("shell", ["/bin/bash", "/bin/sh"])
+def test_a_stage_whose_processes_are_killed_is_told_so(
+    toy: Path, monkeypatch: pytest.MonkeyPatch, shell: str
+) -> None:
+    monkeypatch.setenv("SHELL", shell)  # in which DVC starts a stage
     (toy / "work" / "report").mkdir(parents=True)
     (toy / "work" / "report" / "index.html").write_text("of an earlier run")
     steer(toy, "prepare", "print('half', flush=True); os.kill(os.getppid(), 9); time.sleep(60)")

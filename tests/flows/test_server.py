@@ -109,9 +109,11 @@ def test_a_server_of_ones_own_that_does_not_answer(
     assert output.count("record of this run is incomplete") == 1, output
 
 
+@pytest.mark.parametrize("shell", ["/bin/bash", "/bin/sh"])
 def test_nothing_is_left_when_flow_and_guards_are_killed_at_once(
-    start: Callable, mark: str
+    start: Callable, mark: str, monkeypatch: pytest.MonkeyPatch, shell: str
 ) -> None:
+    monkeypatch.setenv("SHELL", shell)  # in which DVC starts a stage
     process = start()
     guards = [p for p in marked(mark, "guard.py") if of_guard(p)]
     assert len(guards) == 2

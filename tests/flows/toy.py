@@ -10,7 +10,7 @@ from pathlib import Path
 DVC_YAML = """\
 stages:
   prepare:
-    cmd: python work.py prepare
+    cmd: exec python work.py prepare
     deps: [source.txt, work.py]
     params: [seed]
     outs: [artifacts/prepare]
@@ -18,13 +18,13 @@ stages:
   train:
     matrix:
       kind: [a, b]
-    cmd: python work.py train ${item.kind}
+    cmd: exec python work.py train ${item.kind}
     deps: [artifacts/prepare]
     params: [train]
     outs: ["artifacts/train/${item.kind}"]
     meta: {timeout_s: 60}
   score:
-    cmd: python work.py score
+    cmd: exec python work.py score
     deps: [artifacts/train/a, artifacts/train/b]
     outs: [artifacts/score]
 """
@@ -119,4 +119,4 @@ def wait_for_the_end(mark: str, limit_s: float) -> None:
     deadline = time.monotonic() + limit_s
     while (left := processes_marked(mark)) and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert left == []
+    assert left == [], left

@@ -111,7 +111,7 @@ def test_every_stage_is_in_the_pipeline(nodes, stages) -> None:
 
 def test_commands(nodes, stages) -> None:
     expected = {
-        name: f"python -m stages.{one.stage.name}"
+        name: f"exec python -m stages.{one.stage.name}"
         + (f" variant={one.variant}" if one.variant else "")
         for name, one in stages.items()
     }
