@@ -2,13 +2,15 @@
 
 import io
 import os
+import re
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
-from infra.errors import ConfigError, UserError
+from infra.errors import ConfigError, UserError, one_line
 from infra.files import refused
 from infra.interrupts import heed_interrupts
 from infra.project import find_root
@@ -16,8 +18,27 @@ from infra.space import no_space
 
 EXIT_USER_ERROR = 2
 
+AT_HOME = re.compile(r"(--[\w-]+=)?~(/.*)?", re.DOTALL)
+
+
+class _AtHome(TyperGroup):
+    """`~/x` is a place at home also where a shell leaves it alone: quoted, or in `--option=~/x`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        home = os.path.expanduser("~")
+        found = [AT_HOME.fullmatch(argument) for argument in args]
+        return super().parse_args(
+            ctx,
+            [
+                f"{match[1] or ''}{home}{match[2] or ''}" if match else argument
+                for argument, match in zip(args, found, strict=True)
+            ],
+        )
+
+
 app = typer.Typer(
     name="vlfoundry",
+    cls=_AtHome,
     help="Retrain InternVL-class vision-language models, stage by stage, as one pipeline.",
     no_args_is_help=True,
     add_completion=False,
@@ -64,7 +85,7 @@ def run(
             find_root(),
             stages=tuple(stage or ()),
             variation=variation,
-            workspace=workspace and workspace.expanduser(),
+            workspace=workspace,
         )
     )
 
@@ -161,23 +182,21 @@ def import_(
 
     Every tensor is accounted for, and kept in the type it has. Code in a pickle is never run.
     """
-    from flows.start import bring, bring_text, new_profile, write_profile
+    from flows.start import bring, bring_with_profile, new_profile
     from infra.files import require_writable_folder
 
+    asked: dict[str, Any] = {
+        "stage": stage, "kind": kind, "config_file": config, "tower_config": tower_config,
+    }  # fmt: skip
     require_writable_folder(target, "the model")
-    root = find_root() if profile else _root_or_none()
-    path = new_profile(root, profile, target) if root and profile else None
-    said = bring(
-        root, source, target, stage=stage, kind=kind, config_file=config, tower_config=tower_config
-    )
+    if profile:
+        root = find_root()
+        path = new_profile(root, profile, target)
+        said = bring_with_profile(root, source, target, path, **asked)
+    else:
+        said = bring(_root_or_none(), source, target, **asked)
     for line in said:
-        typer.echo(line)
-    if root and path:
-        text = bring_text(root, source, target)
-        if text:
-            typer.echo(f"the text model of the same run is in {text}")
-        command = write_profile(root, path, target, text)
-        typer.echo(f"profiles/{path.name} is written: {command}")
+        typer.echo(one_line(line))
 
 
 def _root_or_none() -> Path | None:

@@ -4,18 +4,20 @@
 added after the run is never looked at. Here DVC sees the run's dvc.lock beside today's .dvc/config.
 """
 
+import contextlib
+import fcntl
 import os
 import shutil
 import subprocess
 import sys
-import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from flows.restored import drop_damaged_objects
 from infra.config import parse_value
 from infra.dvccache import cache_folder, share_settings
 from infra.errors import DataError
-from infra.git import git, read, repository_lock
+from infra.git import GitError, git, read, repository_lock
 from infra.registry import find_version, locked_file, locked_files
 
 SHARED = Path(".dvc/config")
@@ -45,19 +47,11 @@ def fetch(root: Path, model: str, *, everything: bool = False) -> str:
     cache = cache_folder(root)
     for path in wanted:  # what is there is not fetched again
         drop_damaged_objects(cache, made[path])
-    (root / "work").mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="fetch-", dir=root / "work") as folder:
-        place = Path(folder) / "run"
-        with repository_lock(root):
-            git(root, "worktree", "add", "--quiet", "--detach", str(place), version.commit)
-        try:
-            if (root / SHARED).is_file():  # as it is now
-                shutil.copy2(root / SHARED, place / SHARED)
-            share_settings(root, place)
-            said = _dvc_fetch(place, [] if everything else wanted)
-        finally:
-            with repository_lock(root):
-                git(root, "worktree", "remove", "--force", str(place))
+    with _worktree(root, version.commit) as place:
+        if (root / SHARED).is_file():  # as it is now
+            shutil.copy2(root / SHARED, place / SHARED)
+        share_settings(root, place)
+        said = _dvc_fetch(place, [] if everything else wanted)
     damaged = [str(thing) for path in wanted for thing in drop_damaged_objects(cache, made[path])]
     if damaged:
         raise DataError(
@@ -72,6 +66,30 @@ def fetch(root: Path, model: str, *, everything: bool = False) -> str:
             "remote, and `dvc push` in the checkout or workspace where it was trained fills it"
         )
     return f"{version.ref}: {'all' if everything else 'the model'} of its run is in DVC's cache"
+
+
+@contextlib.contextmanager
+def _worktree(root: Path, commit: str) -> Iterator[Path]:
+    """A commit in a worktree of its own, for one fetch at a time: what a fetch that was killed has
+    left there goes first."""
+    place, lock = root / "work" / "fetch", root / "work" / "fetch.lock"
+    lock.parent.mkdir(exist_ok=True)
+    with lock.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        _remove(root, place)
+        try:
+            with repository_lock(root):
+                git(root, "worktree", "add", "--quiet", "--detach", str(place), commit)
+            yield place
+        finally:
+            _remove(root, place)
+
+
+def _remove(root: Path, place: Path) -> None:
+    """A worktree, whole or not, and what git knows of it."""
+    shutil.rmtree(place, ignore_errors=True)
+    with repository_lock(root), contextlib.suppress(GitError):  # git knows none
+        git(root, "worktree", "remove", "--force", str(place))
 
 
 def _dvc_fetch(place: Path, targets: list[str]) -> str:

@@ -10,6 +10,7 @@ from infra.config import PARAMS_FILE, load_params
 from infra.launch import local_profile
 from infra.project import DEFINITION
 from infra.stage import Stage, parameters_of
+from infra.streams import check_seed
 
 COMMAND = re.compile(r"python -m stages\.(\w+)")
 
@@ -34,3 +35,4 @@ def check_parameters(root: Path, params: Mapping[str, Any] | None = None) -> Non
     for name in names:
         stage: Stage = importlib.import_module(f"stages.{name}").STAGE
         parameters_of(stage, dict(params))
+    check_seed(params["seed"])

@@ -61,16 +61,20 @@ def profile_path(root: Path, name: str) -> Path:
     """The file of a profile. Raises ConfigError, naming those there are."""
     path = root / PROFILES / f"{name}.yaml"
     if "/" in name or not path.is_file():
-        known = sorted(file.stem for file in (root / PROFILES).glob("*.yaml"))
+        known = [file.stem for file in _files(root)]
         raise ConfigError(f"no profile {name!r}: expected one of {known} (files of {PROFILES}/)")
     return path
 
 
 def recipes(root: Path) -> dict[str, Recipe]:
     """All recipes by name."""
-    files = sorted((root / PROFILES).glob("*.yaml"))
-    found = {file.stem: load_params(file) for file in files}
+    found = {file.stem: load_params(file) for file in _files(root)}
     return {name: _header(name, content) for name, content in found.items() if SECTION in content}
+
+
+def _files(root: Path) -> list[Path]:
+    """Those that are hidden are a file manager's."""
+    return sorted((root / PROFILES).glob("[!.]*.yaml"))
 
 
 def find_recipe(root: Path, name: str) -> Recipe | None:

@@ -60,8 +60,8 @@ def _wrong_objects(place: Path | None, md5: str, cache: Path) -> Iterator[str]:
 
 
 def _differs(path: Path, md5: str) -> bool:
-    """Whether a file is there and has another hash."""
-    return path.is_file() and md5_of(path) != md5
+    """Whether something is there, and is no file with this hash."""
+    return path.exists() and not (path.is_file() and md5_of(path) == md5)
 
 
 def _delete(path: Path) -> None:

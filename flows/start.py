@@ -16,11 +16,11 @@ from flows.workspace import yaml_text
 from infra.config import to_dict
 from infra.dvccache import cache_folder
 from infra.errors import ConfigError, ModelError, one_line
-from infra.files import new_folder
+from infra.files import new_folder, write_atomic
 from infra.fingerprint import fingerprint
 from infra.givenfiles import check_inside
 from infra.registry import fetch_version, find_version
-from infra.stage import ORIGIN_FILE
+from infra.stage import ORIGIN_FILE, read_origin
 from models.internvl.folder import is_model_folder, read_config, refuse_overwriting
 
 ORIGIN_FORMAT = "vlfoundry.origin.v1"
@@ -46,6 +46,7 @@ def bring(
     kind: str | None = None,
     config_file: Path | None = None,
     tower_config: Path | None = None,
+    again: bool = False,
 ) -> list[str]:
     """Make a model folder of an official one, one of ours or a registered one; what was done.
 
@@ -54,12 +55,15 @@ def bring(
         source: a path, or where nothing has it, a registered name.
         target: a folder that is to be.
         stage: of a registered model: take what this stage of the same run made ("sft@simple").
-        kind: as `models.internvl.convert.import_model` takes it, and the other two.
+        kind: as `models.internvl.convert.import_model` takes it, and the next two.
+        again: a target that is this very registered model already is as good.
 
     Raises:
         ModelError: there is no such model, or it cannot be had as asked.
     """
     path = Path(source)
+    if not source:
+        raise ModelError("the model to import has no name; expected a path or a registered name")
     if path.exists() and stage:
         raise ModelError(f"--stage is for registered names; {source} is a path, leave it out")
     if path.exists() and not is_model_folder(path):
@@ -68,26 +72,47 @@ def bring(
     needless = [name for name, value in asked.items() if value is not None]
     if needless:
         raise ModelError(f"{source} is one of our models, copied as it is; leave out {needless}")
-    refuse_overwriting(target)
+    if path.exists() or not again:
+        refuse_overwriting(target)
     if path.exists():
         return _copy(root, path, target)
     if root is None:
         raise ModelError(f"{source} does not exist, and registered names need a checkout to ask")
-    version = find_version(root, source)
-    made = f"artifacts/{stage.replace('@', '/')}/model" if stage else version.path
-    md5 = fetch_version(root, version, target, made)
-    _write_origin(target, ref=version.ref, commit=version.commit, path=made, md5=md5)
-    return [f"{made} of {version.ref} is in {target}, every file checked"]
+    return _fetch(root, source, target, stage)
 
 
-def bring_text(root: Path, source: str, target: Path) -> Path | None:
-    """The text model of a registered InternVL-C's own run, beside it: later stages need its head
-    and its language model, and it has the same tokenizer. None: `source` is no such model."""
-    if Path(source).exists() or read_config(target)[0] != "internvl_c":
-        return None
+def bring_with_profile(
+    root: Path, source: str, target: Path, profile: Path, **asked: Any
+) -> list[str]:
+    """`bring`, the text model that goes with it, and a profile for both; what was done.
+
+    After an error nothing is left of them. An import that was killed can be repeated.
+
+    Args:
+        profile: as `new_profile` gives it.
+        asked: as `bring` takes it.
+    """
     text = target.with_name(f"{target.name}-text")
-    bring(root, source, text, stage="pretrain_text")
-    return text
+    made = [folder for folder in (target, text) if not folder.exists()]
+    try:
+        said = bring(root, source, target, again=True, **asked)
+        has_text = bring_text(root, source, target, text)
+        said += [f"the text model of the same run is in {text}"] if has_text else []
+        command = write_profile(root, profile, target, text if has_text else None)
+    except BaseException:
+        for folder in made:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return [*said, f"{PROFILES}/{profile.name} is written: {command}"]
+
+
+def bring_text(root: Path, source: str, target: Path, text: Path) -> bool:
+    """Bring the text model of a registered InternVL-C's own run: later stages need its head and its
+    language model, and it has the same tokenizer. False: `source` is no such model."""
+    if Path(source).exists() or read_config(target)[0] != "internvl_c":
+        return False
+    bring(root, source, text, stage="pretrain_text", again=True)
+    return True
 
 
 def describe(origin: dict[str, str] | None) -> str:
@@ -142,7 +167,7 @@ def write_profile(root: Path, path: Path, target: Path, text: Path | None = None
                 _set(content, key, _place(root, text))
     head = f"# On from {folder} ({kind}), in its own architecture. Not a published run.\n"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"{head}#   {command}\n{yaml_text(content)}", encoding="utf-8")
+    write_atomic(path, f"{head}#   {command}\n{yaml_text(content)}")
     return command
 
 
@@ -170,6 +195,21 @@ def _import(
     said += [one_line(f"left out: {', '.join(done.left_out)}")] if done.left_out else []
     unknown = one_line(", ".join(done.unknown))
     return [*said, *([f"fields of config.json that are not known here: {unknown}"] * bool(unknown))]
+
+
+def _fetch(root: Path, source: str, target: Path, stage: str | None) -> list[str]:
+    """A registered model, or what a stage of its run made. It is not fetched again."""
+    version = find_version(root, source)
+    made = f"artifacts/{stage.replace('@', '/')}/model" if stage else version.path
+    facts = {"ref": version.ref, "commit": version.commit, "path": made}
+    if facts.items() <= (read_origin(target) or {}).items():
+        return [f"{made} of {version.ref} is in {target} already"]
+    refuse_overwriting(target)
+    with new_folder(target) as part:
+        part.rmdir()  # it appears again when it is complete
+        md5 = fetch_version(root, version, part, made)
+        _write_origin(part, **facts, md5=md5)
+    return [f"{made} of {version.ref} is in {target}, every file checked"]
 
 
 def _copy(root: Path | None, source: Path, target: Path) -> list[str]:

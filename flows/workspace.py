@@ -21,7 +21,7 @@ from flows.recipes import with_profile
 from infra.config import PARAMS_FILE, apply_overrides, canonical_json, load_params
 from infra.dvccache import share_settings
 from infra.errors import ConfigError
-from infra.files import write_atomic
+from infra.files import require_writable_folder, write_atomic
 from infra.git import GitError, common_folder, git, repository_lock, snapshot
 from infra.stage import START_FOLDER
 
@@ -106,6 +106,7 @@ def _make_worktree(root: Path, folder: Path, commit: str) -> None:
             raise ConfigError(
                 f"--workspace {folder} is neither empty nor a workspace; name a new folder"
             )
+        require_writable_folder(folder, "the workspace")
         (folder / ".git").unlink(missing_ok=True)
         git(root, "worktree", "prune")
         # Forced: one whose making was killed is known to git and locked.

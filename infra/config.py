@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import json
+import math
 import sys
 import types
 import typing
@@ -98,6 +99,37 @@ def build(cls: type, mapping: Mapping[str, Any], where: str = "") -> Any:
         return cls(**values)
     except ValueError as error:
         raise ConfigError(f"{place}: {error}") from error
+
+
+def check_ranges(
+    where: str,
+    config: Any,
+    *,
+    whole: Sequence[str] = (),
+    above_zero: Sequence[str] = (),
+    from_zero: Sequence[str] = (),
+    shares: Sequence[str] = (),
+) -> None:
+    """Raises ConfigError, with the full name, unless fields are what they have to be; None passes.
+
+    Args:
+        where: in the parameters, e.g. "ingest".
+        config: a dataclass, or a mapping.
+        whole: numbers from 1.
+        above_zero: finite ones above 0.
+        from_zero: finite ones of at least 0.
+        shares: 0 to 1.
+    """
+    for names, low, high, expected in (
+        (whole, 1, math.inf, "a number of at least 1"),
+        (above_zero, math.ulp(0.0), math.inf, "a number above 0"),
+        (from_zero, 0, math.inf, "a number of at least 0"),
+        (shares, 0, math.nextafter(1, 2), "a share, 0 to 1"),
+    ):
+        for name in names:
+            value = config[name] if isinstance(config, Mapping) else getattr(config, name)
+            if value is not None and not low <= value < high:
+                raise ConfigError(f"{where}.{name} is {value}; expected {expected}")
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -6,11 +6,13 @@ arrays [N, H, W, C] with C = 3 (RGB) or 4 (RGBA, straight alpha).
 
 import io
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from infra.config import check_ranges
+from infra.errors import ConfigError
 from infra.splitmix import mix64, numbers_of
 
 if TYPE_CHECKING:
@@ -163,6 +165,17 @@ class AugmentConfig:
     """Largest relative change of the distance from the pixel's own grey."""
     white_share: float = 0.5
     """Share of pictures on white; the rest get a random plain colour."""
+
+
+def check_augment(where: str, config: AugmentConfig) -> None:
+    """Raises ConfigError, with the full name, for a number that cannot be."""
+    sizes = ("scale_min", "scale_max")
+    others = tuple(f.name for f in fields(config) if f.name not in (*sizes, "white_share"))
+    check_ranges(where, config, above_zero=sizes, from_zero=others, shares=("white_share",))
+    if config.scale_min > config.scale_max:
+        raise ConfigError(
+            f"{where}.scale_min is {config.scale_min}, above scale_max, {config.scale_max}"
+        )
 
 
 UNIFORMS = 12

@@ -119,7 +119,7 @@ def load_profile(name: str) -> LauncherProfile:
     if not path.is_file():
         path = Path(name)
     if not path.is_file():
-        known = sorted(file.stem for file in PROFILES.glob("*.yaml"))
+        known = sorted(file.stem for file in PROFILES.glob("[!.]*.yaml"))
         raise ConfigError(
             f"{ENVIRONMENT_VARIABLE}: no launcher profile {name!r}; "
             f"expected one of {known} or the path of a YAML file"

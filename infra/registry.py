@@ -361,8 +361,9 @@ def _object(root: Path, md5: str) -> Path:
     path = object_path(cache, md5)
     if not path.is_file():
         raise DataError(
-            f"DVC's cache in {cache} lacks {md5}; `vlfoundry fetch MODEL` gets it "
-            "from DVC's remote, if there is one; or run the pipeline again"
+            f"DVC's cache in {cache} lacks {md5}; `vlfoundry fetch MODEL` gets a model from DVC's "
+            "remote, if there is one, and with --all whatever else its run made; or run the "
+            "pipeline again"
         )
     return path
 

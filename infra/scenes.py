@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from infra.errors import DataError
+from infra.errors import ConfigError, DataError
 
 WORDS_FILE = Path(__file__).with_name("scenes.json")
 BOX_UNITS = 1000
@@ -161,6 +161,12 @@ def format_box(box: Sequence[int], grid: int = BOX_UNITS) -> str:
     """The text of a box, `[x1,y1,x2,y2]` in 0..1000, each edge on the nearest of `grid` lines."""
     lines = (round(value * grid / BOX_UNITS) for value in box)
     return "[" + ",".join(str(round(line * BOX_UNITS / grid)) for line in lines) + "]"
+
+
+def check_box_grid(lines: int) -> None:
+    """Raises ConfigError if boxes cannot be told on so many lines a side."""
+    if not 1 <= lines <= BOX_UNITS:
+        raise ConfigError(f"box_grid is {lines}; expected 1 to {BOX_UNITS} lines a side")
 
 
 def parse_box(text: str) -> tuple[int, int, int, int] | None:

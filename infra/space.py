@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -70,12 +71,15 @@ def causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def free_bytes(folder: Path) -> int:
-    """What an ordinary user may still write to the disk that `folder`, or its parent, is on."""
+    """What an ordinary user may still write to the disk that `folder`, or its parent, is on.
+
+    A file system that counts no blocks (/proc, some network ones) is never full.
+    """
     place = folder.absolute()
     while not place.exists() and place != place.parent:
         place = place.parent
     facts = os.statvfs(place)
-    return facts.f_bavail * facts.f_frsize
+    return facts.f_bavail * facts.f_frsize if facts.f_blocks else sys.maxsize
 
 
 def _fullest(folders: list[Path]) -> Path | None:

@@ -49,6 +49,12 @@ class Stream(IntEnum):
     """orders of the sources of a mixture: a family, one stream for each source"""
 
 
+def check_seed(seed: int) -> None:
+    """Raises ConfigError if a seed is none of 0 to 2^32 - 1, and could meet another stream."""
+    if not 0 <= seed < SEED_LIMIT:
+        raise ConfigError(f"seed is {seed}, expected 0 to {SEED_LIMIT - 1}")
+
+
 def stream_seed(seed: int, stream: Stream, member: int = 0) -> int:
     """The seed of one use of a run's seed.
 
@@ -58,9 +64,8 @@ def stream_seed(seed: int, stream: Stream, member: int = 0) -> int:
         member: of a stream that is a family.
 
     Raises:
-        ConfigError: the seed is none of 0 to 2^32 - 1, and could meet another stream.
+        ConfigError: as `check_seed`.
     """
-    if not 0 <= seed < SEED_LIMIT:
-        raise ConfigError(f"seed is {seed}, expected 0 to {SEED_LIMIT - 1}")
+    check_seed(seed)
     assert 0 <= member < (MEMBER_LIMIT if stream is Stream.SOURCES else 1), (stream, member)
     return seed + (stream + member) * SEED_LIMIT

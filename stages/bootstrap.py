@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from infra.artwork import hash64
+from infra.config import check_ranges
 from infra.errors import ConfigError, DataError
 from infra.forked import run_forked
 from infra.images import decode_batch, hog_features
@@ -62,6 +63,14 @@ class BootstrapConfig:
     """Weight of what other records say of a picture, against its pixels (0: pixels alone)."""
 
     def __post_init__(self) -> None:
+        check_ranges(
+            "bootstrap",
+            self,
+            whole=("vocabulary", "token_width", "hidden", "width"),
+            above_zero=("lr",),
+            from_zero=("weight_decay", "warmup_steps", "context_weight"),
+            shares=("dropout",),
+        )
         if self.steps < 1 or self.batch_samples < 2:
             raise ConfigError(
                 f"bootstrap needs at least 1 step and 2 samples a batch, "

@@ -11,8 +11,9 @@ from functools import partial
 
 import numpy as np
 
+from infra.config import check_ranges
 from infra.errors import ConfigError
-from infra.images import AugmentConfig, augment, uniforms
+from infra.images import AugmentConfig, augment, check_augment, uniforms
 from infra.loader import ShardSet
 from infra.pairs import PairStream
 from infra.stage import Context, Stage, check_folders, main
@@ -64,9 +65,9 @@ class ContrastiveStageConfig:
     """options of the loss"""
 
     def __post_init__(self) -> None:
-        for name in ("mask_ratio", "unmasked_share"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"contrastive.{name} is {getattr(self, name)}, expected 0 to 1")
+        whole, shares = ("captions", "max_tokens"), ("mask_ratio", "unmasked_share")
+        check_ranges("contrastive", self, whole=whole, shares=shares)
+        check_augment("contrastive.augment", self.augment)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from infra.artwork import hash64, read_artwork
+from infra.config import check_ranges
 from infra.errors import ConfigError, DataError
 from infra.funnel import Verdict, dropped_table
 from infra.images import decode_batch, decode_rgba
@@ -43,6 +44,7 @@ class DecontaminateConfig:
     """Re-encoded test drawings by which the check measures itself."""
 
     def __post_init__(self) -> None:
+        check_ranges("decontaminate", self, from_zero=("max_levels", "copy_bits", "copy_levels"))
         if not 0 <= self.max_bits < 32 or self.planted < 0:
             raise ConfigError(
                 f"decontaminate: expected max_bits 0-31 and planted >= 0, "

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from infra.config import check_ranges
 from infra.errors import ConfigError
 from infra.funnel import Verdict, dropped_table
 from infra.images import decode_batch
@@ -34,6 +35,7 @@ class DedupConfig:
     """Mean difference of their 8x8 colour grids, of 255, that is still too small to matter."""
 
     def __post_init__(self) -> None:
+        check_ranges("dedup", self, from_zero=("max_levels",))
         if not 0 <= self.max_bits < 32:
             raise ConfigError(f"dedup.max_bits: expected 0-31 (32 is chance), got {self.max_bits}")
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from infra.errors import ConfigError, DataError
+from infra.config import check_ranges
+from infra.errors import DataError
 from infra.funnel import Verdict, any_drop, dropped_table, funnel_metrics
 from infra.images import decode_batch
 from infra.langid import tag_probability
@@ -46,10 +47,13 @@ class FilterConfig:
     """Estimated share of mismatches among those dropped for their score (0: keep all)."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.similarity_precision <= 1:
-            raise ConfigError(
-                f"similarity_precision is a share, 0 to 1, got {self.similarity_precision}"
-            )
+        check_ranges(
+            "filter",
+            self,
+            whole=("max_characters", "max_repeats"),
+            from_zero=("min_side_px", "max_text_strokes", "min_characters"),
+            shares=("min_tag_probability", "similarity_precision"),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
-from infra.images import AugmentConfig, augment
+from infra.config import check_ranges
+from infra.images import AugmentConfig, augment, check_augment
 from infra.loader import ShardSet
 from infra.pairs import PairStream
 from infra.stage import Context, Stage, check_folders, main
@@ -54,6 +55,10 @@ class GenerativeStageConfig:
     """how pictures vary"""
     objective: GenerativeConfig = field(default_factory=GenerativeConfig)
     """options of the three losses"""
+
+    def __post_init__(self) -> None:
+        check_ranges("generative", self, whole=("max_tokens",))
+        check_augment("generative.augment", self.augment)
 
 
 @dataclass(frozen=True, kw_only=True)

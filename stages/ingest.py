@@ -23,6 +23,7 @@ from infra.artwork import (
     read_concepts,
     stable_order,
 )
+from infra.config import check_ranges
 from infra.errors import ConfigError, DataError
 from infra.images import decode_rgba
 from infra.noise import lossless, low_resolution, overlay_text, reencode
@@ -76,6 +77,7 @@ class IngestConfig:
     noise: NoiseConfig = field(default_factory=NoiseConfig)
 
     def __post_init__(self) -> None:
+        check_ranges("ingest", self, whole=("classes",), from_zero=("min_drawings",))
         if self.test_source in self.train_sources:
             raise ConfigError(f"test_source {self.test_source!r} is also in train_sources")
         for source in (*self.train_sources, self.test_source):

@@ -14,6 +14,7 @@ from functools import partial
 
 import numpy as np
 
+from infra.config import check_ranges
 from infra.errors import ConfigError
 from infra.images import uniforms
 from infra.loader import SampleStream, ShardSet
@@ -22,6 +23,7 @@ from infra.scenes import (
     KINDS,
     Scene,
     background_names,
+    check_box_grid,
     conversation,
     format_box,
     imagine,
@@ -59,10 +61,11 @@ class PretrainTextConfig:
             raise ConfigError(
                 f"pretrain_text.conversation_mix: no question kind {unknown}; known: {list(KINDS)}"
             )
-        if not 0 <= self.conversation_share <= 1:
-            raise ConfigError(
-                f"pretrain_text.conversation_share is {self.conversation_share}, expected 0 to 1"
-            )
+        check_ranges("pretrain_text", self, shares=("conversation_share",))
+        mix = self.conversation_mix
+        check_ranges("pretrain_text.conversation_mix", mix, from_zero=tuple(mix))
+        if not any(mix.values()):
+            raise ConfigError("pretrain_text.conversation_mix has no weight above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +77,9 @@ class Config:
     box_grid: int
     model: InternVLConfig
     pretrain_text: PretrainTextConfig
+
+    def __post_init__(self) -> None:
+        check_box_grid(self.box_grid)
 
 
 def run(config: Config, context: Context) -> None:

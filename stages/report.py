@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from eval.report.collect import FUNNEL, STAGES, TRAINED, artefact, facts
 from eval.report.page import PAGE, render
 from eval.variants import MODELS
+from infra.config import check_ranges
 from infra.stage import Context, Stage, main
 
 OUT = "artifacts/report/report.json"
@@ -22,6 +23,9 @@ class ReportConfig:
 
     examples: int = 12
     """Examples of each kind, roughly."""
+
+    def __post_init__(self) -> None:
+        check_ranges("report", self, from_zero=("examples",))
 
 
 @dataclass(frozen=True, kw_only=True)

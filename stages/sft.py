@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from infra.config import check_ranges
 from infra.errors import ConfigError, DataError
 from infra.images import decode_rgba, uniforms
 from infra.loader import ShardSet, rank_slice
 from infra.packing import pack
-from infra.scenes import KINDS, Drawing, Scene, compose, conversation, pick
+from infra.scenes import KINDS, Drawing, Scene, check_box_grid, compose, conversation, pick
 from infra.stage import Context, Stage, check_folders, main
 from infra.streams import Stream, stream_seed
 from infra.train.config import TrainConfig
@@ -129,6 +130,12 @@ class SftStageConfig:
     def __post_init__(self) -> None:
         if not self.sources:
             raise ConfigError("sft.sources is empty; expected e.g. {scenes: {weight: 1}}")
+        check_ranges("sft", self, whole=("max_tokens", "max_tiles"))
+        check_ranges("sft.mix", self.mix, from_zero=tuple(self.mix))
+        for variant, begins in self.begins.items():
+            check_ranges(f"sft.begins.{variant}", begins, shares=tuple(begins))
+        for name, source in self.sources.items():
+            check_ranges(f"sft.sources.{name}", source, above_zero=("weight",))
         if SCENES in self.sources and self.sources[SCENES].weight is None:
             raise ConfigError(
                 "sft.sources.scenes has no weight; expected a number: there is no end of scenes"
@@ -174,6 +181,9 @@ class Config:
     box_grid: int
     model: InternVLConfig
     sft: SftStageConfig
+
+    def __post_init__(self) -> None:
+        check_box_grid(self.box_grid)
 
 
 def run(config: Config, context: Context) -> None:

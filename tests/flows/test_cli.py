@@ -5,7 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from flows.cli import app
 from tests.cpu import least_cpu_s
 
 COMMANDS = (
@@ -69,3 +71,14 @@ def test_weights_in_and_out(tmp_path: Path) -> None:
         "export", str(tmp_path / "ours"), str(tmp_path / "back"), "--format", "internvl_chat"
     )
     assert exported.returncode == 0, exported.stderr
+
+
+@pytest.mark.parametrize("option", [["--json", "~/s.json"], ["--json=~/s.json"]])
+def test_a_place_at_home_is_at_home_even_if_the_shell_leaves_it_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: list[str]
+) -> None:
+    (tmp_path / "home").write_text("a file, so that nothing can be written")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    command = ["evaluate", "--model", "x", "--data", "~", "--suite", "retrieval", *option]
+    ended = CliRunner().invoke(app, command)
+    assert f"cannot write the scores to {tmp_path}/home/s.json" in str(ended.exception)

@@ -1,5 +1,6 @@
 """A wrong parameter of any stage ends a run before its server is started."""
 
+import functools
 import io
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 import flows.launch
 from flows.parameters import check_parameters
 from flows.terminal import Terminal
+from infra.config import apply_overrides, load_params
 from infra.errors import ConfigError
 from tests.tiny import ROOT
 
@@ -41,6 +43,42 @@ def test_every_stage_is_asked(project, monkeypatch, old, new, message):
     monkeypatch.setattr(flows.launch, "server", too_late)
     with pytest.raises(ConfigError, match=message):
         flows.launch.run_pipeline(project, terminal=Terminal(io.StringIO()))
+
+
+def numbers(node, path=()):
+    """Where the numbers of a tree of parameters are."""
+    for key, value in node.items():
+        if isinstance(value, dict):
+            yield from numbers(value, (*path, key))
+        elif type(value) in (int, float):
+            yield (*path, key)
+
+
+NUMBERS = list(numbers(load_params(ROOT / "params.yaml")))
+
+
+@pytest.mark.parametrize("path", NUMBERS, ids=".".join)
+def test_no_number_may_be_negative(project, path):
+    """Each is a count, a size, a rate or a share."""
+    assert len(NUMBERS) > 60
+    params = load_params(project / "params.yaml")
+    node = functools.reduce(dict.__getitem__, path[:-1], params)
+    node[path[-1]] = -5
+    with pytest.raises(ConfigError, match="-5"):
+        check_parameters(project, params)
+
+
+def test_no_classes_at_all_are_refused(project):
+    params = apply_overrides(load_params(project / "params.yaml"), ["ingest.classes=0"])
+    with pytest.raises(ConfigError, match=r"ingest\.classes is 0; expected a number of at least 1"):
+        check_parameters(project, params)
+
+
+@pytest.mark.parametrize("seed", [1 << 32, 10**20])
+def test_a_seed_beyond_the_streams_is_refused(project, seed):
+    params = apply_overrides(load_params(project / "params.yaml"), [f"seed={seed}"])
+    with pytest.raises(ConfigError, match=f"seed is {seed}, expected 0 to 4294967295"):
+        check_parameters(project, params)
 
 
 @pytest.mark.parametrize("text", ["ranks: two\n", "x: [1\n", "prometheus: 127.0.0.1:99999\n"])

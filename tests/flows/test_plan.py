@@ -233,6 +233,8 @@ def test_refusals_say_what_was_expected(ask, message):
 
 def test_a_recipe_with_an_unknown_key_is_refused(tmp_path):
     (tmp_path / "profiles").mkdir()
+    (tmp_path / "profiles" / "._base.yaml").write_bytes(b"\0\5\x16\7 Mac OS X \xb0")
+    assert recipes(tmp_path) == {}
     (tmp_path / "profiles" / "wrong.yaml").write_text("recipe: {titel: x}\n")
     with pytest.raises(ConfigError, match="unknown key 'titel'; did you mean 'title'"):
         recipes(tmp_path)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -184,7 +185,7 @@ def test_a_second_machine_fetches_from_a_remote_that_came_after_the_run(
     sh(trained, *dvc, "push", "--quiet")
     second = tmp_path / "second"
     sh(tmp_path, "git", "clone", "--quiet", str(trained), str(second))
-    with pytest.raises(DataError, match=r"`vlfoundry fetch MODEL` gets it"):
+    with pytest.raises(DataError, match=r"`vlfoundry fetch MODEL` gets a model"):
         resolve_model(version.ref, second)
     with pytest.raises(DataError, match=r"DVC could not fetch toy_a@v0\.1\.0.*; `dvc remote"):
         fetch(second, version.ref)
@@ -196,7 +197,15 @@ def test_a_second_machine_fetches_from_a_remote_that_came_after_the_run(
     folder = resolve_model(version.ref, second)
     assert (folder / "weights").read_bytes() == (trained / MODEL / "weights").read_bytes()
     assert sh(second, "git", "worktree", "list").count("\n") == 1
-    assert not list((second / "work").glob("fetch-*"))
+    assert not (second / "work/fetch").exists()
+    shutil.rmtree(cache_folder(second))
+    # One that was killed has left its worktree; another died before git knew of its own.
+    sh(second, "git", "worktree", "add", "--quiet", "--detach", "work/fetch", version.commit)
+    fetch(second, "toy_a")
+    (second / "work/fetch/half").mkdir(parents=True)
+    fetch(second, "toy_a")
+    assert sh(second, "git", "worktree", "list").count("\n") == 1
+    assert not (second / "work/fetch").exists()
 
 
 def overwrite(path: Path) -> None:
@@ -216,6 +225,8 @@ def test_what_is_fetched_is_what_the_run_made(trained: Path, tmp_path: Path) -> 
     with pytest.raises(DataError, match=r"weights in DVC's cache is damaged .*vlfoundry fetch"):
         bring(trained, version.ref, target)
     assert list(target.parent.iterdir()) == []
+    here.unlink()
+    (here / "inside").mkdir(parents=True)  # nobody's file
     fetch(trained, version.ref)
     bring(trained, version.ref, target)
     assert md5_of(target / "weights") == md5

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from eval.variants import MODELS
-from flows.start import FITS, bring, bring_text, describe, new_profile, write_profile
+from flows.start import FITS, bring, bring_with_profile, describe, new_profile, write_profile
 from flows.workspace import Variation
 from infra.config import load_params, to_dict
 from infra.errors import ConfigError, DataError, ModelError
@@ -213,18 +213,39 @@ def test_what_profiles_set_is_what_stages_take(tmp_path: Path, kind: str) -> Non
             assert any(filling.folder == "start" for filling in start.fillings)
 
 
-def test_the_text_model_of_its_run_comes_with_a_champion(
-    checkout: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+class Run:
+    """A registered InternVL-C and the text model of its run."""
+
+    ref, commit, path = "internvl_c@v0.1.0", "c" * 40, MODELS["internvl_c"]
+
+    def __init__(self, source: Path) -> None:
+        make_folder(source / "internvl_c", "internvl_c")
+        make_folder(source / "text", "text")
+        self.source, self.lacks_text, self.fetched = source, False, []
+
+    def fetch(self, _root: Path, _version: "Run", folder: Path, made: str) -> str:
+        kind = "text" if "pretrain_text" in made else "internvl_c"
+        if kind == "text" and self.lacks_text:
+            raise DataError("DVC's cache lacks it")
+        shutil.copytree(self.source / kind, folder)
+        self.fetched.append(made)
+        return "m" * 32
+
+
+@pytest.fixture
+def registered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    run = Run(tmp_path / "made")
+    monkeypatch.setattr("flows.start.find_version", lambda _root, _ref: run)
+    monkeypatch.setattr("flows.start.fetch_version", run.fetch)
+    return run
+
+
+def test_the_text_model_of_its_run_comes_with_a_champion(checkout: Path, registered: Run) -> None:
     """What `--profile` of a registered InternVL-C sets: the stages after stage 1 too."""
-    folder = make_folder(checkout / "data/start/champion", "internvl_c")
-    asked = []
-    monkeypatch.setattr("flows.start.bring", lambda *given, stage: asked.append((*given, stage)))
-    text = bring_text(checkout, "champion", folder)
-    assert text == checkout / "data/start/champion-text"
-    assert asked == [(checkout, "champion", text, "pretrain_text")]
-    command = write_profile(checkout, new_profile(checkout, "weekly", folder), folder, text)
-    assert command == "vlfoundry run --profile weekly"
+    folder = checkout / "data/start/champion"
+    said = bring_with_profile(checkout, "champion", folder, new_profile(checkout, "weekly", folder))
+    assert said[-1] == "profiles/weekly.yaml is written: vlfoundry run --profile weekly"
+    assert read_origin(folder)["path"] == MODELS["internvl_c"]
     params = Variation(profile="weekly").apply(checkout)
     assert params["contrastive"]["start"] == {"model": "data/start/champion"}
     assert params["evaluate"]["baseline"] == MODELS | {"internvl_c": "data/start/champion"}
@@ -235,9 +256,38 @@ def test_the_text_model_of_its_run_comes_with_a_champion(
         "vision": "artifacts/contrastive/model", "language": "data/start/champion-text",
     }  # fmt: skip
 
-    assert bring_text(checkout, str(folder), folder) is None  # a path: nobody knows its run
-    other = make_folder(checkout / "data/start/g", "internvl_g")  # has a head of its own
-    assert bring_text(checkout, "champion", other) is None
+    a_path = checkout / "data/start/copy"  # nobody knows its run
+    bring_with_profile(checkout, str(folder), a_path, new_profile(checkout, "copy", a_path))
+    assert not (checkout / "data/start/copy-text").exists()
+    shutil.rmtree(registered.source / "internvl_c")
+    make_folder(registered.source / "internvl_c", "internvl_g")  # has a head of its own
+    other = checkout / "data/start/g"
+    bring_with_profile(checkout, "champion", other, new_profile(checkout, "g", other))
+    assert not (checkout / "data/start/g-text").exists()
+
+
+def test_an_import_with_a_profile_leaves_all_or_nothing(checkout: Path, registered: Run) -> None:
+    folder = checkout / "data/start/champion"
+    profile = new_profile(checkout, "weekly", folder)
+    before = sorted(checkout.rglob("*"))
+    registered.lacks_text = True
+    with pytest.raises(DataError, match="lacks it"):
+        bring_with_profile(checkout, "champion", folder, profile)
+    assert list(folder.parent.iterdir()) == []
+    shutil.rmtree(checkout / "data")
+    assert sorted(checkout.rglob("*")) == before
+
+    bring(checkout, "champion", folder)  # killed here; or before the profile was written
+    registered.lacks_text = False
+    for fetched in (1, 0):
+        registered.fetched.clear()
+        bring_with_profile(checkout, "champion", folder, profile)
+        assert len(registered.fetched) == fetched
+        profile.unlink()
+    (folder / "origin.json").unlink()
+    with pytest.raises(ModelError, match="champion is there already"):
+        bring_with_profile(checkout, "champion", folder, profile)
+    assert (folder / "config.json").is_file()  # not ours to delete
 
 
 def test_profiles_are_not_overwritten_and_can_be_named(checkout: Path) -> None:

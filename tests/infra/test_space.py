@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from infra.errors import DataError
-from infra.space import free_bytes, no_space
+from infra.space import free_bytes, no_space, require_space
 from tests.small_disk import fill, small_disk
 
 
@@ -68,3 +68,8 @@ def test_a_small_disk(tmp_path: Path) -> None:
         with pytest.raises(OSError, match="No space left") as caught:
             os.write(os.open(place / "more", os.O_CREAT | os.O_WRONLY), b"x" * 9000)
         assert f"no space left on {place} (0 MB" in str(no_space(caught.value, place))
+
+
+def test_a_file_system_that_counts_no_blocks_is_not_full() -> None:
+    assert os.statvfs("/proc").f_blocks == 0
+    require_space(Path("/proc"), Path("/proc/self/nope"))
