@@ -55,7 +55,7 @@ def test_the_wording_is_that_of_stage_3() -> None:
             {"conversation_mix": {"colors": 1.0}},
             r"no question kind \['colors'\]; known: \['colour'",
         ),
-        ({"conversation_share": 1.5}, "conversation_share is 1.5, expected 0 to 1"),
+        ({"conversation_share": 1.5}, "conversation_share is 1.5; expected a share, 0 to 1"),
     ],
 )
 def test_nonsense_is_refused(options, message: str) -> None:
