@@ -141,6 +141,7 @@ class Shared:
         self.kind, self.capabilities = model.kind, model.capabilities
         self.embed_images, self.embed_texts = model.embed_images, model.embed_texts
         self.image_features, self.generate = model.image_features, model.generate
+        self.match = model.match
         self._team = team
 
     def in_batches(self, method: str, batches: Batches) -> list[Any]:

@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from eval.datasets import ConceptSet, DataFolder
+from eval.pairing import keyword_caption
 from eval.questions import Question
-from eval.suites.retrieval import keyword_caption
 from infra.decode import pixels
 from infra.geometry import squeeze
 from infra.images import composite
@@ -20,7 +20,7 @@ SIDE_PX = 32
 LANGUAGES = ("en", "zh")
 CAN = {
     "internvl_c": frozenset({"embed"}),
-    "internvl_g": frozenset({"embed", "generate"}),
+    "internvl_g": frozenset({"embed", "match", "generate"}),
     "chat_simple": frozenset({"generate"}),
     "chat_full": frozenset({"generate"}),
 }
@@ -76,6 +76,9 @@ class Oracle:
         squares = np.stack([squeeze(composite(pixels(image)), SIDE_PX) for image in images])
         return squares.reshape(len(images), -1).astype(np.float32)[:, ::7]
 
+    def match(self, images, texts, task="retrieval") -> np.ndarray:
+        return (self.embed_images(images) * self.embed_texts(texts)).sum(1)
+
     def generate(self, images, prompts, max_new_tokens):
         return [
             self._answers.get((looks(image), prompt), "")
@@ -98,6 +101,10 @@ class Guesser:
 
     def image_features(self, images, task="linear_probe") -> np.ndarray:
         return self.embed_images(images)
+
+    def match(self, images, texts, task="retrieval") -> np.ndarray:
+        pairs = zip(images, texts, strict=True)
+        return np.array([self._vector(looks(i) + t.encode())[0] > 0 for i, t in pairs], np.float32)
 
     def generate(self, images, prompts, max_new_tokens):
         return [self.reply] * len(prompts)

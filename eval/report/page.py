@@ -28,6 +28,7 @@ HEADLINES = (
     ("internvl_c", "zero_shot/top1/ensemble", "zero-shot top-1, five languages together"),
     ("internvl_c", "zero_shot/top5/ensemble", "zero-shot top-5, five languages together"),
     ("internvl_c", "retrieval/text_to_image_r10/en", "text-to-image R@10, English"),
+    ("internvl_g", "matching/accuracy", "names that belong or not, InternVL-G"),
     ("chat_simple", "colour/accuracy", "colour questions, chat simple"),
     ("chat_simple", "box/accuracy_iou50", "boxes at IoU 0.5, chat simple"),
     ("chat_full", "colour/accuracy", "colour questions, chat full"),

@@ -13,6 +13,7 @@ NEEDS = {
     "zero_shot": "embed",
     "retrieval": "embed",
     "linear_probe": "embed",
+    "matching": "match",
     "caption": "generate",
     "colour": "chat",
     "box": "chat",
@@ -44,7 +45,7 @@ def why_not(model: Model, suite: str) -> str:
 
 def suite_run(name: str) -> SuiteRun:
     """The `run` function of a suite."""
-    from eval.suites import box, caption, colour, linear_probe, retrieval, zero_shot
+    from eval.suites import box, caption, colour, linear_probe, matching, retrieval, zero_shot
 
-    modules = (zero_shot, retrieval, linear_probe, caption, colour, box)
+    modules = (zero_shot, retrieval, linear_probe, matching, caption, colour, box)
     return {module.NAME: module.run for module in modules}[name]

@@ -4,7 +4,6 @@ In a concept set the caption of a drawing is the list of its keywords, without t
 that this is not classification again. Letters: N pictures, M distinct captions.
 """
 
-import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,29 +11,16 @@ import numpy as np
 from eval.datasets import ConceptSet, DataFolder
 from eval.embedding import Model, Setting, embed_pictures, embed_texts
 from eval.metrics import compute
+from eval.pairing import Pairs, keyword_caption, keyword_captions, pair_up
 from eval.ranking import best_rank, chance_at, top_candidates
 from eval.scores import Score, mean_score, write_items
-from infra.errors import DataError
 
 NAME = "retrieval"
 CUTS = (1, 5, 10)
-MIN_CANDIDATES = 2
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Pairs:
-    """Pictures and captions of one language, and which belong together."""
-
-    rows: np.ndarray
-    """int64 [N]: pictures of the set that have a caption."""
-    texts: tuple[str, ...]
-    """M distinct captions."""
-    right: np.ndarray
-    """bool [N, M]."""
 
 
 def run(model: Model, data: DataFolder, setting: Setting) -> list[Score]:
-    """R@1, R@5 and R@10, image to text and text to image, for each language.
+    """R@1, R@5 and R@10, image to text and text to image, for each language, and over all.
 
     A caption that two pictures share is one candidate and right for both; pictures that look the
     same share their captions. Rank counting: the rank of the best right answer is one more than
@@ -43,7 +29,7 @@ def run(model: Model, data: DataFolder, setting: Setting) -> list[Score]:
     pictures = embed_pictures(model, data, NAME)
     scores = []
     for lang in setting.languages:
-        pairs = pair_up(data, lang)
+        pairs = pair_up(data, lang, keyword_captions)
         logits = pictures[pairs.rows] @ embed_texts(model, pairs.texts).T  # [N, M]
         reference = _reference_logits(setting, data, lang, pairs)
         to_text = "image_to_text", logits, pairs.right, reference
@@ -55,40 +41,7 @@ def run(model: Model, data: DataFolder, setting: Setting) -> list[Score]:
         )
         for direction, table, right, nearest in (to_text, to_image):
             scores += _score(data, setting, lang, pairs, direction, table, right, nearest)
-    return scores
-
-
-def keyword_caption(name: str, keywords: Sequence[str]) -> str:
-    """The keywords in one line, without the name; empty if nothing is left."""
-    return ", ".join(word for word in keywords if word.casefold() != name.casefold())
-
-
-def pair_up(data: DataFolder, lang: str) -> Pairs:
-    """Which captions of `lang` belong to which pictures. Raises DataError if fewer than two do."""
-    own = [_captions(data, index, lang) for index in range(len(data))]
-    by_look: dict[int, set[str]] = {}
-    for look, texts in zip(data.look, own, strict=True):
-        by_look.setdefault(int(look), set()).update(texts)
-    column = {text: i for i, text in enumerate(dict.fromkeys(t for texts in own for t in texts))}
-    rows = [index for index, texts in enumerate(own) if texts]
-    if len(rows) < MIN_CANDIDATES or len(column) < MIN_CANDIDATES:
-        raise DataError(
-            f"{data.folder}: {len(rows)} pictures have a caption in {lang!r} ({len(column)} "
-            f"distinct), expected at least {MIN_CANDIDATES}; the languages are {data.languages}"
-        )
-    right = np.zeros((len(rows), len(column)), bool)
-    for row, index in enumerate(rows):
-        right[row, [column[text] for text in by_look[int(data.look[index])]]] = True
-    return Pairs(rows=np.array(rows), texts=tuple(column), right=right)
-
-
-def _captions(data: DataFolder, index: int, lang: str) -> tuple[str, ...]:
-    picture = data.pictures[index]
-    if not isinstance(data, ConceptSet):
-        return tuple(text for tag, text in picture.captions if tag == lang)
-    concept = data.concepts[picture.concept]
-    caption = keyword_caption(concept.names.get(lang, ""), concept.keywords.get(lang, ()))
-    return (caption,) if caption else ()
+    return [*(_over_all(scores, cut, setting.seed) for cut in CUTS), *scores]
 
 
 def _reference_logits(
@@ -132,6 +85,25 @@ def _score(data, setting, lang, pairs, direction, logits, right, nearest) -> lis
         )
         for cut in CUTS
     ]
+
+
+def _over_all(scores: Sequence[Score], cut: int, seed: int) -> Score:
+    """One cut over both directions and all languages, each query the same."""
+    parts = [score for score in scores if score.name.endswith(f"_r{cut}")]
+    shares = np.array([score.n for score in parts]) / sum(score.n for score in parts)
+
+    def level(field: str) -> float | None:
+        values = [getattr(score, field) for score in parts]
+        return None if None in values else float(shares @ np.array(values))
+
+    return mean_score(
+        NAME,
+        f"r{cut}",
+        [value for score in parts for value in score.by_item],
+        chance=level("chance"),
+        reference=level("reference"),
+        seed=seed,
+    )
 
 
 def _items(data, pairs, direction, found, ranks, right):

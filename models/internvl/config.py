@@ -31,7 +31,7 @@ CAPABILITIES: dict[str, frozenset[str]] = {
     "vision": frozenset(),
     "text": frozenset(),
     "internvl_c": frozenset({"embed"}),
-    "internvl_g": frozenset({"embed", "generate"}),
+    "internvl_g": frozenset({"embed", "match", "generate"}),
     "chat_simple": frozenset({"generate"}),
     "chat_full": frozenset({"generate"}),
 }

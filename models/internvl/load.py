@@ -187,6 +187,21 @@ class Model:
             self.config.vision.width,
         )
 
+    def match(
+        self, images: Sequence[Picture], texts: Sequence[str], task: str = "retrieval"
+    ) -> np.ndarray:
+        """How sure the model is that each text belongs to its picture: float32 [B], 0 to 1."""
+        self._require("match")
+        parts = [np.empty(0, np.float32)]
+        for shown, said in zip(_chunks(images), _chunks(texts), strict=True):
+            squares = np.concatenate([self.sight.squares(image, task)[:1] for image in shown])
+            ids, mask = self.tokenizer.encode_batch(said, max_tokens=self.config.text.max_tokens)
+            batch = {"match_ids": self._there(ids), "match_mask": self._there(mask)}
+            with torch.inference_mode():
+                found = self.module.run("match", {"pixels": self._pixels(squares), **batch})
+            parts.append(_numbers(found["match"].softmax(-1)[:, 1]))
+        return np.concatenate(parts)
+
     def generate(
         self, images: Sequence[Picture], prompts: Sequence[str], max_new_tokens: int
     ) -> list[str]:

@@ -213,6 +213,12 @@ def test_what_a_gpu_gives_is_brought_back(models: Path, monkeypatch) -> None:
             assert model.embed_images(pictures).shape == (3, 8)
             assert model.image_features(pictures).shape == (3, 20)
         assert len(model.generate(pictures, ["a", "b", "c"], 2)) == 3
+        if "match" in model.capabilities:
+            run = model.module.run
+            monkeypatch.setattr(
+                model.module, "run", lambda *a, _run=run: {n: there(v) for n, v in _run(*a).items()}
+            )
+            assert model.match(pictures, ["a", "b", "c"]).shape == (3,)
 
 
 def test_a_model_and_what_it_reads_go_where_training_computes(models: Path, monkeypatch) -> None:

@@ -66,7 +66,7 @@ def oracle(data, kind="internvl_g"):
     return Oracle(data, questions, kind)
 
 
-@pytest.mark.parametrize("suite", ["zero_shot", "retrieval"])
+@pytest.mark.parametrize("suite", ["zero_shot", "retrieval", "matching"])
 def test_who_knows_gets_everything_and_who_guesses_gets_chance(suite, data, setting):
     for score in suite_run(suite)(oracle(data), data, setting):
         assert score.value == 1.0, score
@@ -120,7 +120,7 @@ def test_retrieval_uses_keywords_without_the_name(data, setting):
     score = scores["retrieval/text_to_image_r10/zh"]
     queries = [item["query"] for item in read_items(setting.items_dir.parent / score.items)]
     assert "zhword7, same" in queries
-    assert len(scores) == 2 * 3 * 2
+    assert len(scores) == 2 * 3 * 2 + 3
 
 
 def test_retrieval_on_a_pair_set_with_several_captions(tmp_path):
@@ -144,9 +144,92 @@ def test_retrieval_on_a_pair_set_with_several_captions(tmp_path):
     assert scores["retrieval/image_to_text_r1/en"].n == 12
     assert scores["retrieval/text_to_image_r1/en"].n == 24
     assert scores["retrieval/image_to_text_r1/it"].n == 6
+    assert scores["retrieval/r1"].n == 12 + 24 + 6 + 6
+    chances = [scores[f"retrieval/{d}_r1/en"].chance for d in ("image_to_text", "text_to_image")]
+    chances += [scores[f"retrieval/{d}_r1/it"].chance for d in ("image_to_text", "text_to_image")]
+    assert scores["retrieval/r1"].chance == pytest.approx(
+        np.dot(chances, [12, 24, 6, 6]) / 48, abs=1e-6
+    )
     assert all(score.value == 1.0 for score in scores.values())
     assert scores["retrieval/image_to_text_r1/en"].chance == pytest.approx(2 / 24, abs=1e-6)
     assert scores["retrieval/image_to_text_r1/en"].reference is None
+
+
+class Believer(Guesser):
+    """Finds that every text belongs to every picture."""
+
+    def match(self, images, texts, task="retrieval"):
+        return np.ones(len(texts), np.float32)
+
+
+def test_matching_asks_of_each_picture_its_own_and_two_wrong_captions(data, setting):
+    scores = by_key(suite_run("matching")(Believer(), data, setting))
+    assert {key: score.value for key, score in scores.items()} == dict.fromkeys(scores, 0.5)
+    assert set(scores) == {
+        f"matching/{name}{lang}"
+        for name in ("accuracy", "hard_accuracy")
+        for lang in ("", "/en", "/zh")
+    }
+    assert scores["matching/accuracy/zh"].n == 2 * len(data)
+    items = read_items(setting.items_dir / "matching.jsonl")
+    assert len(items) == 3 * len(data) * len(LANGUAGES)
+    twins = ("test/0", "test/1")  # either's name is right
+    concept = {picture.id: data.concepts[picture.concept] for picture in data.pictures}
+    for item in items:
+        right = item["text"] == concept[item["picture"]].names[item["lang"]]
+        assert right == (item["caption"] == "own") or item["picture"] in twins
+    drawn = {item["text"] for item in items if item["caption"] == "random"}
+    assert len(drawn) > len(data) / 2
+
+
+def test_the_hard_wrong_caption_is_the_most_similar_wrong_one(data, setting):
+    model = Guesser()
+    suite_run("matching")(model, data, setting)
+    shown = {picture.id: picture for picture in data.pictures}
+    texts = [concept.names["en"] for concept in data.concepts.values()]
+    vectors = model.embed_texts(texts)
+    for item in read_items(setting.items_dir / "matching.jsonl"):
+        if item["caption"] == "similar" and item["lang"] == "en":
+            picture = shown[item["picture"]]
+            twins = {"c00", "c01"} if picture.concept in ("c00", "c01") else {picture.concept}
+            own = [concept in twins for concept in data.concepts]
+            similarity = vectors @ model.embed_images([picture.data])[0]
+            assert item["text"] == texts[int(np.where(own, -9, similarity).argmax())]
+
+
+def test_matching_on_a_pair_set(tmp_path):
+    def rows(captions):
+        return [
+            {
+                "id": f"p{i}",
+                "image": {"bytes": encoded(drawing(i)), "path": None},
+                "captions": [{"lang": "en", "text": text} for text in captions(i)],
+            }
+            for i in range(7)
+        ]
+
+    data = read_folder(write_pair_set(tmp_path, rows(lambda i: [f"first {i}", f"second {i // 2}"])))
+    setting = Setting(languages=("en",), seed=0, items_dir=tmp_path / "items")
+    scores = by_key(suite_run("matching")(Oracle(data), data, setting))
+    assert scores["matching/accuracy"].value == scores["matching/hard_accuracy"].value == 1.0
+    assert scores["matching/accuracy"].n == 14
+
+
+def test_a_picture_to_which_every_caption_belongs_is_not_asked_about(tmp_path):
+    def row(i, *captions):
+        return {
+            "id": f"p{i}",
+            "image": {"bytes": encoded(drawing(i)), "path": None},
+            "captions": [{"lang": "en", "text": text} for text in captions],
+        }
+
+    rows = [row(0, "a", "b"), row(1, "a"), row(2, "b")]
+    data = read_folder(write_pair_set(tmp_path, rows))
+    setting = Setting(languages=("en",), seed=0, items_dir=tmp_path / "items")
+    scores = by_key(suite_run("matching")(Guesser(), data, setting))
+    assert scores["matching/accuracy"].n == 4
+    asked = read_items(tmp_path / "items" / "matching.jsonl")
+    assert {item["picture"] for item in asked} == {"p1", "p2"}
 
 
 def test_zero_shot_on_a_pair_set_uses_its_labels(tmp_path):
@@ -238,7 +321,7 @@ def test_what_a_model_cannot_do_has_a_reason(data, setting):
     model = Guesser("internvl_c")
     scores, not_applicable = score_model(model, data, setting, log=lambda _: None)
     assert {score.suite for score in scores} == {"zero_shot", "retrieval", "linear_probe"}
-    assert set(not_applicable) == {"caption", "colour", "box"}
+    assert set(not_applicable) == {"matching", "caption", "colour", "box"}
     assert "needs a model that can chat" in not_applicable["box"]
     assert "one of kind internvl_c can embed" in not_applicable["caption"]
     assert why_not(Guesser("chat_full"), "colour") == ""

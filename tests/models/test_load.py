@@ -155,6 +155,16 @@ def check_use(model) -> None:
     else:
         with pytest.raises(ModelError, match="cannot embed"):
             model.embed_texts(["a"])
+    if "match" in model.capabilities:
+        sure = model.match(images, TEXTS[:3])
+        assert sure.dtype == np.float32
+        assert ((sure > 0) & (sure < 1)).all()
+        assert np.allclose(sure[1:2], model.match(images[1:2], TEXTS[1:2]), atol=1e-5)
+        assert not np.allclose(sure, model.match(images[::-1], TEXTS[:3]), atol=1e-5)
+        assert model.match([], []).shape == (0,)
+    else:
+        with pytest.raises(ModelError, match="cannot match"):
+            model.match(images, TEXTS[:3])
     if "generate" in model.capabilities:
         answers = model.generate(images, ["What?", "Where is it?", "Who?"], 4)
         assert len(answers) == 3
