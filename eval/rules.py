@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping
+from functools import partial
 
 from eval.scores import Score
 from eval.stats import Z_95
@@ -27,6 +28,11 @@ class Rule:
     """Lead over an earlier model on the same items, where `evaluate.baseline` names one, in
     standard errors of the difference; 0 means better at all, which an equally good model is half
     of the time; a negative number lets it be worse by so much."""
+    not_below: str | None = None
+    """Another model of the run: the score is at least its, as far as the standard errors of both
+    can tell (one of the difference)."""
+    warn: bool = False
+    """Where a condition does not hold, it is said, and stops nothing."""
 
     def __post_init__(self) -> None:
         if not self.conditions():
@@ -36,6 +42,7 @@ class Rule:
         """Names of the conditions that are set."""
         names = ("at_least", "above_untrained_by_stderr", "better_than_baseline_by_stderr")
         chosen = tuple(name for name in names if getattr(self, name) is not None)
+        chosen += ("not_below",) if self.not_below else ()
         return chosen + (("above_chance",) if self.above_chance else ())
 
 
@@ -57,10 +64,29 @@ class Check:
     """Whether it did, or need not."""
     reason: str
     """The decision in words."""
+    warn: bool = False
+    """Whether it stops nothing if it did not."""
+
+    @property
+    def stands(self) -> bool:
+        """Whether it is no reason against the model."""
+        return self.passed or self.warn
+
+    @property
+    def line(self) -> str:
+        """The check for people."""
+        state = "ok  " if self.passed else "WARN" if self.warn else "FAIL"
+        return f"{state} {self.variant} {self.score} {self.rule}: {self.reason}"
 
 
-def decide(rule: Rule, scores: Mapping[str, Score]) -> list[Check]:
-    """The checks of one rule. A score that is missing fails; a missing baseline does not."""
+def decide(rule: Rule, run: Mapping[str, Mapping[str, Score]]) -> list[Check]:
+    """The checks of one rule. A score that is missing fails; a missing baseline does not.
+
+    Args:
+        rule: the rule.
+        run: model of the run -> its scores by key.
+    """
+    scores = run[rule.variant]
     score = scores.get(rule.score)
     if score is None:
         reason = f"there is no such score; there are {len(scores)}, e.g. {sorted(scores)[:3]}"
@@ -70,6 +96,7 @@ def decide(rule: Rule, scores: Mapping[str, Score]) -> list[Check]:
         "above_chance": _above_chance,
         "above_untrained_by_stderr": _above_untrained,
         "better_than_baseline_by_stderr": _above_baseline,
+        "not_below": partial(_not_below, run=run),
     }
     return [deciders[name](rule, score) for name in rule.conditions()]
 
@@ -114,6 +141,15 @@ def _above_baseline(rule: Rule, score: Score) -> Check:
     return _lead(rule, name, score.value, score.baseline, spread, margin, "the baseline")
 
 
+def _not_below(rule: Rule, score: Score, *, run: Mapping[str, Mapping[str, Score]]) -> Check:
+    other = run.get(rule.not_below or "", {}).get(rule.score)
+    if other is None:
+        reason = f"{rule.not_below} has no such score"
+        return _check(rule, "not_below", score.value, None, False, reason)
+    spread = math.hypot(_spread(score.stderr, score.n), _spread(other.stderr, other.n))
+    return _lead(rule, "not_below", score.value, other.value, spread, -1, str(rule.not_below))
+
+
 def _lead(
     rule: Rule, name: str, value: float, other: float, spread: float, margin: float, who: str
 ) -> Check:
@@ -137,4 +173,5 @@ def _check(
     return Check(
         variant=rule.variant, score=rule.score, rule=name, value=value,
         against=None if against is None else round(against, 6), passed=passed, reason=reason,
+        warn=rule.warn,
     )  # fmt: skip

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import functools
 import json
 import os
@@ -176,7 +177,8 @@ def finish(root: Path, *, judged: bool = True) -> Closing:
     if not judged or not decision.is_file():
         return Closing()
     gate = json.loads(decision.read_text("utf-8"))
-    return _promote(root, gate["model"]) if gate["passed"] else _rejection(gate)
+    closing = _promote(root, gate["model"]) if gate["passed"] else _rejection(gate)
+    return dataclasses.replace(closing, lines=(*gate.get("warnings", ()), *closing.lines))
 
 
 def _rejection(gate: Mapping[str, Any]) -> Closing:

@@ -1,13 +1,13 @@
 """Decide whether the run's models may be promoted, rule by rule, with a reason for each.
 
 A rule looks at one score of one model: its value, its distance from chance, from the untrained
-control, and from an earlier model on the same items. All rules must hold.
+control, and from an earlier model on the same items. All must hold but those that only warn.
 """
 
 import dataclasses
 from dataclasses import dataclass
 
-from eval.rules import Check, Rule, decide
+from eval.rules import Rule, decide
 from eval.scores import read_document, read_scores
 from eval.variants import MODELS, scores_file
 from infra.errors import ConfigError
@@ -24,15 +24,19 @@ class GateConfig:
     candidate: str
     """Kind of the model that is promoted if all rules hold."""
     rules: tuple[Rule, ...]
-    """What must hold."""
+    """What must hold, or is warned about."""
 
     def __post_init__(self) -> None:
         named = {self.candidate, *(rule.variant for rule in self.rules)}
+        named |= {rule.not_below for rule in self.rules if rule.not_below}
         unknown = sorted(named - set(MODELS))
         if unknown:
             raise ConfigError(f"gate: no model {unknown}; there are {list(MODELS)}")
-        if not self.rules:
-            raise ConfigError("gate.rules is empty: a gate without rules lets everything pass")
+        if all(rule.warn for rule in self.rules):
+            raise ConfigError(
+                "gate.rules has no rule that can fail: such a gate lets everything pass; expected "
+                "at least one without warn"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,10 +54,10 @@ def run(config: Config, context: Context) -> None:
         variant: {score.key: score for score in read_scores(file)}
         for variant, file in files.items()
     }
-    checks = [check for rule in gate.rules for check in decide(rule, scores[rule.variant])]
-    passed = all(check.passed for check in checks)
+    checks = [check for rule in gate.rules for check in decide(rule, scores)]
+    passed = all(check.stands for check in checks)
     for check in checks:
-        context.log(_line(check))
+        context.log(check.line)
     unwatched = sorted(set(MODELS) - {rule.variant for rule in gate.rules})
     if unwatched:
         context.log(f"WARNING: no rule looks at {', '.join(unwatched)}: it may be of any quality")
@@ -71,15 +75,11 @@ def run(config: Config, context: Context) -> None:
             "fingerprint": document["model"]["fingerprint"],
             "baseline": baseline,
             "unwatched": unwatched,
-            "reasons": [_line(check) for check in checks if not check.passed],
+            "reasons": [check.line for check in checks if not check.stands],
+            "warnings": [check.line for check in checks if check.warn and not check.passed],
             "checks": [dataclasses.asdict(check) for check in checks],
         },
     )
-
-
-def _line(check: Check) -> str:
-    state = "ok  " if check.passed else "FAIL"
-    return f"{state} {check.variant} {check.score} {check.rule}: {check.reason}"
 
 
 STAGE = Stage(

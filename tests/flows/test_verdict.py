@@ -32,6 +32,7 @@ def decide(root: Path, *, passed: bool) -> None:
     reasons = [] if passed else ["FAIL toy_a zero_shot/top1: 3.0% is below 8.0%"]
     decision = {
         "passed": passed, "candidate": "toy_a", "model": MODEL, "reasons": reasons,
+        "warnings": ["WARN toy_a caption/chrf: 3.0% is below 8.0%"],
         "checks": [{"passed": passed}, {"passed": True}],
     }  # fmt: skip
     steer(root, "gate", f"(out / 'gate.json').write_text({json.dumps(decision)!r})")
@@ -55,7 +56,8 @@ def test_a_gate_that_says_no(judged: Path, prefect_server: str) -> None:
     decide(judged, passed=False)
     ended = run(judged)
     assert ended.returncode == EXIT_REJECTED == 3, ended.stdout + ended.stderr
-    assert ended.stdout.splitlines()[-2:] == [
+    assert ended.stdout.splitlines()[-3:] == [
+        "WARN toy_a caption/chrf: 3.0% is below 8.0%",
         "gate: toy_a was NOT promoted; 1 of 2 checks failed",
         "    FAIL toy_a zero_shot/top1: 3.0% is below 8.0%",
     ]
@@ -99,8 +101,8 @@ def test_what_cannot_be_registered_is_a_failure_that_the_next_run_mends(
     closing = finish(judged)
     assert closing.failed
     assert closing.verdict is None
-    assert "NOT registered" in closing.lines[0]
-    assert "deleted as damaged: artifacts/train/a: run again" in closing.lines[0]
+    assert "NOT registered" in closing.lines[-1]
+    assert "deleted as damaged: artifacts/train/a: run again" in closing.lines[-1]
     mended = run(judged)
     assert mended.returncode == 0, mended.stdout
     assert "champion: toy_a@v0.1.0" in mended.stdout.splitlines()[-1]

@@ -23,9 +23,10 @@ def score(hits=30, n=100, chance=0.05, untrained=5):
     return with_untrained([made], [control])[0]
 
 
-def only(rule, made):
+def only(rule, made, other=None):
     full = {"variant": "internvl_c", "score": "zero_shot/top1/en"} | rule
-    (check,) = decide(build(Rule, full), {made.key: made})
+    run = {"internvl_c": {made.key: made}, "internvl_g": {other.key: other} if other else {}}
+    (check,) = decide(build(Rule, full), run)
     return check
 
 
@@ -86,6 +87,19 @@ def test_a_lead_is_measured_item_by_item():
     assert "35.0% against 30.0% of the baseline: 0." in check.reason
 
 
+def test_a_model_is_held_against_another_of_the_run():
+    rule = {"not_below": "internvl_g"}
+    assert only(rule, score(30), score(30)).passed
+    assert only(rule, score(27), score(30)).passed  # half a standard error
+    check = only(rule, score(20), score(30))
+    assert not check.passed
+    assert "20.0% against 30.0% of internvl_g: -1.6 standard errors" in check.reason
+    assert "internvl_g has no such score" in only(rule, score(30)).reason
+    with pytest.raises(ConfigError, match=r"no model \['internvl_x'\]"):
+        build(Config, {"gate": {"candidate": "internvl_c", "rules": [
+            {"variant": "internvl_c", "score": "x", "not_below": "internvl_x"}]}})  # fmt: skip
+
+
 def test_a_missing_score_fails_and_says_what_there_is():
     made = dataclasses.replace(score(), lang="zh")
     check = only({"at_least": 0.0}, made)
@@ -101,6 +115,30 @@ def test_rules_without_a_condition_or_a_model_are_refused():
         build(Config, {"gate": {"candidate": "internvl_x", "rules": [rule]}})
     with pytest.raises(ConfigError, match="lets everything pass"):
         build(Config, {"gate": {"candidate": "internvl_c", "rules": []}})
+
+
+def decided(root, *rules):
+    """The stage's decision on one score, for Chat full."""
+    for variant in MODELS:
+        write_scores(root / scores_file(variant), [score()], model={"fingerprint": "f"}, data={})
+    common = {"variant": "internvl_c", "score": "zero_shot/top1/en"}
+    config = build(
+        Config, {"gate": {"candidate": "chat_full", "rules": [common | rule for rule in rules]}}
+    )
+    STAGE.run(config, Context(STAGE.bind(None), root, "key"))
+    return json.loads((root / "artifacts/gate/gate.json").read_text())
+
+
+def test_a_rule_may_warn_alone(tmp_path):
+    gate = decided(tmp_path, {"at_least": 0.2}, {"at_least": 0.5, "warn": True})
+    assert gate["passed"] is True
+    assert gate["reasons"] == []
+    assert [line[:41] for line in gate["warnings"]] == ["WARN internvl_c zero_shot/top1/en at_leas"]
+    assert [check["passed"] for check in gate["checks"]] == [True, False]
+    gate = decided(tmp_path, {"at_least": 0.5}, {"at_least": 0.2, "warn": True})
+    assert (gate["passed"], len(gate["reasons"]), gate["warnings"]) == (False, 1, [])
+    with pytest.raises(ConfigError, match="no rule that can fail"):
+        decided(tmp_path, {"at_least": 0.2, "warn": True})
 
 
 @pytest.mark.parametrize(("at_least", "passed"), [(0.2, True), (0.5, False)])
