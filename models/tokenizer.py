@@ -8,6 +8,7 @@ Letters: B batch, T tokens.
 
 from __future__ import annotations
 
+import collections
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
@@ -43,6 +44,10 @@ SPECIAL_TOKENS = (
 """in the order of their ids, which folders of trained models hold"""
 PAD_ID, BOS_ID, EOS_ID, IMG_ID, END_IMG_ID, IMG_CONTEXT_ID = range(6)
 """of our own tokenizer; another has other ids, so ask the tokenizer in hand"""
+
+
+ALONE = 1000
+"""how often the tokenizer's training is shown by itself what it is to merge first"""
 
 
 class TextTokenizer(ABC):
@@ -197,8 +202,14 @@ def pad(
     return ids, mask
 
 
-def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+def train(texts: Iterable[str], vocab_size: int, *, whole: Sequence[str] = ()) -> Tokenizer:
     """Learn merges from `texts`. The same texts in the same order give the same tokenizer.
+
+    Args:
+        texts: to learn from.
+        vocab_size: tokens in all.
+        whole: words or characters that are merged before anything else: each is one token where it
+            stands alone, and no other token has a part of it.
 
     Raises:
         ModelError: `vocab_size` leaves no room for the special tokens and the 256 bytes.
@@ -221,5 +232,12 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator(texts, trainer)
+    alone = [f"{word}\n" * ALONE for word in whole]
+    backend.train_from_iterator([*texts, *alone], trainer)
     return Tokenizer(backend)
+
+
+def wide_characters(texts: Iterable[str], most: int) -> list[str]:
+    """The most frequent characters of several bytes, at most so many."""
+    counts = collections.Counter(c for text in texts for c in text if not c.isascii())
+    return sorted(c for c, _ in counts.most_common(most))

@@ -25,7 +25,6 @@ from infra.scenes import (
     background_names,
     check_box_grid,
     conversation,
-    format_box,
     imagine,
     pick,
 )
@@ -50,6 +49,10 @@ class PretrainTextConfig:
     """optimizer and schedule; a sample is one line of text"""
     objective: NextTokenConfig = field(default_factory=NextTokenConfig)
     """how tokens are weighted"""
+    whole_characters: bool = False
+    """whether the tokenizer merges the bytes of a character before anything else, as far as
+    characters take no more than half of the vocabulary: else a small model writes halves of them,
+    and learns less of scripts that have many"""
     conversation_share: float = 0.0
     """share of samples that are a question of stage 3 with its answer; the others are captions"""
     conversation_mix: dict[str, float] = field(default_factory=lambda: dict.fromkeys(KINDS, 1.0))
@@ -99,14 +102,16 @@ def run(config: Config, context: Context) -> None:
 
 
 def corpus(shards: ShardSet, languages: tuple[str, ...], box_grid: int) -> list[str]:
-    """Distinct captions in shard order, then the wordings of stage 3 and the numbers of its boxes.
-
-    A coordinate that the tokenizer has seen is one token, not three digits.
-    """
+    """Distinct captions in shard order, then stage 3's wordings and the numbers of its boxes."""
     captions = [shards.meta(i)["caption"] for i in range(len(shards))]
     spoken = [text for lang in languages for text in wordings(lang)]
-    edges = [round(line * BOX_UNITS / box_grid) for line in range(box_grid + 1)]
-    return list(dict.fromkeys(captions + spoken + [format_box((edge,) * 4) for edge in edges]))
+    boxes = [f"[{edge},{edge},{edge},{edge}]" for edge in coordinates(box_grid)]
+    return list(dict.fromkeys(captions + spoken + boxes))
+
+
+def coordinates(box_grid: int) -> list[str]:
+    """All that boxes are told by; each is to be one token, not three digits."""
+    return [str(round(line * BOX_UNITS / box_grid)) for line in range(box_grid + 1)]
 
 
 def spoken_names(shards: ShardSet, languages: tuple[str, ...]) -> list[tuple[str, str]]:
@@ -166,7 +171,11 @@ def _job(config: Config, lines: list[str], names: list[tuple[str, str]], place: 
     from models.objectives.next_token import TextObjective
 
     options, text = config.pretrain_text, config.model.text
-    tokenizer = tokenizers.train([*prefixed(lines), *lines], text.vocab_size)
+    whole: list[str] = []
+    if options.whole_characters:
+        characters = tokenizers.wide_characters(lines, text.vocab_size // 2)
+        whole = [*coordinates(config.box_grid), *characters]
+    tokenizer = tokenizers.train([*prefixed(lines), *lines], text.vocab_size, whole=whole)
     begin, end, dialogue = tokenizer.begin, tokenizer.eos_id, tokenizer.dialogue
     model = build("text", config.model, seed=config.seed)
     order = SampleStream(len(lines), config.seed)
