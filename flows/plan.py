@@ -110,13 +110,13 @@ def _parts(params: Mapping[str, Any], address: str, recipe: Recipe | None) -> It
             **common,
         )
     else:
-        given_negatives = options.get("objective", {}).get("negatives") == "given"
+        hard_negatives = options.get("objective", {}).get("negatives") == "hard"
         yield Workload(
             kind="internvl_g",
             objective="generative" if stage == "generative" else "retrieval",
             text_tokens=options["max_tokens"],
             trained=tuple(options["trainable"]),
-            hard_negatives=stage == "generative" and not given_negatives,
+            hard_negatives=stage == "generative" and hard_negatives,
             **common,
         )
 

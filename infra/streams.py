@@ -43,6 +43,8 @@ class Stream(IntEnum):
     """which source comes next"""
     RESUMED = 9
     """dropout of a run that is resumed on another number of ranks"""
+    NEGATIVES = 10
+    """which wrong captions stage 2 matches"""
     CHAT = 32
     """what is drawn for a conversation of a file: frames of a video"""
     SOURCES = MEMBER_LIMIT

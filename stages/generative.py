@@ -7,19 +7,23 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from infra.config import check_ranges
-from infra.images import AugmentConfig, augment, check_augment
+from infra.images import AugmentConfig, augment, check_augment, uniforms
 from infra.loader import ShardSet
 from infra.pairs import PairStream
 from infra.stage import Context, Stage, check_folders, main
+from infra.streams import Stream, stream_seed
 from infra.train.config import TrainConfig
 from infra.train.session import Job, Place, train
 from models.internvl.config import InternVLConfig
 from models.internvl.cut import check_layout
 from models.internvl.start import Start, plan_start
 from models.objectives.options import GenerativeConfig
+
+if TYPE_CHECKING:
+    import torch
 
 SHARDS = "artifacts/shard/stage2"
 MODEL = "artifacts/generative/model"
@@ -49,6 +53,10 @@ class GenerativeStageConfig:
     """folders whose parts the model starts from (models.internvl.start)"""
     max_tokens: int = 32
     """longest caption, prompt and special tokens included; a longer one is cut"""
+    group: str | None = "concept"
+    """field of a sample's metadata; in matching, captions of two samples that have the same there
+    are not wrong for each other's pictures, whatever their words; None: only the same words are
+    not"""
     trainable: tuple[str, ...] = ("stage2",)
     """what is trained (models.internvl.freeze): as in the paper only what is new"""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -89,6 +97,8 @@ def _start(config: Config, context: Context) -> Start:
 
 
 def _job(config: Config, context: Context, place: Place) -> Job:
+    import torch
+
     from models.common.draws import drop_samples
     from models.internvl.freeze import freeze
     from models.internvl.load import load_tokenizer, save_model
@@ -109,6 +119,11 @@ def _job(config: Config, context: Context, place: Place) -> Job:
             batch.rgba, config.seed, batch.positions, options.augment, size_px=size_px
         )
         texts = text_rows(tokenizer, batch.metas[0], options.max_tokens)
+        if options.objective.negatives == "random":
+            draws = uniforms(stream_seed(config.seed, Stream.NEGATIVES), batch.positions, 1)
+            texts["draws"] = torch.from_numpy(draws[:, 0])
+        if options.group is not None:
+            texts["group"] = groups(batch.metas[0], options.group, batch.positions)
         if config.model.vision.drop_path:
             texts["samples"] = drop_samples(config.seed, batch.positions)
         return {"pixels": standardise(pictures), **texts}
@@ -119,6 +134,22 @@ def _job(config: Config, context: Context, place: Place) -> Job:
         batch_at=batch_at,
         save=lambda folder: save_model(folder, "internvl_g", config.model, model, tokenizer),
     )
+
+
+def groups(
+    metas: list[dict[str, Any]], field: str, positions: list[tuple[int, int]]
+) -> torch.Tensor:
+    """A number for each sample [B], the same for those with the same text in `field`, on whichever
+    rank; one without the field stands alone."""
+    import torch
+
+    from infra.fingerprint import sha256_bytes
+
+    names = [
+        f"{field}={meta[field]}" if meta.get(field) else f"picture {picture}"
+        for meta, (_, picture) in zip(metas, positions, strict=True)
+    ]
+    return torch.tensor([int(sha256_bytes(name.encode())[:15], 16) for name in names])
 
 
 def text_rows(tokenizer: Any, metas: list[dict[str, Any]], max_tokens: int) -> dict[str, Any]:

@@ -243,6 +243,8 @@ class SceneQuestions:
         pictures: dict[tuple[str, str], bytes] = {}
         for sample in shards:
             meta = sample.meta
+            if meta.get("kind", "name") != "name":
+                continue
             self._names.setdefault(meta["concept"], {}).setdefault(meta["lang"], meta["caption"])
             pictures.setdefault((meta["concept"], meta["source"]), sample.image_bytes)
         self._drawings = [

@@ -1,7 +1,8 @@
-"""Write the survivors as WebDataset shards: `stage1` (all) and `stage2` (the best, by name).
+"""Write the survivors as WebDataset shards: `stage1` (all) and `stage2` (the best).
 
-Stage 1 learns from everything that is left; stage 2 from records that fit well and whose caption
-is a name. Rows are in the order of their number, which `ingest` has mixed; the loader permutes.
+Stage 1 learns from everything that is left; stage 2 from records that fit well and have a caption
+of the right kind. Rows are in the order of their number, which `ingest` has mixed; the loader
+permutes.
 """
 
 from collections import Counter
@@ -29,8 +30,11 @@ class ShardConfig:
 
     samples_per_shard: int = 4096
     """Samples in one tar file."""
+    stage2_kinds: tuple[str, ...] = ("name",)
+    """Kinds of captions that stage 2 learns from; stage 3 takes what things are called from names
+    alone."""
     stage2_share: float = 0.9
-    """Share of the name captions, best similarity first, that stage 2 keeps."""
+    """Share of each kind, best similarity first, that stage 2 keeps."""
 
     def __post_init__(self) -> None:
         if self.samples_per_shard < 1 or not 0 < self.stage2_share <= 1:
@@ -59,7 +63,7 @@ def run(config: Config, context: Context) -> None:
         raise DataError("no record survived the funnel; loosen the limits under `filter`")
     chosen = {
         "stage1": np.arange(len(similarity)),
-        "stage2": best_names(columns["kind"], similarity, config.shard.stage2_share),
+        "stage2": best(columns["kind"], similarity, config.shard),
     }
     metrics: dict[str, Any] = {}
     for name, indices in chosen.items():
@@ -71,13 +75,15 @@ def run(config: Config, context: Context) -> None:
     context.write_json(f"{OUT}/metrics.json", metrics)
 
 
-def best_names(kinds: list[str], similarity: np.ndarray, share: float) -> np.ndarray:
-    """Rows with a name caption and a similarity in the upper `share`, in their order."""
-    names = np.flatnonzero(np.array(kinds) == "name")
-    if not len(names):
-        return names
-    limit = np.quantile(similarity[names], 1.0 - share, method="lower")
-    return names[similarity[names] >= limit]
+def best(kinds: list[str], similarity: np.ndarray, config: ShardConfig) -> np.ndarray:
+    """Rows of stage 2's kinds, of each the upper share by similarity, in their order."""
+    chosen = np.zeros(len(kinds), bool)
+    for kind in config.stage2_kinds:
+        rows = np.flatnonzero(np.array(kinds) == kind)
+        if len(rows):
+            limit = np.quantile(similarity[rows], 1.0 - config.stage2_share, method="lower")
+            chosen[rows] = similarity[rows] >= limit
+    return np.flatnonzero(chosen)
 
 
 def _samples(

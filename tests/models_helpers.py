@@ -86,6 +86,7 @@ def stage2_batch(count: int, seed: int = 0) -> dict[str, torch.Tensor]:
         batch |= {f"{name}_ids": ids, f"{name}_mask": mask}
     batch["caption_labels"] = batch["caption_ids"].masked_fill(batch["caption_mask"] == 0, -100)
     batch["caption_labels"][:, :2] = -100
+    batch["draws"] = torch.rand(count, generator=torch.Generator().manual_seed(seed))
     return batch
 
 

@@ -211,12 +211,12 @@ class InternVL(Part):
         """One pass of QLLaMA over 3B rows: matching, contrastive and generative.
 
         `pixels` [B, 3, H, W] and, all [B, T], ids and mask of `match`, `summary` and `caption` ->
-        "match" logits [B, 2] (1: match), unit "image" and "text" [B, E], and "hidden" states
-        [B, T, D] of the generative rows.
+        "match" logits [B, 2] (1: match), unit embeddings [B, E]: "image" through the queries,
+        "backbone" without them, "text"; and "hidden" states [B, T, D] of the generative rows.
         """
         names = ("match", "summary", "caption")
         masks = (matching_blocked, contrastive_blocked, generative_blocked)
-        self._see(state, batch)
+        self._see_both(state, batch)
         self._pair(state, batch, names, masks)
         if not self._has_read:
             return state
@@ -226,9 +226,20 @@ class InternVL(Part):
         return {
             "match": self.itm_head(queries[:size]).mean(1),
             "image": normalize(self.clip_projector2(queries[size : 2 * size]), dim=-1),
+            "backbone": state["backbone"],
             "text": normalize(ends @ self.text_projection, dim=-1),
             "hidden": texts[2 * size :],
         }
+
+    def _match(self, state: State, batch: Mapping[str, Any]) -> State:
+        """`pixels` [B, 3, H, W], `match_ids` and `match_mask` [B, T] -> "match" logits [B, 2]
+        (1: match)."""
+        self._see(state, batch)
+        self._pair(state, batch, ("match",), (matching_blocked,))
+        if not self._has_read:
+            return state
+        queries, _ = self._queries_and_texts(state)
+        return {"match": self.itm_head(queries).mean(1)}
 
     def _retrieval(self, state: State, batch: Mapping[str, Any]) -> State:
         """One pass of QLLaMA over [wrong; right; contrastive] rows.
@@ -239,10 +250,7 @@ class InternVL(Part):
         """
         names = ("negative", "positive", "summary")
         masks = (matching_blocked, matching_blocked, contrastive_blocked)
-        self._see(state, batch)
-        if self._has_seen:
-            vision = _rows_first(state["vision"])
-            state["backbone"] = normalize(self.clip_projector(vision), dim=-1)
+        self._see_both(state, batch)
         self._pair(state, batch, names, masks)
         if not self._has_read:
             return state
@@ -295,6 +303,13 @@ class InternVL(Part):
             wanted=wanted, samples=batch.get("samples"),
         )  # fmt: skip
         state |= {f"vision.{index}": tokens for index, tokens in found.items()}
+
+    def _see_both(self, state: State, batch: Mapping[str, Any]) -> None:
+        """As `_see`, and state "backbone" [B, E], a unit vector for each image."""
+        self._see(state, batch)
+        if self._has_seen:
+            vision = _rows_first(state["vision"])
+            state["backbone"] = normalize(self.clip_projector(vision), dim=-1)
 
     def _ask(self, state: State, images: int) -> None:
         """Run QLLaMA's queries about images: state "text"."""
@@ -473,6 +488,7 @@ PATHS: dict[str, Callable[[InternVL, State, Mapping[str, Any]], State]] = {
     "text": InternVL._text,
     "lm": InternVL._lm,
     "tasks": InternVL._tasks,
+    "match": InternVL._match,
     "retrieval": InternVL._retrieval,
     "chat": InternVL._chat,
 }

@@ -22,7 +22,7 @@ from models.objectives.common import (
     max_over_ranks,
     sum_over_ranks,
 )
-from models.objectives.contrastive import info_nce
+from models.objectives.contrastive import info_nce, own_places
 from models.objectives.next_token import IGNORE, mean_of, sums, totals
 from models.objectives.options import GenerativeConfig
 
@@ -33,11 +33,13 @@ EMPTY_TEXT_TOKENS = 2
 class Generative(Objective):
     """The batch holds `pixels` and, each [B, T] and right-padded, `positive_ids`/`_mask` (caption
     alone), `summary_ids`/`_mask` ("summarize:" and caption), `caption_ids`/`_mask`/`_labels`
-    (prompt and caption), `negative_ids`/`_mask` for given negatives, and may hold `group` [B]:
-    samples of one group are no negatives for each other.
+    (prompt and caption), `negative_ids`/`_mask` for given negatives, `draws` [B] (uniform, from 0
+    to 1) for random ones, and may hold `group` [B]: samples of one group are no negatives for each
+    other in matching.
 
-    Hard negatives are looked for among the captions of all ranks, and matching and contrast are
-    means over all of them. With given ones it is as in the official code: each rank's own.
+    Random and hard negatives are looked for among the captions of all ranks, and matching and
+    contrast are means over all of them. With given ones it is as in the official code: each rank's
+    own.
     """
 
     paths = ("tasks",)
@@ -63,7 +65,7 @@ class Generative(Objective):
         known = totals(prepared["labels"], self.config.next_token)
         for name, rows in (("matched", counts), ("summarised", prepared["summarised"])):
             total, ranks = rows.sum().float(), 1
-            if self.config.negatives == "hard":
+            if self.config.negatives != "given":
                 ranks = data_group().size()
                 total = sum_over_ranks(total) / ranks
             known[f"total_{name}"] = total.clamp_min(1 / ranks)
@@ -80,16 +82,10 @@ class Generative(Objective):
         is_match, counts = batch["is_match"], batch["counts"]
         losses = cross_entropy(wide(outputs["match"]), is_match, reduction="none")
         match = (losses * counts).sum() / batch["total_matched"]
-        contrast, contrast_accuracy = info_nce(
-            outputs["image"],
-            outputs["text"],
-            model.logit_scale,
-            self.config.contrastive,
-            valid=batch["summarised"],
-            total=batch["total_summarised"],
-        )
+        contrast, contrast_accuracy = self._contrast(model, outputs, batch)
         caption, caption_accuracy = mean_of(outputs, batch)
-        loss = match + contrast + caption
+        weight = self.config.weights
+        loss = weight["itm"] * match + weight["itc"] * contrast + weight["itg"] * caption
         hits = ((outputs["match"].argmax(1) == is_match) & counts).sum() / batch["total_matched"]
         return loss, {
             "loss": loss.detach(),
@@ -100,6 +96,22 @@ class Generative(Objective):
             "itc_accuracy": contrast_accuracy,
             "itg_accuracy": caption_accuracy,
         }
+
+    def _contrast(self, model, outputs: dict[str, Tensor], batch: Batch) -> tuple[Tensor, Tensor]:
+        """The mean over the heads, and the accuracy of the first."""
+        heads = ("image",) if self.config.heads == "queries" else ("image", "backbone")
+        found = [
+            info_nce(
+                outputs[head],
+                outputs["text"],
+                model.logit_scale,
+                self.config.contrastive,
+                valid=batch["summarised"],
+                total=batch["total_summarised"],
+            )
+            for head in heads
+        ]
+        return torch.stack([loss for loss, _ in found]).mean(), found[0][1]
 
     def matching(self, run: Runner, batch: Batch) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
         """ITM's texts, whether each matches its image, and whether it counts.
@@ -121,7 +133,12 @@ class Generative(Objective):
             group = data_group()
             whole = size * group.size()
             is_match = place + size * group.rank() >= whole - whole // 2
-            negative, found = hard_negatives(run, batch, ~is_match)
+            if self.config.negatives == "random":
+                if "draws" not in batch:
+                    raise ConfigError('negatives "random" needs draws in the batch')
+                negative, found = random_negatives(batch)
+            else:
+                negative, found = hard_negatives(run, batch, ~is_match)
             counts[~is_match] = found[~is_match]
             positive = _widen(positive, negative[0].shape[1])
         ids, mask = (
@@ -129,6 +146,17 @@ class Generative(Objective):
             for right, wrong in zip(positive, negative, strict=True)
         )
         return (ids, mask), is_match.long(), counts & (mask.sum(1) != EMPTY_TEXT_TOKENS)
+
+
+def random_negatives(batch: Batch) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """For each sample one of the wrong captions of the whole batch, by its `draws`; as
+    `hard_negatives`."""
+    (ids, mask), same = _candidates(batch)
+    wrong = (~same).long()
+    count = wrong.sum(1)
+    place = (batch["draws"] * count).long()  # among the wrong ones
+    chosen = (wrong.cumsum(1) > place[:, None]).long().argmax(1)
+    return (ids[chosen], mask[chosen]), count > 0
 
 
 def hard_negatives(
@@ -144,11 +172,9 @@ def hard_negatives(
     Returns:
         The captions' ids and mask [B, T] (anything where not asked), and whether there is any [B].
     """
+    (ids, mask), same = _candidates(batch)
     texts = run.collect("text", {"ids": batch["summary_ids"], "mask": batch["summary_mask"]})
-    ids, mask, everything = (gather_rows(rows) for rows in (*_same_length(batch), texts["text"]))
-    same = (_same_length(batch)[0][:, None] == ids[None]).all(-1)
-    if "group" in batch:
-        same |= batch["group"][:, None] == gather_rows(batch["group"])[None]
+    everything = gather_rows(texts["text"])
     similarity = everything.new_zeros(same.shape)
     if bool(asked.any()):
         images = run.collect("backbone", {n: v[asked] for n, v in images_of(batch).items()})
@@ -157,10 +183,20 @@ def hard_negatives(
     return (ids[best], mask[best]), ~same.all(1)
 
 
-def _same_length(batch: Batch) -> tuple[Tensor, Tensor]:
-    """The right captions, padded to the longest of all ranks."""
+def _candidates(batch: Batch) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """Ids and mask of the right captions of all ranks [R*B, T], and which of them are not wrong
+    for each of our samples [B, R*B]."""
     task = (batch["positive_ids"], batch["positive_mask"])
-    return _widen(task, max_over_ranks(task[0].shape[1]))
+    ours = _widen(task, max_over_ranks(task[0].shape[1]))
+    ids, mask = (gather_rows(rows) for rows in ours)
+    distinct, words = torch.unique(ids, dim=0, return_inverse=True)
+    same = words[own_places(len(ours[0]), words.device), None] == words
+    if "group" in batch:
+        same |= batch["group"][:, None] == gather_rows(batch["group"])
+        # Nor are the words of one's group wrong where another group has them.
+        said = torch.zeros(len(same), len(distinct), device=words.device)
+        same = said.index_add_(1, words, same.float())[:, words] > 0
+    return (ids, mask), same
 
 
 def _widen(task: tuple[Tensor, Tensor], length: int) -> tuple[Tensor, Tensor]:

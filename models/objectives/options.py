@@ -7,6 +7,8 @@ from typing import Literal
 
 from infra.errors import ConfigError
 
+TASKS = ("itm", "itc", "itg")
+"""matching, contrast and captioning"""
 Averaging = Literal["token", "sample", "square"]
 
 
@@ -56,9 +58,14 @@ class NextTokenConfig:
 class GenerativeConfig:
     """Options of the three losses."""
 
-    negatives: Literal["given", "hard"] = "hard"
-    """ITM's wrong captions: the batch's own, or the most similar wrong caption of this rank's
-    samples by the frozen towers"""
+    negatives: Literal["given", "random", "hard"] = "random"
+    """ITM's wrong captions: the batch's own, or one of the wrong captions of all ranks' samples:
+    any, or the most similar by the stage-1 towers"""
+    heads: Literal["queries", "both"] = "queries"
+    """ITC's embeddings of pictures: QLLaMA's, or in turn also the vision tower's own, which keeps a
+    text tower that is trained in touch with it (one that is frozen learns nothing from that)"""
+    weights: dict[str, float] = field(default_factory=lambda: dict.fromkeys(TASKS, 1.0))
+    """of each loss in their sum; 0 leaves a task out of it"""
     empty_summary_tokens: int = 5
     """an ITC text of this many tokens is empty: begin, the prefix, end"""
     contrastive: ContrastiveConfig = field(default_factory=ContrastiveConfig)
@@ -68,3 +75,9 @@ class GenerativeConfig:
 
     def __post_init__(self) -> None:
         self.contrastive.require_softmax("generative.objective.contrastive")
+        values = self.weights.values()
+        if set(self.weights) != set(TASKS) or min(values) < 0 or not any(values):
+            raise ConfigError(
+                f"generative.objective.weights is {self.weights}; expected a number from 0 for "
+                f"each of {', '.join(TASKS)}, one of them above 0"
+            )

@@ -19,7 +19,12 @@ from models.objectives.contrastive import (
     info_nce,
     share_right,
 )
-from models.objectives.generative import Generative, GenerativeConfig, hard_negatives
+from models.objectives.generative import (
+    Generative,
+    GenerativeConfig,
+    hard_negatives,
+    random_negatives,
+)
 from models.objectives.next_token import IGNORE, NextTokenConfig, next_token, token_weights
 from models.objectives.retrieval import RetrievalConfig
 from tests.models_helpers import pixels, stage2_batch, texts, tiny_config
@@ -195,6 +200,40 @@ def test_hard_negatives_are_similar_but_not_the_same():
     assert chosen()[1] == [False, False]
 
 
+def test_random_negatives_are_any_of_the_wrong_captions():
+    batch = stage2_batch(5)
+    batch["group"] = torch.tensor([7, 8, 7, 9, 8])
+
+    def chosen(draws):
+        batch["draws"] = torch.tensor(draws, dtype=torch.float64)
+        (ids, mask), there_is = random_negatives(batch)
+        assert there_is.all()
+        rows = [(batch["positive_ids"] == row).all(1).nonzero()[0, 0].item() for row in ids]
+        assert torch.equal(mask, batch["positive_mask"][rows])
+        return rows
+
+    assert chosen([0.0] * 5) == [1, 0, 1, 0, 0]
+    assert chosen([0.34, 0.34, 0.67, 0.25, 0.999]) == [3, 2, 4, 1, 3]
+    for name in ("positive_ids", "positive_mask"):  # 3 says what 1 does, and 4 is of 1's group
+        batch[name][3] = batch[name][1]
+    assert chosen([0.999] * 5) == [4, 2, 4, 4, 2]
+    batch["group"] = torch.full((5,), 3)
+    assert not random_negatives(batch)[1].any()
+
+
+def test_losses_have_weights_and_0_leaves_a_task_out():
+    torch.manual_seed(0)
+    model = build("internvl_g", tiny_config()).eval()
+    batch = stage2_batch(6)
+    _, terms = Generative(GenerativeConfig(negatives="given"))(model, batch)
+    weights = {"itm": 0.0, "itc": 2.0, "itg": 0.5}
+    loss, _ = Generative(GenerativeConfig(negatives="given", weights=weights))(model, batch)
+    assert loss.item() == pytest.approx((2 * terms["itc"] + 0.5 * terms["itg"]).item(), rel=1e-6)
+    for wrong in ({"itm": 1.0}, {**weights, "itm": -1.0}, dict.fromkeys(weights, 0.0)):
+        with pytest.raises(ConfigError, match="expected a number from 0 for each of itm, itc"):
+            GenerativeConfig(weights=wrong)
+
+
 def test_empty_texts_are_ignored():
     model = build("internvl_g", tiny_config()).eval()
     config = GenerativeConfig(negatives="given", empty_summary_tokens=5)
@@ -236,3 +275,39 @@ def test_a_batch_without_labels_costs_nothing():
     loss.backward()
     assert loss.item() == 0.0
     assert metrics["token_accuracy"] == 0.0
+
+
+@pytest.mark.parametrize("task", ["itm", "itc", "itg"])
+def test_each_loss_of_stage_2_alone_learns_a_batch_by_heart(task):
+    torch.manual_seed(0)
+    model = build("internvl_g", tiny_config())
+    freeze(model, ("stage2", "text"))
+    batch = stage2_batch(9)
+    batch["group"] = torch.tensor([0, 1, 2, 3, 4, 3, 6, 7, 8])
+    weights = dict.fromkeys(("itm", "itc", "itg"), 0.0) | {task: 1.0}
+    objective = Generative(GenerativeConfig(negatives="random", weights=weights))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2)
+    for _ in range(150):
+        loss, metrics = objective(model, batch)
+        if metrics[f"{task}_accuracy"] == 1 and loss < 0.2:
+            break
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert metrics[f"{task}_accuracy"] == 1, metrics
+
+
+def test_both_heads_keep_a_trained_text_tower_in_touch_with_the_vision_tower():
+    model = build("internvl_g", tiny_config())
+    freeze(model, ("text",))
+    batch, itc = stage2_batch(6), {"itm": 0.0, "itc": 1.0, "itg": 0.0}
+    ready = Generative(GenerativeConfig(negatives="given")).prepare(None, batch)
+    out = model.run("tasks", ready)
+    rows = {"valid": ready["summarised"], "total": ready["total_summarised"]}
+    heads = [
+        info_nce(out[head], out["text"], model.logit_scale, ContrastiveConfig(), **rows)[0].item()
+        for head in ("image", "backbone")
+    ]
+    both = Generative(GenerativeConfig(negatives="given", heads="both", weights=itc))
+    assert both(model, batch)[0].item() == pytest.approx(sum(heads) / 2, rel=1e-6)

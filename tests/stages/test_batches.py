@@ -87,3 +87,16 @@ def test_packed_conversations_of_several_tiles_are_learnt_as_padded_ones_are(
     for packed, padded in zip(with_chat_file(profile), rows, strict=True):
         assert packed["loss"] == pytest.approx(padded["loss"], rel=1e-5)
         assert packed["grad_norm"] == pytest.approx(padded["grad_norm"], rel=1e-4)
+
+
+def test_groups_are_the_same_numbers_on_every_rank_and_those_without_stand_alone() -> None:
+    from stages.generative import groups
+
+    metas = [{"concept": c} for c in ("sun", "cat", "sun")] + [{}, {"concept": ""}, {}]
+    positions = [(0, 3), (0, 1), (1, 9), (0, 5), (0, 6), (1, 5)]
+    numbers = groups(metas, "concept", positions).tolist()
+    assert numbers[0] == numbers[2]
+    assert numbers[3] == numbers[5]  # one picture, in another epoch
+    assert len(set(numbers)) == 4
+    assert groups(metas[2:3], "concept", [(7, 7)]).tolist() == numbers[2:3]
+    assert groups(metas[:1], "caption", [(0, 3)]).tolist() != numbers[:1]

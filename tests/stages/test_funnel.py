@@ -240,6 +240,16 @@ def test_shards_hold_the_survivors_with_their_pictures(funnel):
         assert set(sample.meta) == {*shard.META, "row", "similarity"}
 
 
+def test_stage_2_takes_the_same_share_of_each_kind():
+    kinds = ["name", "keywords", "name", "title", "keywords", "name", "name"]
+    similarity = np.array([0.1, 0.9, 0.2, 0.99, 0.7, 0.3, 0.4])
+    names = shard.ShardConfig(stage2_share=0.5)
+    assert shard.best(kinds, similarity, names).tolist() == [2, 5, 6]
+    both = shard.ShardConfig(stage2_share=0.5, stage2_kinds=("keywords", "name"))
+    assert shard.best(kinds, similarity, both).tolist() == [1, 2, 4, 5, 6]
+    assert shard.best(["title"], similarity[:1], both).tolist() == []
+
+
 def test_stage_2_holds_the_best_names(funnel):
     first, second = (ShardSet(funnel / f"artifacts/shard/stage{n}") for n in (1, 2))
     names = {s.key: s.meta["similarity"] for s in first if s.meta["kind"] == "name"}

@@ -174,3 +174,16 @@ def test_pictures_without_a_visible_pixel_are_refused(tmp_path) -> None:
 def test_nonsense_is_refused(options, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         SftStageConfig(train=TRAIN, **options)
+
+
+def test_things_are_called_by_their_names_and_not_by_keywords(tmp_path) -> None:
+    samples = [
+        Sample(
+            key=f"sun-{kind}", image_bytes=encode_webp(np.full((16, 16, 4), 255, np.uint8)),
+            meta={"caption": text, "lang": "en", "concept": "sun", "source": "noto", "kind": kind},
+        )
+        for kind, text in (("keywords", "bright, ray"), ("name", "sun"))
+    ]  # fmt: skip
+    write_shards(tmp_path, samples)
+    supply = questions(ShardSet(tmp_path), mix={"caption": 1.0})
+    assert supply.sample(0, SIDE)[2].startswith("sun on a ")
