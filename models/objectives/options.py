@@ -62,8 +62,9 @@ class GenerativeConfig:
     """ITM's wrong captions: the batch's own, or one of the wrong captions of all ranks' samples:
     any, or the most similar by the stage-1 towers"""
     heads: Literal["queries", "both"] = "queries"
-    """ITC's embeddings of pictures: QLLaMA's, or in turn also the vision tower's own, which keeps a
-    text tower that is trained in touch with it (one that is frozen learns nothing from that)"""
+    """ITC's embeddings of pictures: QLLaMA's, or the mean of the losses of these and of the vision
+    tower's own, which keeps a text tower that is trained in touch with it (one that is frozen
+    learns nothing from that)"""
     weights: dict[str, float] = field(default_factory=lambda: dict.fromkeys(TASKS, 1.0))
     """of each loss in their sum; 0 leaves a task out of it"""
     empty_summary_tokens: int = 5
