@@ -81,13 +81,16 @@ def contrastive(sizes: Sizes, clock: Clock) -> Iterator[dict[str, Any]]:
 
 
 def generative(sizes: Sizes, clock: Clock) -> Iterator[dict[str, Any]]:
-    """Stage 2: three tasks through QLLaMA, towers frozen."""
+    """Stage 2: three tasks through QLLaMA, towers frozen, any wrong captions."""
+    import torch
+
     from models.objectives.generative import Generative
 
     batch = pairs(sizes)
     texts = {"ids": batch.pop("ids"), "mask": batch.pop("mask")}
     for task in ("positive", "negative", "summary", "caption"):
         batch |= {f"{task}_{name}": tensor for name, tensor in texts.items()}
+    batch["draws"] = to_device(torch.linspace(0, 0.99, sizes.stage_samples))
     batch["caption_labels"] = texts["ids"].masked_fill(texts["mask"] == 0, -100)
     yield from _steps(
         sizes, clock, "internvl_g", Generative, ("stage2",), batch, "generative", images=1
@@ -159,7 +162,7 @@ def _planned(
     load = Workload(
         kind=kind, config=sizes.stages, objective=stage, batch_samples=sizes.stage_samples,
         steps=1, text_tokens=tokens, trained=trained, moments=config.moments,
-        gradients=config.gradients, hard_negatives=stage == "generative", **work,
+        gradients=config.gradients, **work,
     )  # fmt: skip
     needed = memory(load, Layout(), element=2 if install().precision == "bf16" else 4)
     flops = sample_flops(load).total * sizes.stage_samples
