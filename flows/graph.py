@@ -19,6 +19,8 @@ from infra.files import write_atomic
 
 DEFAULT_TIMEOUT_S = 12 * 3600.0
 ALL_SLOTS = "all"
+CUT_HASH = re.compile(r"^[ -]*md5:(?! *['\"]?[0-9a-f]{32}(\.dir)?['\"]? *$)", re.MULTILINE)
+"""a line of dvc.lock with something else than a hash"""
 LOCK_ADVICE = (
     "delete dvc.lock and run again: stages whose results DVC's cache has are not run again"
 )
@@ -135,7 +137,8 @@ def load_graph(root: Path, say: Callable[[str], None] = print) -> Graph:
 
 
 def check_lock_file(root: Path) -> None:
-    """Raises DataError for a dvc.lock that is no record of a run: empty, or not YAML's mapping."""
+    """Raises DataError for a dvc.lock that is no record of a run: empty, not YAML's mapping, or cut
+    in a hash, which DVC may take for a number."""
     path = root / "dvc.lock"
     if not path.exists():
         return
@@ -143,7 +146,7 @@ def check_lock_file(root: Path) -> None:
         text = path.read_text(encoding="utf-8")
     except (UnicodeDecodeError, IsADirectoryError):
         text = ""
-    if not re.search(r"^schema:", text, re.MULTILINE):
+    if not re.search(r"^schema:", text, re.MULTILINE) or CUT_HASH.search(text):
         raise DataError(f"{path} is damaged; {LOCK_ADVICE}")
 
 
@@ -154,6 +157,8 @@ def lock_is_whole(text: str) -> bool:
     from ruamel.yaml.error import YAMLError
     from voluptuous import Invalid
 
+    if CUT_HASH.search(text) or not text.endswith("\n"):
+        return False
     try:
         COMPILED_LOCKFILE_SCHEMA(YAML(typ="safe", pure=True).load(text))
     except (YAMLError, Invalid):

@@ -4,7 +4,8 @@ In a concept set the caption of a drawing is the list of its keywords, without t
 that this is not classification again. Letters: N pictures, M distinct captions.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -13,7 +14,7 @@ from eval.embedding import Model, Setting, embed_pictures, embed_texts
 from eval.metrics import compute
 from eval.pairing import Pairs, keyword_caption, keyword_captions, pair_up
 from eval.ranking import best_rank, chance_at, top_candidates
-from eval.scores import Score, mean_score, write_items
+from eval.scores import Score, mean_score, read_items, write_items
 
 NAME = "retrieval"
 CUTS = (1, 5, 10)
@@ -41,7 +42,7 @@ def run(model: Model, data: DataFolder, setting: Setting) -> list[Score]:
         )
         for direction, table, right, nearest in (to_text, to_image):
             scores += _score(data, setting, lang, pairs, direction, table, right, nearest)
-    return [*(_over_all(scores, cut, setting.seed) for cut in CUTS), *scores]
+    return [*_over_all(scores, setting), *scores]
 
 
 def _reference_logits(
@@ -87,23 +88,32 @@ def _score(data, setting, lang, pairs, direction, logits, right, nearest) -> lis
     ]
 
 
-def _over_all(scores: Sequence[Score], cut: int, seed: int) -> Score:
-    """One cut over both directions and all languages, each query the same."""
-    parts = [score for score in scores if score.name.endswith(f"_r{cut}")]
-    shares = np.array([score.n for score in parts]) / sum(score.n for score in parts)
-
-    def level(field: str) -> float | None:
-        values = [getattr(score, field) for score in parts]
-        return None if None in values else float(shares @ np.array(values))
-
-    return mean_score(
-        NAME,
-        f"r{cut}",
-        [value for score in parts for value in score.by_item],
-        chance=level("chance"),
-        reference=level("reference"),
-        seed=seed,
+def _over_all(scores: Sequence[Score], setting: Setting) -> Iterator[Score]:
+    """The cuts over both directions and all languages, each query the same."""
+    files = dict.fromkeys(score.items for score in scores)
+    queries = (
+        {"of": Path(name).stem, **{key: item[key] for key in ("query", "rank")}}
+        for name in files
+        for item in read_items(setting.items_dir.parent / name)
     )
+    items = write_items(setting.items_dir, NAME, queries)
+    for cut in CUTS:
+        parts = [score for score in scores if score.name.endswith(f"_r{cut}")]
+        counts = np.array([score.n for score in parts])
+        levels = [[score.chance, score.reference] for score in parts]
+        chance, reference = (
+            None if None in column else float(np.average(column, weights=counts))
+            for column in zip(*levels, strict=True)
+        )
+        yield mean_score(
+            NAME,
+            f"r{cut}",
+            [value for score in parts for value in score.by_item],
+            chance=chance,
+            reference=reference,
+            items=items,
+            seed=setting.seed,
+        )
 
 
 def _items(data, pairs, direction, found, ranks, right):

@@ -101,5 +101,15 @@ def test_a_damaged_dvc_lock_says_what_to_do(toy: Path, text: str) -> None:
 def test_a_cut_dvc_lock_heals(toy: Path) -> None:
     sh(toy, *DVC, "repro", "--quiet", "prepare")
     whole = (toy / "dvc.lock").read_text()
-    (toy / "dvc.lock").write_text(whole[: len(whole) // 2])
+    lines = whole.splitlines(keepends=True)
+    hashes = [i for i, line in enumerate(lines) if "md5: " in line]
+    (toy / "dvc.lock").write_text("".join(lines[: hashes[0]]))
     assert "prepare" in load_graph(toy).changed
+    before = "".join(lines[: hashes[-1]])
+    line = lines[hashes[-1]]
+    for cut in ("4", "4e", "77ab", ""):  # the first is a number to YAML
+        (toy / "dvc.lock").write_text(before + line[: line.index("md5: ") + 5] + cut)
+        with pytest.raises(DataError, match=r"dvc\.lock is damaged; "):
+            load_graph(toy)
+    (toy / "dvc.lock").write_text(whole)
+    assert "prepare" not in load_graph(toy).changed

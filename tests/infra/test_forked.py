@@ -35,7 +35,14 @@ def no_job_is_left(new_children: Callable) -> Iterator[None]:
 def test_a_job_that_is_killed_is_named_and_ends_the_others(signum: int, which: int) -> None:
     before = signal.signal(signal.SIGTERM, raise_interrupt)  # as every stage has it
     jobs = {f"fold {i}": sleeper for i in range(3)}
-    jobs[f"fold {which}"] = lambda: os.kill(os.getpid(), signum) or time.sleep(60)
+
+    def killed() -> None:
+        if signum != signal.SIGKILL:
+            signal.signal(signum, signal.SIG_DFL)  # under nohup SIGHUP is ignored
+        os.kill(os.getpid(), signum)
+        time.sleep(60)
+
+    jobs[f"fold {which}"] = killed
     began = time.monotonic()
     try:
         with pytest.raises(KilledError, match=f"fold {which} was killed by SIG"):
