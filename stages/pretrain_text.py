@@ -25,6 +25,7 @@ from infra.scenes import (
     background_names,
     check_box_grid,
     conversation,
+    format_box,
     imagine,
     pick,
 )
@@ -105,13 +106,13 @@ def corpus(shards: ShardSet, languages: tuple[str, ...], box_grid: int) -> list[
     """Distinct captions in shard order, then stage 3's wordings and the numbers of its boxes."""
     captions = [shards.meta(i)["caption"] for i in range(len(shards))]
     spoken = [text for lang in languages for text in wordings(lang)]
-    boxes = [f"[{edge},{edge},{edge},{edge}]" for edge in coordinates(box_grid)]
+    boxes = [format_box((edge,) * 4) for edge in coordinates(box_grid)]
     return list(dict.fromkeys(captions + spoken + boxes))
 
 
-def coordinates(box_grid: int) -> list[str]:
+def coordinates(box_grid: int) -> list[int]:
     """All that boxes are told by; each is to be one token, not three digits."""
-    return [str(round(line * BOX_UNITS / box_grid)) for line in range(box_grid + 1)]
+    return [round(line * BOX_UNITS / box_grid) for line in range(box_grid + 1)]
 
 
 def spoken_names(shards: ShardSet, languages: tuple[str, ...]) -> list[tuple[str, str]]:
@@ -174,7 +175,7 @@ def _job(config: Config, lines: list[str], names: list[tuple[str, str]], place: 
     whole: list[str] = []
     if options.whole_characters:
         characters = tokenizers.wide_characters(lines, text.vocab_size // 2)
-        whole = [*coordinates(config.box_grid), *characters]
+        whole = [*map(str, coordinates(config.box_grid)), *characters]
     tokenizer = tokenizers.train([*prefixed(lines), *lines], text.vocab_size, whole=whole)
     begin, end, dialogue = tokenizer.begin, tokenizer.eos_id, tokenizer.dialogue
     model = build("text", config.model, seed=config.seed)
