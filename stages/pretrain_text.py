@@ -50,6 +50,9 @@ class PretrainTextConfig:
     """optimizer and schedule; a sample is one line of text"""
     objective: NextTokenConfig = field(default_factory=NextTokenConfig)
     """how tokens are weighted"""
+    max_tokens: int | None = None
+    """longest line, special tokens included; None: as long as the model sees. A batch is as wide as
+    its longest line, so a few long ones cost what many do"""
     whole_characters: bool = False
     """whether the tokenizer merges the bytes of a character before anything else, as far as
     characters take no more than half of the vocabulary: else a small model writes halves of them,
@@ -65,7 +68,7 @@ class PretrainTextConfig:
             raise ConfigError(
                 f"pretrain_text.conversation_mix: no question kind {unknown}; known: {list(KINDS)}"
             )
-        check_ranges("pretrain_text", self, shares=("conversation_share",))
+        check_ranges("pretrain_text", self, whole=("max_tokens",), shares=("conversation_share",))
         mix = self.conversation_mix
         check_ranges("pretrain_text.conversation_mix", mix, from_zero=tuple(mix))
         if not any(mix.values()):
@@ -116,10 +119,11 @@ def coordinates(box_grid: int) -> list[int]:
 
 
 def spoken_names(shards: ShardSet, languages: tuple[str, ...]) -> list[tuple[str, str]]:
-    """(language, caption) of distinct captions: what an imagined scene can show."""
-    metas = (shards.meta(i) for i in range(len(shards)))
-    pairs = dict.fromkeys((meta["lang"], meta["caption"]) for meta in metas)
-    return [pair for pair in pairs if pair[0] in languages]
+    """(language, caption) of distinct names, as in stage 3, or captions where nothing has a name:
+    what an imagined scene can show."""
+    metas = [meta for i in range(len(shards)) if (meta := shards.meta(i))["lang"] in languages]
+    names = [meta for meta in metas if meta.get("kind", "name") == "name"]
+    return list(dict.fromkeys((meta["lang"], meta["caption"]) for meta in names or metas))
 
 
 def wordings(lang: str) -> list[str]:
@@ -178,6 +182,7 @@ def _job(config: Config, lines: list[str], names: list[tuple[str, str]], place: 
         whole = [*map(str, coordinates(config.box_grid)), *characters]
     tokenizer = tokenizers.train([*prefixed(lines), *lines], text.vocab_size, whole=whole)
     begin, end, dialogue = tokenizer.begin, tokenizer.eos_id, tokenizer.dialogue
+    room = min(options.max_tokens or text.max_tokens, text.max_tokens)
     model = build("text", config.model, seed=config.seed)
     order = SampleStream(len(lines), config.seed)
 
@@ -196,7 +201,7 @@ def _job(config: Config, lines: list[str], names: list[tuple[str, str]], place: 
                 seed=config.seed,
             )
             if pair is None:
-                learnt = tokenizer.encode(lines[index])[: text.max_tokens - 2]
+                learnt = tokenizer.encode(lines[index])[: room - len(begin) - 1]
                 rows.append(([], [*begin, *learnt, end]))
             else:
                 rows.append(dialogue.exchange(*pair, visual_tokens=0))
