@@ -98,7 +98,7 @@ def run(config: Config, context: Context) -> None:
     train(
         context,
         config.pretrain_text.train,
-        lambda place: _job(config, lines, names, place),
+        lambda place: job(config, lines, names, place),
         check=partial(check_layout, "text", config.model),
         model_folder=MODEL,
         history=HISTORY,
@@ -166,7 +166,8 @@ def imagined(
     return conversation(scene, kind, lang, {name: name}, box_grid=box_grid)
 
 
-def _job(config: Config, lines: list[str], names: list[tuple[str, str]], place: Place) -> Job:
+def job(config: Config, lines: list[str], names: list[tuple[str, str]], place: Place) -> Job:
+    """What a rank trains, in `infra.backend.parallel`."""
     import torch
 
     from models import tokenizer as tokenizers

@@ -29,6 +29,7 @@ HEADLINES = (
     ("internvl_c", "zero_shot/top5/ensemble", "zero-shot top-5, five languages together"),
     ("internvl_c", "retrieval/text_to_image_r10/en", "text-to-image R@10, English"),
     ("internvl_g", "matching/accuracy", "names that belong or not, InternVL-G"),
+    ("chat_full", "caption/token_f1", "words of captions of scenes, chat full"),
     ("chat_simple", "colour/accuracy", "colour questions, chat simple"),
     ("chat_simple", "box/accuracy_iou50", "boxes at IoU 0.5, chat simple"),
     ("chat_full", "colour/accuracy", "colour questions, chat full"),
@@ -67,6 +68,7 @@ def content(root: Path, examples: int) -> dict[str, Any]:
     return {
         "facts": found,
         "headlines": headlines(documents),
+        "beyond": beyond(documents),
         "summary": summary(found),
         "funnel_svg": charts.funnel_chart(found["funnel"]) if found["funnel"] else "",
         "dropped": _dropped(root),
@@ -90,6 +92,23 @@ def headlines(documents: Mapping[str, Any]) -> list[dict[str, Any]]:
             if score_key(score) == key:
                 tiles.append({"label": label, "score": score})
     return tiles
+
+
+def beyond(documents: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Of each suite the first score over all languages, of the model that is best at it, if it is
+    above what the nearest training picture reaches by more than its 95 % interval."""
+    best: dict[str, Any] = {}
+    for document in documents.values():
+        firsts: dict[str, Any] = {}
+        for score in filter(is_overall, document["scores"]):
+            firsts.setdefault(score["suite"], score)
+        for suite, score in firsts.items():
+            best[suite] = max(best.get(suite, score), score, key=lambda s: s["value"])
+    return [
+        score
+        for score in best.values()
+        if score["reference"] is not None and score["interval"][0] > score["reference"]
+    ]
 
 
 def summary(found: Mapping[str, Any]) -> dict[str, Any]:

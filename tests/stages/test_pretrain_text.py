@@ -4,10 +4,15 @@ import re
 
 import pytest
 
+from infra.config import build
 from infra.errors import ConfigError
+from infra.loader import ShardSet
 from infra.scenes import conversation, imagine, parse_box
+from infra.shards import Sample, write_shards
 from infra.train.config import TrainConfig
-from stages.pretrain_text import PretrainTextConfig, imagined
+from infra.train.session import Place
+from stages.pretrain_text import Config, PretrainTextConfig, imagined, job, spoken_names
+from tests.tiny import PARAMS
 
 TRAIN = TrainConfig(steps=1, batch_samples=8, lr=1e-3)
 NAMES = [("en", "sun"), ("zh", "太阳"), ("it", "sole")]
@@ -46,6 +51,42 @@ def test_the_wording_is_that_of_stage_3() -> None:
     asked = {conversation(scene, "colour", lang, {"sun": name})[0] for lang, name in NAMES}
     pairs = conversations(conversation_share=1.0, conversation_mix={"colour": 1.0})
     assert {question for question, _ in pairs} == asked
+
+
+def test_scenes_show_what_has_a_name(tmp_path) -> None:
+    def written(folder, *captions: tuple[str, str, str | None]) -> ShardSet:
+        metas = [
+            {"lang": lang, "caption": text} | ({"kind": kind} if kind else {})
+            for lang, text, kind in captions
+        ]
+        samples = [Sample(key=f"{i}", image_bytes=b"", meta=meta) for i, meta in enumerate(metas)]
+        write_shards(folder, samples)
+        return ShardSet(folder)
+
+    both = written(
+        tmp_path / "both",
+        ("en", "sun", "name"), ("en", "ball, day, warm", "keywords"), ("it", "sole", None),
+        ("en", "sun", "name"), ("de", "Sonne", "name"),
+    )  # fmt: skip
+    assert spoken_names(both, ("en", "it")) == [("en", "sun"), ("it", "sole")]
+    nameless = written(
+        tmp_path / "alt", ("en", "The sun above a hill", "alt"), ("de", "Tal", "alt")
+    )
+    assert spoken_names(nameless, ("en", "it")) == [("en", "The sun above a hill")]
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_lines_are_as_long_as_asked_for(share: float) -> None:
+    options = {
+        "max_tokens": 11, "conversation_share": share,
+        "train": {"steps": 1, "batch_samples": 5, "lr": 1e-3},
+    }  # fmt: skip
+    keys = ("seed", "languages", "box_grid", "model")
+    config = build(Config, {key: PARAMS[key] for key in keys} | {"pretrain_text": options})
+    lines = [" ".join(["warm day"] * count) for count in range(1, 30, 7)]
+    batch = job(config, lines, NAMES, Place(rank=0, ranks=1)).batch_at(0)
+    longest = int(batch["mask"].sum(1).max())
+    assert longest == 11 if share == 0 else longest > 11  # a question keeps its answer
 
 
 @pytest.mark.parametrize(

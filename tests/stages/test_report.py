@@ -128,6 +128,34 @@ def test_the_page_shows_every_part(html):
     assert f"{CLASSES} drawings by" in " ".join(html.split())
 
 
+def test_the_page_says_what_the_nearest_picture_does_not_do():
+    def score(suite, value, reference, lang="", interval=0.02):
+        return {
+            "suite": suite, "name": "accuracy", "lang": lang, "value": value,
+            "interval": [value - interval, value + interval], "reference": reference,
+        }  # fmt: skip
+
+    documents = {
+        "chat_simple": {
+            "scores": [
+                score("colour", 0.95, 0.5),
+                score("colour", 0.99, 0.5),  # the suite's first score stands for it
+                score("box", 0.61, 0.6),  # within its interval
+                score("caption", 0.4, 0.3, lang="en"),
+                score("matching", 0.7, None),
+            ]
+        },
+        "internvl_c": {"scores": [score("zero_shot", 0.3, 0.7, lang="ensemble")]},
+    }
+    assert [(s["suite"], s["value"]) for s in page.beyond(documents)] == [("colour", 0.95)]
+    documents["chat_full"] = {"scores": [score("box", 0.9, 0.6), score("colour", 0.8, 0.5)]}
+    assert [(s["suite"], s["value"]) for s in page.beyond(documents)] == [
+        ("colour", 0.95),
+        ("box", 0.9),
+    ]
+    assert page.beyond({}) == []
+
+
 def test_text_from_outside_is_escaped(root, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(root, copy, symlinks=True)
