@@ -1,6 +1,7 @@
 """The command `vlfoundry`. Every command imports what it needs itself: `--help` stays quick."""
 
 import io
+import itertools
 import os
 import re
 import sys
@@ -34,6 +35,17 @@ class _AtHome(TyperGroup):
                 for argument, match in zip(args, found, strict=True)
             ],
         )
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """An option that takes one value and is given two would keep the last, without a word."""
+        name, command, rest = super().resolve_command(ctx, args)
+        given = [argument.partition("=")[0] for argument in itertools.takewhile("--".__ne__, rest)]
+        options = [p for p in command.params if p.param_type_name == "option"] if command else []
+        for option in options:
+            times = sum(argument in option.opts for argument in given)
+            if times > 1 and not option.multiple:
+                raise ConfigError(f"got {option.opts[0]} {times} times, expected one")
+        return name, command, rest
 
 
 app = typer.Typer(

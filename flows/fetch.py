@@ -16,7 +16,7 @@ from pathlib import Path
 from flows.restored import drop_damaged_objects
 from infra.config import parse_value
 from infra.dvccache import cache_folder, share_settings
-from infra.errors import DataError
+from infra.errors import DataError, ModelError
 from infra.git import GitError, git, read, repository_lock
 from infra.registry import find_version, locked_file, locked_files
 
@@ -34,9 +34,14 @@ def fetch(root: Path, model: str, *, everything: bool = False) -> str:
         everything: all that its run made, not only the model and what lineage needs.
 
     Raises:
-        ModelError: there is no such version.
+        ModelError: there is no such version, or it is a folder.
         DataError: DVC could not fetch it.
     """
+    if Path(model).is_dir():
+        raise ModelError(
+            f"{model} is a folder, which is here already; expected a registered name: "
+            "`vlfoundry models` lists them"
+        )
     version = find_version(root, model)
     lock = read(root, version.commit, "dvc.lock") or ""
     stages = (parse_value(lock) or {}).get("stages", {})

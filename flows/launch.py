@@ -61,6 +61,8 @@ def run_pipeline(
     """
     terminal = terminal or Terminal()
     began = time.monotonic()
+    if stages and (workspace or variation):  # before a place is made for the run
+        load_graph(root, lambda _: None).needed_for(stages)
     with contextlib.ExitStack() as stack:
         if workspace or variation:
             variation = variation or Variation()

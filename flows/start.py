@@ -21,7 +21,7 @@ from infra.fingerprint import fingerprint
 from infra.givenfiles import check_inside
 from infra.registry import fetch_version, find_version
 from infra.stage import ORIGIN_FILE, read_origin
-from models.internvl.folder import is_model_folder, read_config, refuse_overwriting
+from models.internvl.folder import check_shapes, is_model_folder, read_config, refuse_overwriting
 
 ORIGIN_FORMAT = "vlfoundry.origin.v1"
 PROFILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -214,7 +214,7 @@ def _fetch(root: Path, source: str, target: Path, stage: str | None) -> list[str
 
 def _copy(root: Path | None, source: Path, target: Path) -> list[str]:
     """Appears when it is complete. What already says where it came from goes on saying that."""
-    read_config(source)
+    check_shapes(source, *read_config(source))
     _refuse_links(root, source)
     with new_folder(target) as part:
         shutil.copytree(source, part, dirs_exist_ok=True)

@@ -132,6 +132,15 @@ def check_ranges(
                 raise ConfigError(f"{where}.{name} is {value}; expected {expected}")
 
 
+def check_languages(languages: Sequence[str]) -> None:
+    """Raises ConfigError if there is none, or one stands twice: its rows would come twice."""
+    if not languages:
+        raise ConfigError("languages is empty; expected at least one, e.g. [en]")
+    twice = sorted({lang for lang in languages if list(languages).count(lang) > 1})
+    if twice:
+        raise ConfigError(f"languages has {', '.join(twice)} twice; expected each once")
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """The plain JSON form of a config; `build` makes an equal config from it."""
     return json.loads(json.dumps(dataclasses.asdict(config)))

@@ -20,6 +20,7 @@ from eval.run import choose_languages, model_facts, score_model
 from eval.scores import with_baseline, with_untrained, write_scores
 from eval.suites import NEEDS
 from eval.variants import MODELS
+from infra.config import check_languages
 from infra.errors import ConfigError
 from infra.progress import Progress
 from infra.registry import model_kind
@@ -80,6 +81,9 @@ class Config:
     languages: tuple[str, ...]
     """Languages to score."""
     evaluate: EvaluateConfig
+
+    def __post_init__(self) -> None:
+        check_languages(self.languages)
 
 
 def baseline_of(config: Config, variant: str | None) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ from infra.artwork import (
     read_concepts,
     stable_order,
 )
-from infra.config import check_ranges
+from infra.config import check_languages, check_ranges
 from infra.errors import ConfigError, DataError
 from infra.images import decode_rgba
 from infra.noise import lossless, low_resolution, overlay_text, reencode
@@ -98,6 +98,9 @@ class Config:
     languages: tuple[str, ...]
     """Languages of the captions."""
     ingest: IngestConfig
+
+    def __post_init__(self) -> None:
+        check_languages(self.languages)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from functools import partial
 
 import numpy as np
 
-from infra.config import check_ranges
+from infra.config import check_languages, check_ranges
 from infra.errors import ConfigError
 from infra.images import uniforms
 from infra.loader import SampleStream, ShardSet
@@ -86,6 +86,7 @@ class Config:
     pretrain_text: PretrainTextConfig
 
     def __post_init__(self) -> None:
+        check_languages(self.languages)
         check_box_grid(self.box_grid)
 
 

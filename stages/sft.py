@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from infra.config import check_ranges
+from infra.config import check_languages, check_ranges
 from infra.errors import ConfigError, DataError
 from infra.images import decode_rgba, uniforms
 from infra.loader import ShardSet, rank_slice
@@ -183,6 +183,7 @@ class Config:
     sft: SftStageConfig
 
     def __post_init__(self) -> None:
+        check_languages(self.languages)
         check_box_grid(self.box_grid)
 
 

@@ -82,3 +82,19 @@ def test_a_place_at_home_is_at_home_even_if_the_shell_leaves_it_alone(
     command = ["evaluate", "--model", "x", "--data", "~", "--suite", "retrieval", *option]
     ended = CliRunner().invoke(app, command)
     assert f"cannot write the scores to {tmp_path}/home/s.json" in str(ended.exception)
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        (["import", "a", "b", "--profile", "one", "--profile=two"], "--profile"),
+        (
+            ["run", "--profile", "one", "--set", "a=1", "--set", "b=2", "--profile", "x"],
+            "--profile",
+        ),
+        (["evaluate", "--model", "x", "--data", "y", "--model", "z"], "--model"),
+    ],
+)
+def test_an_option_with_one_value_is_given_once(command: list[str], option: str) -> None:
+    ended = CliRunner().invoke(app, command)
+    assert str(ended.exception) == f"got {option} 2 times, expected one"

@@ -25,6 +25,8 @@ def project(tmp_path):
     [
         ("[noto, noto_v1,", "[mycrawl, noto_v1,", "source 'mycrawl' is unknown; known: emojitwo"),
         ("\nseed: 0", "\nseed: many", "seed"),
+        ("languages: [en, zh,", "languages: [en, zh, en,", "languages has en twice"),
+        ("languages: [en, zh, ja, ar, it]", "languages: []", "languages is empty; expected at"),
         ("unmasked_share: ", "unmasked_share: 7 #", "unmasked_share is 7"),
         ("candidate: internvl_c", "candidate: internvl_x", r"no model \['internvl_x'\]"),
     ],

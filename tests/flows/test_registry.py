@@ -213,6 +213,11 @@ def overwrite(path: Path) -> None:
     path.write_bytes(b"x" * path.stat().st_size)
 
 
+def test_a_folder_is_not_fetched(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="is a folder, which is here already; expected a reg"):
+        fetch(tmp_path, str(tmp_path))
+
+
 def test_what_is_fetched_is_what_the_run_made(trained: Path, tmp_path: Path) -> None:
     version = register_model(trained, MODEL)
     dvc = (sys.executable, "-m", "dvc")

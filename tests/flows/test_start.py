@@ -105,6 +105,20 @@ def test_a_folder_of_ours_comes_whole_and_keeps_its_origin(tmp_path: Path) -> No
     assert sorted(p.name for p in (tmp_path / "data/start").iterdir()) == ["one", "two"]
 
 
+@pytest.mark.parametrize("harm", ["cut", "noise", "gone"])
+def test_a_damaged_folder_of_ours_is_not_brought(tmp_path: Path, harm: str) -> None:
+    made = make_folder(tmp_path / "made", "internvl_c")
+    weights = made / "weights.safetensors"
+    content = weights.read_bytes()
+    if harm == "gone":
+        weights.unlink()
+    else:
+        weights.write_bytes(content[: len(content) // 2] if harm == "cut" else b"\x99" * 1000)
+    with pytest.raises(ModelError, match="is damaged" if harm != "gone" else "does not exist"):
+        bring(None, str(made), tmp_path / "target")
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
+
+
 def test_a_folder_of_ours_does_not_bring_what_lies_elsewhere(tmp_path: Path) -> None:
     (tmp_path / "secret.json").write_text("{}")
     source = make_folder(tmp_path / "ours", "internvl_c")

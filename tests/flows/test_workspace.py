@@ -1,5 +1,6 @@
 """A run with its own parameters gets its own place and leaves the checkout alone."""
 
+import io
 import shutil
 import stat
 from pathlib import Path
@@ -9,6 +10,8 @@ from typer.testing import CliRunner
 
 import flows.cli
 from flows.graph import load_graph
+from flows.launch import run_pipeline
+from flows.terminal import Terminal
 from flows.workspace import Variation, workspace
 from infra.config import load_params
 from infra.dvccache import cache_folder
@@ -85,6 +88,15 @@ def test_mistakes_are_messages(toy: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="neither empty nor a workspace"):
         prepare(toy, Variation(profile="base"), tmp_path / "full")
     assert not Variation()
+
+
+def test_a_stage_that_is_not_there_leaves_no_workspace(toy: Path) -> None:
+    with pytest.raises(ConfigError, match="no stage 'foo' in dvc.yaml"):
+        run_pipeline(
+            toy, stages=("foo",), variation=Variation(profile="base"),
+            terminal=Terminal(io.StringIO()),
+        )  # fmt: skip
+    assert not (toy / "work" / "workspaces").exists()
 
 
 def test_secrets_stay_where_they_are(toy: Path) -> None:
