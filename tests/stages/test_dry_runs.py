@@ -131,7 +131,7 @@ def dry_run(root: Path, profile: str, stage: str) -> list[dict[str, Any]]:
     with parallel(Layout(), seed=0):
         if name == "pretrain_text":
             lines = ["a photo", "una foto"]
-            job = module._job(config, lines, [("en", "photo"), ("it", "foto")], place)
+            job = module.job(config, lines, [("en", "photo"), ("it", "foto")], place)
         else:
             make_starts(root, stage, config, context.bound.starts(config))
             make = getattr(module, "job", None) or module._job
