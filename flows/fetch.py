@@ -37,12 +37,15 @@ def fetch(root: Path, model: str, *, everything: bool = False) -> str:
         ModelError: there is no such version, or it is a folder.
         DataError: DVC could not fetch it.
     """
-    if Path(model).is_dir():
+    try:
+        version = find_version(root, model)
+    except ModelError:
+        if not Path(model).is_dir():
+            raise
         raise ModelError(
             f"{model} is a folder, which is here already; expected a registered name: "
             "`vlfoundry models` lists them"
-        )
-    version = find_version(root, model)
+        ) from None
     lock = read(root, version.commit, "dvc.lock") or ""
     stages = (parse_value(lock) or {}).get("stages", {})
     made = {out["path"]: out["md5"] for stage in stages.values() for out in stage.get("outs", [])}

@@ -213,9 +213,11 @@ def overwrite(path: Path) -> None:
     path.write_bytes(b"x" * path.stat().st_size)
 
 
-def test_a_folder_is_not_fetched(tmp_path: Path) -> None:
+def test_a_folder_is_not_fetched(toy: Path) -> None:
     with pytest.raises(ModelError, match="is a folder, which is here already; expected a reg"):
-        fetch(tmp_path, str(tmp_path))
+        fetch(toy, str(toy))
+    with pytest.raises(ModelError, match="no model 'nope'"):
+        fetch(toy, "nope")
 
 
 def test_what_is_fetched_is_what_the_run_made(trained: Path, tmp_path: Path) -> None:
