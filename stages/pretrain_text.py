@@ -51,8 +51,8 @@ class PretrainTextConfig:
     objective: NextTokenConfig = field(default_factory=NextTokenConfig)
     """how tokens are weighted"""
     max_tokens: int | None = None
-    """longest caption, special tokens included; None: as long as the model sees. A question keeps its
-    answer, however long. A batch is as wide as its longest row, so a few long ones cost as many do"""
+    """longest caption, special tokens included; None: as long as the model sees. A question keeps
+    its answer, however long. A batch is as wide as its longest row: a few long ones are dear"""
     whole_characters: bool = False
     """whether the tokenizer merges the bytes of a character before anything else, as far as
     characters take no more than half of the vocabulary: else a small model writes halves of them,
