@@ -4,8 +4,8 @@ In each language a picture is shown with its own caption and with a wrong one; i
 captions are names. Letters: N pictures, M distinct captions.
 """
 
+import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from eval.datasets import DataFolder
 from eval.embedding import IMAGE_BATCH, Model, Setting, embed_pictures, embed_texts, in_batches
 from eval.pairing import Pairs, name_captions, pair_up
 from eval.scores import Score, mean_score, write_items
+from infra.errors import DataError
 
 NAME = "matching"
 TASK = "retrieval"
@@ -33,10 +34,24 @@ def run(model: Model, data: DataFolder, setting: Setting) -> list[Score]:
     """
     pictures = embed_pictures(model, data, TASK)
     rng = np.random.default_rng([setting.seed, len(data)])
-    items = [
-        item
+    questions = [
+        question
         for lang in setting.languages
-        for item in _ask(model, data, pair_up(data, lang, name_captions), lang, pictures, rng)
+        for question in _ask(model, data, pair_up(data, lang, name_captions), lang, pictures, rng)
+    ]
+    if not questions:
+        raise DataError(f"{data.folder}: each caption belongs to each picture, so none is wrong")
+    said = _probabilities(model, data, questions)
+    items = [
+        {
+            "picture": data.pictures[question.row].id,
+            "lang": question.lang,
+            "text": question.text,
+            "caption": question.caption,
+            "probability": probability,
+            "hit": float((probability >= SURE) == (question.caption == "own")),
+        }
+        for question, probability in zip(questions, said, strict=True)
     ]
     file = write_items(setting.items_dir, NAME, items)
     return [
@@ -55,6 +70,18 @@ def run(model: Model, data: DataFolder, setting: Setting) -> list[Score]:
     ]  # fmt: skip
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Question:
+    """Does this text belong to this picture?"""
+
+    row: int
+    """of the picture"""
+    lang: str
+    text: str
+    caption: str
+    """own, random or similar: what the text is to the picture"""
+
+
 def _ask(
     model: Model,
     data: DataFolder,
@@ -62,9 +89,9 @@ def _ask(
     lang: str,
     pictures: np.ndarray,
     rng: np.random.Generator,
-) -> Iterator[dict[str, Any]]:
-    """An item for each picture and each of its three captions; a picture to which all captions
-    belong has no wrong one, and is left out."""
+) -> Iterator[_Question]:
+    """One for each picture and each of its three captions; a picture to which all captions belong
+    has no wrong one, and is left out."""
     similarity = pictures[pairs.rows] @ embed_texts(model, pairs.texts).T  # [N, M]
     rows = np.flatnonzero(~pairs.right.all(axis=1))
     right = pairs.right[rows]
@@ -74,22 +101,20 @@ def _ask(
         "random": np.where(right, -1, drawn).argmax(axis=1),
         "similar": np.where(right, -np.inf, similarity[rows]).argmax(axis=1),
     }
-    shown = [data.pictures[index] for index in pairs.rows[rows]]
     for caption, columns in chosen.items():
-        texts = [pairs.texts[column] for column in columns]
-        said = _probabilities(model, [picture.encoded for picture in shown], texts)
-        for picture, text, probability in zip(shown, texts, said.tolist(), strict=True):
-            yield {
-                "picture": picture.id,
-                "lang": lang,
-                "text": text,
-                "caption": caption,
-                "probability": probability,
-                "hit": float((probability >= SURE) == (caption == "own")),
-            }
+        for row, column in zip(pairs.rows[rows].tolist(), columns, strict=True):
+            yield _Question(row=row, lang=lang, text=pairs.texts[column], caption=caption)
 
 
-def _probabilities(model: Model, pictures: Sequence[Any], texts: Sequence[str]) -> np.ndarray:
-    starts = range(0, len(texts), IMAGE_BATCH)
-    batches = [(pictures[i : i + IMAGE_BATCH], texts[i : i + IMAGE_BATCH], TASK) for i in starts]
-    return np.concatenate(in_batches(model, "match", batches))
+def _probabilities(model: Model, data: DataFolder, questions: Sequence[_Question]) -> list[float]:
+    """Those about one picture are asked together, so that the model looks at it once."""
+    shown, which = data.files
+    order = sorted(range(len(questions)), key=lambda i: which[questions[i].row])
+    batches = []
+    for start in range(0, len(order), IMAGE_BATCH):
+        asked = [questions[i] for i in order[start : start + IMAGE_BATCH]]
+        pictures = [shown[which[question.row]] for question in asked]
+        batches.append((pictures, [question.text for question in asked], TASK))
+    said = np.empty(len(questions), np.float32)
+    said[order] = np.concatenate(in_batches(model, "match", batches))
+    return said.tolist()

@@ -190,13 +190,25 @@ class Model:
     def match(
         self, images: Sequence[Picture], texts: Sequence[str], task: str = "retrieval"
     ) -> np.ndarray:
-        """How sure the model is that each text belongs to its picture: float32 [B], 0 to 1."""
+        """How sure the model is that each text belongs to its picture: float32 [B], 0 to 1.
+
+        A picture that is asked about again within `BATCH` rows, as the same object, is looked at
+        once.
+        """
         self._require("match")
         parts = [np.empty(0, np.float32)]
-        for shown, said in zip(_chunks(images), _chunks(texts), strict=True):
-            squares = np.concatenate([self.sight.squares(image, task)[:1] for image in shown])
+        for shown, said in zip(_chunks(list(images)), _chunks(texts), strict=True):
+            distinct = {id(image): image for image in shown}
+            place = {key: row for row, key in enumerate(distinct)}
+            squares = np.concatenate(
+                [self.sight.squares(image, task)[:1] for image in distinct.values()]
+            )
             ids, mask = self.tokenizer.encode_batch(said, max_tokens=self.config.text.max_tokens)
-            batch = {"match_ids": self._there(ids), "match_mask": self._there(mask)}
+            batch = {
+                "match_ids": self._there(ids),
+                "match_mask": self._there(mask),
+                "picture": self._there(np.array([place[id(image)] for image in shown])),
+            }
             with torch.inference_mode():
                 found = self.module.run("match", {"pixels": self._pixels(squares), **batch})
             parts.append(_numbers(found["match"].softmax(-1)[:, 1]))

@@ -232,9 +232,11 @@ class InternVL(Part):
         }
 
     def _match(self, state: State, batch: Mapping[str, Any]) -> State:
-        """`pixels` [B, 3, H, W], `match_ids` and `match_mask` [B, T] -> "match" logits [B, 2]
-        (1: match)."""
+        """`pixels` [N, 3, H, W], `match_ids` and `match_mask` [B, T], `picture` [B], the image of
+        each text -> "match" logits [B, 2] (1: match)."""
         self._see(state, batch)
+        if self._has_seen:
+            state["vision"] = state["vision"][:, batch["picture"]]
         self._pair(state, batch, ("match",), (matching_blocked,))
         if not self._has_read:
             return state

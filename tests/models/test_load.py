@@ -1,6 +1,7 @@
 """Tokenizer, pictures, prompts, and model folders."""
 
 import json
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -162,6 +163,12 @@ def check_use(model) -> None:
         assert np.allclose(sure[1:2], model.match(images[1:2], TEXTS[1:2]), atol=1e-5)
         assert not np.allclose(sure, model.match(images[::-1], TEXTS[:3]), atol=1e-5)
         assert model.match([], []).shape == (0,)
+        # A picture that comes again is looked at once, and answers as if it came alone.
+        first, second = images[0], images[1]
+        with patch.object(model.module, "run", wraps=model.module.run) as run:
+            again = model.match([first, second, first], TEXTS[:3])
+        assert [len(call.args[1]["pixels"]) for call in run.call_args_list] == [2]
+        assert np.allclose(again, model.match(images[[0, 1, 0]], TEXTS[:3]), atol=1e-5)
     else:
         with pytest.raises(ModelError, match="cannot match"):
             model.match(images, TEXTS[:3])
