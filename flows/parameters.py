@@ -2,15 +2,19 @@
 
 import importlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from eval.rules import Rule
+from eval.suites import NEEDS, abilities
 from infra.config import PARAMS_FILE, load_params
+from infra.errors import ConfigError
 from infra.launch import local_profile
 from infra.project import DEFINITION
 from infra.stage import Stage, parameters_of
 from infra.streams import check_seed
+from models.internvl.config import CAPABILITIES
 
 COMMAND = re.compile(r"python -m stages\.(\w+)")
 
@@ -32,7 +36,23 @@ def check_parameters(root: Path, params: Mapping[str, Any] | None = None) -> Non
         return
     local_profile()
     params = load_params(root / PARAMS_FILE) if params is None else params
+    configs: dict[str, Any] = {}
     for name in names:
         stage: Stage = importlib.import_module(f"stages.{name}").STAGE
-        parameters_of(stage, dict(params))
+        configs[name] = parameters_of(stage, dict(params))
     check_seed(params["seed"])
+    if {"evaluate", "gate"} <= configs.keys():
+        _check_rules(configs["gate"].gate.rules, configs["evaluate"].evaluate.suites)
+
+
+def _check_rules(rules: Sequence[Rule], suites: Sequence[str]) -> None:
+    """Raises ConfigError where no suite of the run gives the score of a rule."""
+    for rule in rules:
+        suite = rule.score.partition("/")[0]
+        able = abilities(rule.variant, CAPABILITIES[rule.variant])
+        there = [name for name in suites if NEEDS[name] in able]
+        if suite not in there:
+            raise ConfigError(
+                f"gate rule on {rule.variant} {rule.score}: there will be no such score; the "
+                f"suites of {rule.variant} in this run are {there} (evaluate.suites)"
+            )

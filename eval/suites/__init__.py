@@ -21,10 +21,10 @@ NEEDS = {
 """What a model must be able to do for each suite; in the order in which they run."""
 
 
-def abilities(model: Model) -> frozenset[str]:
-    """The model's capabilities, and `chat` if it answers questions."""
-    can_chat = "generate" in model.capabilities and model.kind.startswith("chat")
-    return model.capabilities | ({"chat"} if can_chat else set())
+def abilities(kind: str, capabilities: frozenset[str]) -> frozenset[str]:
+    """A model's capabilities, and `chat` if one of its kind answers questions."""
+    can_chat = "generate" in capabilities and kind.startswith("chat")
+    return capabilities | ({"chat"} if can_chat else set())
 
 
 def why_not(model: Model, suite: str) -> str:
@@ -34,7 +34,7 @@ def why_not(model: Model, suite: str) -> str:
     """
     if suite not in NEEDS:
         raise ModelError(f"unknown suite {suite!r}; choose from {', '.join(NEEDS)}")
-    able = abilities(model)
+    able = abilities(model.kind, model.capabilities)
     if NEEDS[suite] in able:
         return ""
     return (

@@ -29,6 +29,13 @@ def project(tmp_path):
         ("languages: [en, zh, ja, ar, it]", "languages: []", "languages is empty; expected at"),
         ("unmasked_share: ", "unmasked_share: 7 #", "unmasked_share is 7"),
         ("candidate: internvl_c", "candidate: internvl_x", r"no model \['internvl_x'\]"),
+        ("score: zero_shot/top1", "score: zeroshot/top1", "zeroshot/top1/ensemble: there will be"),
+        (
+            "chat_full, score: colour",
+            "internvl_c, score: colour",
+            r"suites of internvl_c .* are \[",
+        ),
+        ("suites: [zero_shot, ", "suites: [", "zero_shot/top1/ensemble: there will be no such"),
     ],
 )
 def test_every_stage_is_asked(project, monkeypatch, old, new, message):
