@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -23,6 +24,13 @@ BATCH = 50
 TRAINING_SCENES: int = 500
 KINDS = ("colour", "box", "caption")
 SCENES_KEPT = 24
+
+
+class InLanguage(Protocol):
+    """Something that is asked in a language."""
+
+    @property
+    def lang(self) -> str: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -125,7 +133,7 @@ def nearest_answers(questions: Sequence[Question], kind: str, setting: Setting) 
     return [known[index] for index in distances.argmin(axis=1)]
 
 
-def by_language(questions: Sequence[Question]) -> dict[str, np.ndarray]:
+def by_language(questions: Sequence[InLanguage]) -> dict[str, np.ndarray]:
     """Indices of the questions: of all under "", and of each language, if there are several."""
     langs = np.array([question.lang for question in questions])
     parts = {"": np.arange(len(questions))}

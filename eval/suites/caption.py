@@ -1,4 +1,5 @@
-"""Captions: words and character n-grams shared with the true ones.
+"""Captions: words and character n-grams shared with the true ones, and whether they are in the
+language that was asked for.
 
 A chat model describes composed scenes, whose caption follows from how they were made. A model that
 only captions is shown single drawings, whose name and keywords are two references in each
@@ -6,6 +7,7 @@ language. In a pair set, both describe the pictures, and the captions are the re
 """
 
 import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -20,6 +22,9 @@ from infra.scenes import caption_question
 
 NAME = "caption"
 MEASURES = ("token_f1", "chrf")
+IN_LANGUAGE = "in_language"
+BROKEN = "\ufffd"
+"""what a part of a character is decoded to"""
 MAX_NEW_TOKENS = 40
 
 
@@ -43,10 +48,16 @@ class Task:
     """Caption of the nearest training picture, if there is one."""
     picture: str
     """Id of the picture."""
+    texts: Mapping[str, tuple[str, ...]]
+    """Language -> what is rightly said of the picture in it."""
 
 
 def run(model: Model, data: DataFolder, setting: Setting) -> list[Score]:
-    """Token F1 and chrF over all languages and for each; chance is the best constant caption."""
+    """Token F1 and chrF over all languages and for each; chance is the best constant caption.
+
+    `in_language` is the share of captions that say something, without a word that the set has in
+    other languages alone, and without a part of a character.
+    """
     is_chat = model.kind.startswith("chat")
     if is_chat and isinstance(data, ConceptSet):
         tasks = _scene_tasks(data, setting)
@@ -55,16 +66,22 @@ def run(model: Model, data: DataFolder, setting: Setting) -> list[Score]:
     said = replies(model, [t.image for t in tasks], [t.prompt for t in tasks], MAX_NEW_TOKENS)
     references = [list(task.references) for task in tasks]
     values = {m: _values(m, said, references) for m in MEASURES}
+    fits = _in_language(data, tasks, said, setting.languages)
     items = write_items(
         setting.items_dir,
         NAME,
         (
             {"id": t.id, "lang": t.lang, "prompt": t.prompt, "answer": list(t.references),
-             "said": text, "picture": t.picture, **{m: values[m][i] for m in MEASURES}}
+             "said": text, "picture": t.picture, **{m: values[m][i] for m in MEASURES},
+             IN_LANGUAGE: fits[i]}
             for i, (t, text) in enumerate(zip(tasks, said, strict=True))
         ),
     )  # fmt: skip
-    return [score for m in MEASURES for score in _scores(m, values[m], tasks, items, setting)]
+    scores = [score for m in MEASURES for score in _scores(m, values[m], tasks, items, setting)]
+    return scores + [
+        mean_score(NAME, IN_LANGUAGE, fits[rows], lang=lang, items=items, seed=setting.seed)
+        for lang, rows in by_language(tasks).items()
+    ]
 
 
 def _scores(measure, values, tasks, items, setting) -> list[Score]:
@@ -89,6 +106,37 @@ def _scores(measure, values, tasks, items, setting) -> list[Score]:
     ]
 
 
+def _in_language(
+    data: DataFolder, tasks: Sequence[Task], said: Sequence[str], languages: Sequence[str]
+) -> np.ndarray:
+    """1 for each text that is in its task's language, as far as the words of the set can tell."""
+    from eval.metrics.token_f1.token_f1 import tokens
+
+    words = {lang: {word for text in _texts(data, lang) for word in tokens(text)}
+             for lang in languages}  # fmt: skip
+    for task in tasks:
+        for lang, texts in task.texts.items():
+            words[lang].update(word for text in texts for word in tokens(text))
+
+    def fits(task: Task, text: str) -> bool:
+        found = set(tokens(text)) - words[task.lang]
+        elsewhere = any(found & known for lang, known in words.items() if lang != task.lang)
+        return bool(tokens(text)) and BROKEN not in text and not elsewhere
+
+    return np.array([float(fits(*pair)) for pair in zip(tasks, said, strict=True)])
+
+
+def _texts(data: DataFolder, lang: str) -> Iterator[str]:
+    """All that the set says in a language."""
+    if not isinstance(data, ConceptSet):
+        yield from (text for p in data.pictures for tag, text in p.captions if tag == lang)
+        return
+    for concept in data.concepts.values():
+        yield from concept.keywords.get(lang, ())
+        if lang in concept.names:
+            yield concept.names[lang]
+
+
 def _values(measure: str, answers, references) -> np.ndarray:
     result = compute(measure, predictions=list(answers), references=list(references))
     return np.array(result["per_item"])
@@ -110,6 +158,7 @@ def _scene_tasks(data: ConceptSet, setting: Setting) -> list[Task]:
             references=(q.answer,),
             near=near[i].answers[q.lang] if near else None,
             picture=q.picture,
+            texts={lang: (text,) for lang, text in q.answers.items()},
         )
         for i, q in enumerate(questions)
     ]
@@ -138,6 +187,7 @@ def _picture_tasks(data: DataFolder, setting: Setting, is_chat: bool) -> list[Ta
             references=texts,
             near=near[index].get(lang) if near else None,
             picture=pictures[row].id,
+            texts={lang: texts},
         )
         for row, (index, lang, texts) in enumerate(chosen)
     ]

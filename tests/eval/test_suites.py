@@ -307,6 +307,24 @@ def test_single_drawings_are_captioned_by_a_model_that_does_not_chat(data, setti
     assert {item["prompt"] for item in items} == {"English caption:", "Chinese caption:"}
 
 
+@pytest.mark.parametrize(
+    ("kind", "reply", "en", "zh"),
+    [
+        ("internvl_g", "en thing 5", 1, 0),
+        ("internvl_g", "a word of nobody's", 1, 1),
+        ("internvl_g", "half \ufffd", 0, 0),
+        ("internvl_g", "...", 0, 0),
+        ("chat_simple", "红色背景", 0, 1),
+        ("chat_simple", "ON A RED background", 1, 0),
+        ("chat_simple", "on 色 background", 0, 0),
+    ],
+)
+def test_captions_in_another_language_are_counted(data, setting, kind, reply, en, zh):
+    scores = by_key(suite_run("caption")(Guesser(kind, reply=reply), data, setting))
+    found = [scores[f"caption/in_language/{lang}"].value for lang in ("en", "zh")]
+    assert found == [en, zh]
+
+
 def test_questions_are_the_same_for_every_model_and_differ_by_seed(data):
     first, again = (ask(data, "box", languages=LANGUAGES, count=8, seed=1) for _ in range(2))
     other = ask(data, "box", languages=LANGUAGES, count=8, seed=2)
