@@ -1,13 +1,18 @@
 """The command line answers at once, and a user's mistake is a message."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import typer.main
 from typer.testing import CliRunner
 
+from eval.suites import linear_probe
 from flows.cli import app
+from infra.errors import DataError
 from tests.cpu import least_cpu_s
 
 COMMANDS = (
@@ -71,6 +76,50 @@ def test_weights_in_and_out(tmp_path: Path) -> None:
         "export", str(tmp_path / "ours"), str(tmp_path / "back"), "--format", "internvl_chat"
     )
     assert exported.returncode == 0, exported.stderr
+
+
+@pytest.mark.parametrize(
+    ("suite", "data", "message"),
+    [
+        ("zeroshot", "data", "unknown suite 'zeroshot'"),
+        ("zero_shot", "no/such/folder", "no/such/folder is not a directory"),
+    ],
+)
+def test_a_wrong_suite_or_folder_does_not_wait_for_torch(
+    tmp_path: Path, suite: str, data: str, message: str
+) -> None:
+    (tmp_path / "config.json").write_text("{}")  # enough to be taken for a model folder
+    words = ["evaluate", "--model", str(tmp_path), "--data", data, "--suite", suite]
+    code = (
+        "import atexit, sys; from flows.cli import main\n"
+        "heavy = {'torch', 'megatron'}\n"
+        "atexit.register(lambda: print('heavy:', sorted(heavy & set(sys.modules))))\n"
+        f"sys.argv = {['vlfoundry', *words, '--json', str(tmp_path / 'out.json')]!r}; main()"
+    )
+    refused = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert refused.returncode == 2, refused.stderr
+    assert message in refused.stderr
+    assert refused.stdout == "heavy: []\n"
+
+
+def test_an_address_is_handed_on_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr("eval.run.evaluate_folder", lambda *words, **_: asked.append(words) or [])
+    words = ["evaluate", "--model", "m", "--data", "s3://bucket//set", "--suite", "retrieval"]
+    ended = CliRunner().invoke(app, [*words, "--json", str(tmp_path / "out.json")])
+    assert ended.exit_code == 0, ended.output
+    assert asked == [("m", "s3://bucket//set", "retrieval", tmp_path / "out.json")]
+
+
+def test_the_option_that_a_suite_asks_for_exists() -> None:
+    with pytest.raises(DataError) as refused:
+        linear_probe.run(SimpleNamespace(), SimpleNamespace(folder="own"), SimpleNamespace())
+    asked = re.findall(r"--[a-z][a-z-]*", str(refused.value))
+    command = typer.main.get_command(app).commands["evaluate"]  # type: ignore[attr-defined]
+    assert asked
+    assert set(asked) <= {option for parameter in command.params for option in parameter.opts}
 
 
 @pytest.mark.parametrize("option", [["--json", "~/s.json"], ["--json=~/s.json"]])

@@ -183,3 +183,34 @@ def test_a_run_with_a_damaged_database(toy: Path, start: Callable) -> None:
     assert "a new one is begun" in output
     assert "incomplete" not in output
     assert fault(toy / "work/prefect/prefect.db") is None
+
+
+LATE_HEARTBEAT = """
+import os, pathlib, sys
+from flows.server import prefect_environment
+os.environ |= prefect_environment(pathlib.Path(sys.argv[1]))
+import flows.pipeline
+from prefect.events import emit_event
+from prefect.events.clients import PrefectEventsClient
+from prefect.events.worker import EventsWorker
+
+class Stopped:
+    client_type = PrefectEventsClient
+    def send(self, item):
+        print("asked")
+        raise RuntimeError("Cannot put items in a stopped service instance.")
+
+EventsWorker.instance = classmethod(lambda cls, *_: Stopped())
+emit_event("prefect.flow-run.heartbeat", {"prefect.resource.id": "prefect.flow-run.x"})
+"""
+
+
+def test_a_heartbeat_after_the_end_is_not_told(tmp_path: Path) -> None:
+    """A run with nothing to do ended in Prefect's traceback of an event that came too late."""
+    (tmp_path / "work").mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", LATE_HEARTBEAT, str(tmp_path)],
+        env=os.environ | {"PREFECT_API_URL": "http://127.0.0.1:9/api"},
+        capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (0, "asked\n", "")
