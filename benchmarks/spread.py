@@ -19,6 +19,8 @@ from typing import Any
 from benchmarks.harness import ROOT, commit, machine
 from eval.scores import Score, read_scores
 from eval.variants import MODELS, scores_file
+from infra.errors import DataError, UserError
+from infra.files import require_writable
 
 FORMAT = "vlfoundry.spread.v1"
 OUT = ROOT / "benchmarks" / "results" / "spread.json"
@@ -28,7 +30,7 @@ STDERRS = 2
 def spread(folders: Mapping[str, Path]) -> dict[str, Any]:
     """The document of runs, by their names.
 
-    Raises DataError where a run has no scores, KeyError where one lacks a score of another.
+    Scores that not all runs have are left out. Raises DataError where a run has no scores.
     """
     scores: dict[str, dict[str, Any]] = {}
     for variant in MODELS:
@@ -36,7 +38,8 @@ def spread(folders: Mapping[str, Path]) -> dict[str, Any]:
             {score.key: score for score in read_scores(folder / scores_file(variant))}
             for folder in folders.values()
         ]
-        scores[variant] = {key: _line([run[key] for run in runs]) for key in runs[0]}
+        shared = [key for key in runs[0] if all(key in run for run in runs)]
+        scores[variant] = {key: _line([run[key] for run in runs]) for key in shared}
     return {"runs": {name: _facts(folder) for name, folder in folders.items()}, "scores": scores}
 
 
@@ -55,27 +58,42 @@ def _line(scores: list[Score]) -> dict[str, Any]:
 
 
 def _facts(folder: Path) -> dict[str, Any]:
-    gate = json.loads((folder / "artifacts/gate/gate.json").read_text("utf-8"))
-    return {key: gate[key] for key in ("passed", "reasons", "warnings")}
+    file = folder / "artifacts/gate/gate.json"
+    try:
+        gate = json.loads(file.read_text("utf-8"))
+        return {key: gate[key] for key in ("passed", "reasons", "warnings")}
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(
+            f"{file}: expected what the gate of a finished run says ({error})"
+        ) from None
 
 
 def main() -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.spread")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.spread", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
     parser.add_argument("runs", nargs="+", metavar="NAME=DIR", help="at least two")
-    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--out", type=Path, default=OUT, help=f"default: {OUT.relative_to(ROOT)}")
     arguments = parser.parse_args()
     folders = {
         name: Path(folder) for name, _, folder in (r.rpartition("=") for r in arguments.runs)
     }
     if len(folders) < 2 or "" in folders:
         parser.error("expected at least two runs, each as NAME=DIR with a name of its own")
-    found = spread(folders)
-    document = {"format": FORMAT, **commit(), "machine": machine(), **found}
+    try:
+        require_writable(arguments.out, "the spread")
+        found = spread(folders)
+    except UserError as error:
+        parser.error(str(error))
+    document = {"format": FORMAT, "collected": {**commit(), "machine": machine()}, **found}
     arguments.out.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n", "utf-8")
+    print(f"{len(folders)} runs: mean (standard deviation in points), where a limit may stand")
     for variant, keys in found["scores"].items():
         for key, line in keys.items():
-            print(f"{variant} {key}: {line['mean']:.1%} (sd {line['deviation']:.1%})")
+            spread_ = f"{100 * line['deviation']:.1f}"
+            print(f"{variant} {key}: {line['mean']:.1%} ({spread_}), {line['low']:.1%}")
     return 0
 
 

@@ -1,5 +1,6 @@
 """Whether the stages can take the parameters: asked before anything is started."""
 
+import difflib
 import importlib
 import re
 from collections.abc import Mapping, Sequence
@@ -7,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.rules import Rule
-from eval.suites import NEEDS, abilities
+from eval.suites import NEEDS, abilities, score_keys
 from infra.config import PARAMS_FILE, load_params
 from infra.errors import ConfigError
 from infra.launch import local_profile
@@ -42,17 +43,23 @@ def check_parameters(root: Path, params: Mapping[str, Any] | None = None) -> Non
         configs[name] = parameters_of(stage, dict(params))
     check_seed(params["seed"])
     if {"evaluate", "gate"} <= configs.keys():
-        _check_rules(configs["gate"].gate.rules, configs["evaluate"].evaluate.suites)
+        evaluation = configs["evaluate"]
+        _check_rules(configs["gate"].gate.rules, evaluation.evaluate.suites, evaluation.languages)
 
 
-def _check_rules(rules: Sequence[Rule], suites: Sequence[str]) -> None:
+def _check_rules(rules: Sequence[Rule], suites: Sequence[str], languages: Sequence[str]) -> None:
     """Raises ConfigError where no suite of the run gives the score of a rule."""
     for rule in rules:
-        suite = rule.score.partition("/")[0]
-        able = abilities(rule.variant, CAPABILITIES[rule.variant])
-        there = [name for name in suites if NEEDS[name] in able]
-        if suite not in there:
+        for variant in filter(None, (rule.variant, rule.not_below)):
+            able = abilities(variant, CAPABILITIES[variant])
+            there = [name for name in suites if NEEDS[name] in able]
+            keys = [key for suite in there for key in score_keys(suite, languages)]
+            if rule.score in keys:
+                continue
+            near = difflib.get_close_matches(rule.score, keys, n=1)
             raise ConfigError(
-                f"gate rule on {rule.variant} {rule.score}: there will be no such score; the "
-                f"suites of {rule.variant} in this run are {there} (evaluate.suites)"
+                f"gate rule on {variant}: there will be no score {rule.score!r}"
+                + (f"; did you mean {near[0]!r}?" if near else "")
+                + f" The suites of {variant} in this run are {there} (evaluate.suites), the "
+                f"languages {list(languages)}"
             )

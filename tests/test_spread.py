@@ -37,7 +37,7 @@ def test_a_limit_may_stand_two_standard_errors_below_the_mean(tmp_path, monkeypa
     deviation = math.sqrt(2 * 0.2**2)  # of two values, 0.2 to each side
     assert line["deviation"] == pytest.approx(deviation, abs=1e-4)
     assert line["low"] == pytest.approx(0.6 - 2 * deviation, abs=1e-3)
-    assert "chat_full box/accuracy: 60.0% (sd 28.3%)" in capsys.readouterr().out
+    assert "chat_full box/accuracy: 60.0% (28.3), 3.4%" in capsys.readouterr().out
 
 
 def test_runs_that_agree_are_still_as_uncertain_as_their_items(tmp_path):
@@ -53,3 +53,14 @@ def test_runs_need_names(runs, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         spread.main()
     assert "at least two runs, each as NAME=DIR" in capsys.readouterr().err
+
+
+def test_what_is_no_finished_run_is_said(tmp_path, monkeypatch, capsys):
+    whole = finished(tmp_path / "a", 30)
+    half = finished(tmp_path / "b", 30)
+    (half / "artifacts/gate/gate.json").unlink()
+    for wrong, message in ((half, "gate.json: expected what the gate"), ("x", "does not exist")):
+        monkeypatch.setattr("sys.argv", ["spread", f"a={whole}", f"b={wrong}"])
+        with pytest.raises(SystemExit):
+            spread.main()
+        assert message in capsys.readouterr().err

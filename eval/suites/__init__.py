@@ -1,6 +1,6 @@
 """The suites: each file has one `run(model, data, setting) -> list[Score]`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from eval.datasets import DataFolder
 from eval.embedding import Model, Setting
@@ -19,6 +19,29 @@ NEEDS = {
     "box": "chat",
 }
 """What a model must be able to do for each suite; in the order in which they run."""
+ENSEMBLE = "ensemble"
+"""stands for a language where zero_shot adds up those of all languages"""
+TOPS = ("top1", "top5")
+CUTS = ("r1", "r5", "r10")
+SCORES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "zero_shot": ((), (*TOPS, *(f"{top}_{part}" for top in TOPS for part in ("seen", "held_out")))),
+    "retrieval": (CUTS, tuple(f"{way}_{cut}" for way in ("image_to_text", "text_to_image")
+                              for cut in CUTS)),
+    "linear_probe": (("group_accuracy",), ()),
+    "matching": (("accuracy", "hard_accuracy"),) * 2,
+    "caption": (("token_f1", "chrf", "in_language"),) * 2,
+    "colour": (("accuracy", "in_words"), ("accuracy",)),
+    "box": (("accuracy_iou50", "mean_iou", "has_box"), ("accuracy_iou50", "mean_iou")),
+}  # fmt: skip
+"""What a suite may score over all languages, and what in each."""
+
+
+def score_keys(suite: str, languages: Sequence[str]) -> list[str]:
+    """`suite/name` and `suite/name/lang` of all that a suite may score on concept sets."""
+    whole, each = SCORES[suite]
+    tags = [*languages, *([ENSEMBLE] if suite == "zero_shot" else [])]
+    names = [*whole, *(f"{name}/{lang}" for name in each for lang in tags)]
+    return [f"{suite}/{name}" for name in names]
 
 
 def abilities(kind: str, capabilities: frozenset[str]) -> frozenset[str]:

@@ -55,8 +55,10 @@ class Task:
 def run(model: Model, data: DataFolder, setting: Setting) -> list[Score]:
     """Token F1 and chrF over all languages and for each; chance is the best constant caption.
 
-    `in_language` is the share of captions that say something, without a word that the set has in
-    other languages alone, and without a part of a character.
+    `in_language`, where the set has several languages, is the share of captions that say something,
+    without a word that the set has in its other languages alone (whichever of them are scored), and
+    without a part of a character. A word that the set does not have counts for any language, so a
+    small set tells little.
     """
     is_chat = model.kind.startswith("chat")
     if is_chat and isinstance(data, ConceptSet):
@@ -66,18 +68,20 @@ def run(model: Model, data: DataFolder, setting: Setting) -> list[Score]:
     said = replies(model, [t.image for t in tasks], [t.prompt for t in tasks], MAX_NEW_TOKENS)
     references = [list(task.references) for task in tasks]
     values = {m: _values(m, said, references) for m in MEASURES}
-    fits = _in_language(data, tasks, said, setting.languages)
+    fits = _in_language(data, tasks, said)
     items = write_items(
         setting.items_dir,
         NAME,
         (
             {"id": t.id, "lang": t.lang, "prompt": t.prompt, "answer": list(t.references),
              "said": text, "picture": t.picture, **{m: values[m][i] for m in MEASURES},
-             IN_LANGUAGE: fits[i]}
+             **({} if fits is None else {IN_LANGUAGE: fits[i]})}
             for i, (t, text) in enumerate(zip(tasks, said, strict=True))
         ),
     )  # fmt: skip
     scores = [score for m in MEASURES for score in _scores(m, values[m], tasks, items, setting)]
+    if fits is None:
+        return scores
     return scores + [
         mean_score(NAME, IN_LANGUAGE, fits[rows], lang=lang, items=items, seed=setting.seed)
         for lang, rows in by_language(tasks).items()
@@ -106,14 +110,15 @@ def _scores(measure, values, tasks, items, setting) -> list[Score]:
     ]
 
 
-def _in_language(
-    data: DataFolder, tasks: Sequence[Task], said: Sequence[str], languages: Sequence[str]
-) -> np.ndarray:
-    """1 for each text that is in its task's language, as far as the words of the set can tell."""
+def _in_language(data: DataFolder, tasks: Sequence[Task], said: Sequence[str]) -> np.ndarray | None:
+    """1 for each text that is in its task's language, as far as the words of the set can tell; None
+    where it has one language."""
     from eval.metrics.token_f1.token_f1 import tokens
 
+    if len(data.languages) < 2:
+        return None
     words = {lang: {word for text in _texts(data, lang) for word in tokens(text)}
-             for lang in languages}  # fmt: skip
+             for lang in data.languages}  # fmt: skip
     for task in tasks:
         for lang, texts in task.texts.items():
             words[lang].update(word for text in texts for word in tokens(text))

@@ -1,6 +1,10 @@
 """Every suite on a model that knows, one that guesses, and one that gives constants."""
 
+import dataclasses
+
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from eval.datasets import read_concept_set, read_folder
@@ -9,7 +13,7 @@ from eval.questions import KINDS, ask
 from eval.reference import NearestPicture
 from eval.run import choose_languages, score_model
 from eval.scores import read_items
-from eval.suites import NEEDS, suite_run, why_not
+from eval.suites import NEEDS, score_keys, suite_run, why_not
 from infra.errors import DataError, ModelError
 from tests.eval_fakes import (
     LANGUAGES,
@@ -307,6 +311,28 @@ def test_single_drawings_are_captioned_by_a_model_that_does_not_chat(data, setti
     assert {item["prompt"] for item in items} == {"English caption:", "Chinese caption:"}
 
 
+def test_the_language_of_captions_is_held_against_the_whole_set(data, setting):
+    """Whichever languages are asked for: an answer is right or wrong by itself."""
+    alone = dataclasses.replace(setting, languages=("en",))
+    for reply, value in (("en thing 5", 1.0), ("zh thing 5", 0.0)):
+        model = Guesser("chat_simple", reply=reply)
+        scores = by_key(suite_run("caption")(model, data, alone))
+        assert scores["caption/in_language"].value == value
+
+
+def test_a_set_of_one_language_does_not_tell_of_languages(tmp_path, setting):
+    rows = [
+        {"id": str(i), "image": {"bytes": encoded(drawing(i)), "path": None},
+         "captions": [{"lang": "en", "text": f"thing {i}"}]}
+        for i in range(3)
+    ]  # fmt: skip
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "pairs.parquet")
+    alone = dataclasses.replace(setting, languages=("en",))
+    scores = by_key(suite_run("caption")(Guesser(), read_folder(tmp_path), alone))
+    assert "caption/token_f1" in scores
+    assert not any("in_language" in key for key in scores)
+
+
 @pytest.mark.parametrize(
     ("kind", "reply", "en", "zh"),
     [
@@ -333,6 +359,17 @@ def test_questions_are_the_same_for_every_model_and_differ_by_seed(data):
     # the first questions do not depend on how many are asked
     more = ask(data, "box", languages=LANGUAGES, count=12, seed=1)
     assert [q.answer for q in more[:8]] == [q.answer for q in first]
+
+
+def test_what_suites_score_is_known_before(data, setting):
+    """A rule of the gate is held against these names before anything is trained."""
+    models = [oracle(data, kind) for kind in ("internvl_g", "chat_simple")]
+    scores = [s for model in models for s in score_model(model, data, setting, log=str)[0]]
+    known = {key for suite in NEEDS for key in score_keys(suite, LANGUAGES)}
+    assert {score.suite for score in scores} == set(NEEDS)
+    assert {score.key for score in scores} <= known
+    held_out = {key for key in known if "held_out" in key or "seen" in key}
+    assert known - {score.key for score in scores} <= held_out
 
 
 def test_what_a_model_cannot_do_has_a_reason(data, setting):

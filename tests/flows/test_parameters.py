@@ -29,13 +29,18 @@ def project(tmp_path):
         ("languages: [en, zh, ja, ar, it]", "languages: []", "languages is empty; expected at"),
         ("unmasked_share: ", "unmasked_share: 7 #", "unmasked_share is 7"),
         ("candidate: internvl_c", "candidate: internvl_x", r"no model \['internvl_x'\]"),
-        ("score: zero_shot/top1", "score: zeroshot/top1", "zeroshot/top1/ensemble: there will be"),
+        ("score: zero_shot/top1", "score: zeroshot/top1", "no score 'zeroshot/top1/en"),
         (
             "chat_full, score: colour",
             "internvl_c, score: colour",
             r"suites of internvl_c .* are \[",
         ),
-        ("suites: [zero_shot, ", "suites: [", "zero_shot/top1/ensemble: there will be no such"),
+        ("score: zero_shot/top5/en,", "score: zero_shot/top5/fr,", "did you mean 'zero_shot/top5/"),
+        ("score: zero_shot/top5/en,", "score: zero_shot,", "there will be no score 'zero_shot'"),
+        ("score: matching/accuracy, ", "score: matching/acuracy, ", "mean 'matching/accuracy'"),
+        ("not_below: internvl_c", "not_below: chat_full", "rule on chat_full: there will be no"),
+        ("languages: [en, zh, ja, ar, it]", "languages: [en]", "no score 'zero_shot/top5/zh'"),
+        ("suites: [zero_shot, ", "suites: [", "no score 'zero_shot/top1/ensemble'"),
     ],
 )
 def test_every_stage_is_asked(project, monkeypatch, old, new, message):
