@@ -8,6 +8,7 @@ import pytest
 from benchmarks import spread
 from eval.scores import mean_score, write_scores
 from eval.variants import MODELS, scores_file
+from infra.config import load_params
 
 
 def finished(root, hits, passed=True):
@@ -64,3 +65,15 @@ def test_what_is_no_finished_run_is_said(tmp_path, monkeypatch, capsys):
         with pytest.raises(SystemExit):
             spread.main()
         assert message in capsys.readouterr().err
+
+
+def test_limits_of_the_gate_stand_below_what_runs_reach():
+    """By two standard errors of one run, so that a run is not refused by bad luck."""
+    runs = json.loads(spread.OUT.read_text("utf-8"))["scores"]
+    rules = [
+        r for r in load_params(spread.ROOT / "params.yaml")["gate"]["rules"] if "at_least" in r
+    ]
+    assert len(rules) > 5
+    for rule in rules:
+        line = runs[rule["variant"]][rule["score"]]
+        assert (line["chance"] or 0) < rule["at_least"] <= line["low"], rule
