@@ -2,25 +2,22 @@
 
 import json
 import statistics
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from accept.clone import fresh_clone
 from accept.meter import Measured, measure
+from accept.pipeline import LANGUAGES, Record
 from eval.scores import Score, read_items, read_scores
 from eval.variants import MODELS, scores_file
 
 pytestmark = pytest.mark.accept
 
-LANGUAGES = ("en", "zh", "ja", "ar", "it")
 CHAT = ("chat_simple", "chat_full")
 HOUR = 3600.0
 READ = 200
 """captions of each chat model of which none may leave its language"""
-Record = Callable[[str, Any], None]
 Scores = dict[str, dict[str, Score]]
 
 

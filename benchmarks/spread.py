@@ -92,8 +92,8 @@ def main() -> int:
     print(f"{len(folders)} runs: mean (standard deviation in points), where a limit may stand")
     for variant, keys in found["scores"].items():
         for key, line in keys.items():
-            spread_ = f"{100 * line['deviation']:.1f}"
-            print(f"{variant} {key}: {line['mean']:.1%} ({spread_}), {line['low']:.1%}")
+            points = 100 * line["deviation"]
+            print(f"{variant} {key}: {line['mean']:.1%} ({points:.1f}), {line['low']:.1%}")
     return 0
 
 
