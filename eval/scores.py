@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     import numpy as np
 
 FORMAT = "vlfoundry.scores.v1"
+ENSEMBLE = "ensemble"
+"""stands for a language where those of all languages are added up"""
 DECIMALS = 6
 
 

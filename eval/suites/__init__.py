@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 from eval.datasets import DataFolder
 from eval.embedding import Model, Setting
-from eval.scores import Score
+from eval.scores import ENSEMBLE, Score
 from infra.errors import ModelError
 
 SuiteRun = Callable[[Model, DataFolder, Setting], list[Score]]
@@ -19,8 +19,6 @@ NEEDS = {
     "box": "chat",
 }
 """What a model must be able to do for each suite; in the order in which they run."""
-ENSEMBLE = "ensemble"
-"""stands for a language where zero_shot adds up those of all languages"""
 TOPS = ("top1", "top5")
 CUTS = ("r1", "r5", "r10")
 SCORES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {

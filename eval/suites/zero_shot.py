@@ -11,8 +11,7 @@ from eval.datasets import Concept, ConceptSet, DataFolder, PairSet
 from eval.embedding import Model, Setting, embed_pictures, embed_texts, unit
 from eval.metrics import compute
 from eval.ranking import best_rank, chance_at, top_candidates
-from eval.scores import Score, mean_score, write_items
-from eval.suites import ENSEMBLE
+from eval.scores import ENSEMBLE, Score, mean_score, write_items
 from infra.errors import DataError
 
 NAME = "zero_shot"
