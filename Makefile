@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lint format accept bench lock clean
+.PHONY: help setup run test lint format accept bench wheel lock clean
 
 # The lock file that .venv is made from: dev, core, gpu or bench.
 LOCK ?= dev
@@ -29,7 +29,7 @@ run: setup ## run the whole pipeline (PROFILE=base, SET="key=value ...")
 	@exec vlfoundry run $(if $(PROFILE),--profile $(PROFILE)) $(foreach s,$(SET),--set $(s))
 
 test: setup ## run all tests (TESTS=path for some, JOBS=n at a time)
-	@python -m pytest -n $(JOBS) --dist loadfile $(TESTS)
+	@python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(TESTS)
 
 lint: setup ## ruff, types, layers
 	@ruff check .
@@ -41,11 +41,14 @@ format: setup ## let ruff rewrite what it can
 	@ruff check --fix .
 	@ruff format .
 
-accept: setup ## run the long acceptance checks of SUBJECT (pipeline, official, engine, fp8, cases, kills) and store their results
+accept: setup ## run the long acceptance checks of SUBJECT (pipeline, wheel, official, engine, fp8, cases, kills, dvc, hour) and store their results
 	@python -m accept.run $(SUBJECT)
 
 bench: setup ## run the benchmarks, one JSON line a measurement
 	@python -m benchmarks.harness
+
+wheel: setup ## build dist/vlfoundry-*.whl, which installs without a checkout
+	@uv=$$(command -v uv || echo .cache/uv/bin/uv); $$uv build --quiet --no-build-isolation --python .venv/bin/python
 
 lock: setup ## resolve requirements/*.lock again from pyproject.toml, keeping versions that still fit
 	@scripts/lock.sh

@@ -115,11 +115,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An InternVL-C as a run has it, whose weights are what they were at the start."""
     code = """
 import sys
-from infra.config import build, load_params
-from models.internvl.config import InternVLConfig
-from models.internvl.load import save_model
-from models.internvl.model import build as build_model
-from models.tokenizer import train
+from vlfoundry.infra.config import build, load_params
+from vlfoundry.models.internvl.config import InternVLConfig
+from vlfoundry.models.internvl.load import save_model
+from vlfoundry.models.internvl.model import build as build_model
+from vlfoundry.models.tokenizer import train
 config = build(InternVLConfig, load_params("params.yaml")["model"])
 words = [f"word{i} number {i * 7919}" for i in range(4000)]
 model = build_model(sys.argv[2], config, seed=5, spec="local")
@@ -460,8 +460,8 @@ def _special(bench: Bench) -> None:
     )
     code = """
 import json, sys
-from models.tokenizer import Tokenizer
-from models.chat.jsonl import read
+from vlfoundry.models.tokenizer import Tokenizer
+from vlfoundry.models.chat.jsonl import read
 tok = Tokenizer.load(sys.argv[1])
 for sample in read(sys.argv[2]):
     ids, labels = tok.dialogue.conversation(sample.messages, [48] * len(sample.images))
@@ -494,9 +494,9 @@ def _frames(bench: Bench) -> None:
 import sys
 from pathlib import Path
 import numpy as np
-from models.chat.examples import Conversations
-from models.tiling import Tiling
-from flows.chat_check import PicturesAlone
+from vlfoundry.models.chat.examples import Conversations
+from vlfoundry.models.tiling import Tiling
+from vlfoundry.flows.chat_check import PicturesAlone
 talk = Conversations(Path(sys.argv[1]), None, PicturesAlone(), tiling=Tiling(tile_px=28),
                      tile_tokens=2, max_tokens=999)
 tiles = talk.example(0, np.random.default_rng(0)).pictures()
@@ -517,13 +517,20 @@ def _worker(bench: Bench) -> None:
     script = bench.case / "kill.py"
     (project / ".venv").unlink()
     (project / ".venv").symlink_to(ROOT / ".venv")
+    params = project / "params.yaml"
+    short = params.read_text("utf-8")
+    # The small run's workers are done in half a second, and then there is nobody left to kill.
+    long = re.sub(r"(?m)^(bootstrap:.*\n  steps:) \d+", r"\1 5000", short)
+    assert long != short
+    params.write_text(long, "utf-8")
     for worker in (0, 1):
         ended = command([sys.executable, str(script), str(project), str(worker), "0.5"], project)
         assert "HANG" not in ended.output, ended
         ((code, seconds),) = re.findall(r"-> (-?\d+) ([\d.]+) s", ended.output)
         assert int(code) != 0, ended
         assert float(seconds) < 10, ended
-    went_on = command([sys.executable, "-m", "stages.bootstrap"], project)
+    params.write_text(short, "utf-8")
+    went_on = command([sys.executable, "-m", "vlfoundry.stages.bootstrap"], project)
     assert went_on.code == 0, went_on
 
 
@@ -661,7 +668,7 @@ def _lineage(bench: Bench) -> None:
     assert command(vlfoundry(project, "lineage", folder), project).code == 0
     short = ["variant=simple", "sft.train.simple.steps=2", "sft.train.simple.batch_samples=2",
              "sft.train.simple.warmup_steps=1"]  # fmt: skip
-    by_hand = command([sys.executable, "-m", "stages.sft", *short], project)
+    by_hand = command([sys.executable, "-m", "vlfoundry.stages.sft", *short], project)
     assert by_hand.code == 0, by_hand
     rows = project.parent / "rows.parquet"
     ended = command(vlfoundry(project, "lineage", folder, "--rows", str(rows)), project)

@@ -8,8 +8,9 @@ import shutil
 import time
 from pathlib import Path
 
-from infra.config import load_params
 from tests.tiny import ROOT, Running, Start, artifacts, make_project, run_stage, start_process
+from vlfoundry.infra.config import load_params
+from vlfoundry.infra.workfolder import folders, home
 
 STAGE = "contrastive"
 STEPS = 24
@@ -35,8 +36,14 @@ class Target:
         return f"{self.stage}/{self.variant}".rstrip("/")
 
     @property
+    def home(self) -> Path:
+        """Where the folders of its run keys lie."""
+        return home(self.root, f"{self.stage}@{self.variant}".rstrip("@"))
+
+    @property
     def work(self) -> Path:
-        return self.root / "work" / f"{self.stage}-{self.variant}".rstrip("-")
+        """The folder of its one run key; one that does not exist before it is claimed."""
+        return next(iter(folders(self.home)), self.home / "none")
 
     def run(self) -> Running:
         """Start it."""
@@ -46,7 +53,7 @@ class Target:
 
     def clear(self) -> None:
         """Forget all that it has made."""
-        shutil.rmtree(self.work)
+        shutil.rmtree(self.home)
         shutil.rmtree(self.root / "artifacts" / self.made)
 
 

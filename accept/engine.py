@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 
 from accept.crash import Target, besiege
-from infra.stage import EXIT_INTERRUPTED
 from tests.models.test_layouts import (
     ALL_STAGES,
     APART,
@@ -30,6 +29,7 @@ from tests.models.test_layouts import (
 from tests.models.test_layouts import LAYOUTS as MATRIX
 from tests.stages.conftest import TRAINING, TRAINING_IMPORTS
 from tests.tiny import LIMIT_S, PARAMS, artifacts, make_project, run_stage, start_fork
+from vlfoundry.infra.stage import EXIT_INTERRUPTED
 
 pytestmark = pytest.mark.accept
 
@@ -50,7 +50,7 @@ Record = Callable[[str, Any], None]
 def warm() -> None:
     """Import here what every stage would import for itself; they are forked from this process."""
     os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
-    from infra.backend import install
+    from vlfoundry.infra.backend import install
 
     install()
     for name in TRAINING_IMPORTS:
@@ -67,7 +67,7 @@ def trained(warm: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _copied(trained: Path, tmp_path: Path, stage: str, variant: str = "") -> Target:
-    root = shutil.copytree(trained, tmp_path / "project")
+    root = shutil.copytree(trained, tmp_path / "project", symlinks=True)
     return Target(root=root, stage=stage, variant=variant, start=start_fork)
 
 
@@ -124,13 +124,14 @@ def test_any_damaged_file_is_named_and_the_checkpoint_before_is_used(
     target = _copied(trained, tmp_path, "contrastive")
     steps = PARAMS["contrastive"]["train"]["steps"]
     before = steps - PARAMS["contrastive"]["train"]["save_every_steps"]
-    intact = shutil.copytree(target.work, tmp_path / "intact")
+    work = target.work
+    intact = shutil.copytree(work, tmp_path / "intact")
     names = sorted(path.name for path in (intact / f"checkpoints/step-{steps:08d}").iterdir())
     record_property("files", names)
     for name in names:
         target.clear()
-        shutil.copytree(intact, target.work)
-        damage(target.work / f"checkpoints/step-{steps:08d}" / name)
+        shutil.copytree(intact, work)
+        damage(work / f"checkpoints/step-{steps:08d}" / name)
         running = target.run()
         assert running.wait() == 0, running.output
         assert f"step-{steps:08d} is damaged ({name}); trying the one before" in running.output

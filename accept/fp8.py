@@ -16,9 +16,9 @@ from accept import crash
 from accept.clone import ROOT, fresh_clone
 from accept.meter import measure
 from benchmarks.harness import commit
-from infra.config import load_params
 from tests.models.test_bf16 import CELLS, gradients_point_where_those_of_fp32_do
 from tests.tiny import write_params
+from vlfoundry.infra.config import load_params
 
 pytestmark = pytest.mark.accept
 

@@ -9,8 +9,8 @@ import pytest
 from accept.clone import fresh_clone
 from accept.meter import Measured, measure
 from accept.pipeline import LANGUAGES, Record
-from eval.scores import Score, read_items, read_scores
-from eval.variants import MODELS, scores_file
+from vlfoundry.eval.scores import Score, read_items, read_scores
+from vlfoundry.eval.variants import MODELS, scores_file
 
 pytestmark = pytest.mark.accept
 

@@ -34,7 +34,7 @@ time.time = _jump
 REGISTER = """
 import sys
 from pathlib import Path
-from infra.registry import register_model
+from vlfoundry.infra.registry import register_model
 print(register_model(Path.cwd(), Path(sys.argv[1]), promote="champion").ref)
 """
 
@@ -96,7 +96,7 @@ def test_the_last_registration_is_the_champion(
             monkeypatch.setenv(name, when)
         versions.append(sh(root, sys.executable, "-c", REGISTER, "artifacts/train/a").strip())
     assert len(set(versions)) == 2
-    listed = sh(root, sys.executable, "-m", "flows.cli", "models").splitlines()
+    listed = sh(root, sys.executable, "-m", "vlfoundry.flows.cli", "models").splitlines()
     champions = [line for line in listed if "#champion" in line]
     assert len(champions) == 1, listed
     assert champions[0].startswith(versions[1])
@@ -116,6 +116,6 @@ def test_two_registrations_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     ]  # fmt: skip
     said = [process.communicate(timeout=120)[0].strip() for process in running]
     assert [process.returncode for process in running] == [0, 0], said
-    listed = sh(root, sys.executable, "-m", "flows.cli", "models")
+    listed = sh(root, sys.executable, "-m", "vlfoundry.flows.cli", "models")
     for version in said:
         assert version in listed

@@ -21,7 +21,7 @@ Record = Callable[[str, Any], None]
 
 def compare(folders: list[Path], log: Path) -> tuple[int, str]:
     """Exit status of `vlfoundry parity`, and its last line."""
-    command = [sys.executable, "-m", "flows.cli", "parity", *map(str, folders)]
+    command = [sys.executable, "-m", "vlfoundry.flows.cli", "parity", *map(str, folders)]
     with log.open("w") as stream:
         status = subprocess.run(command, cwd=ROOT, stdout=stream, check=False).returncode
     return status, log.read_text("utf-8").splitlines()[-1]

@@ -15,9 +15,9 @@ from pathlib import Path
 import psutil
 
 from accept.clone import fresh_clone
-from flows.launch import EXIT_REJECTED
-from infra.config import canonical_json, load_params
-from infra.fingerprint import fingerprint
+from vlfoundry.flows.launch import EXIT_REJECTED
+from vlfoundry.infra.config import canonical_json, load_params
+from vlfoundry.infra.fingerprint import fingerprint
 
 RUN_LIMIT_S = 20 * 60.0
 LEAVE_LIMIT_S = 20.0
@@ -43,8 +43,10 @@ KINDS: dict[str, Kind] = {
     "guard of the server": lambda _, line: _is_guard(line) and "create_app" in line,
     "server": lambda _, line: not _is_guard(line) and "create_app" in line,
     "dvc": lambda _, line: not _is_guard(line) and " dvc " in line,
-    "stage": lambda process, line: " -m stages." in line and not _forked(process, line),
-    "rank or worker": lambda process, line: " -m stages." in line and _forked(process, line),
+    "stage": lambda process, line: " -m vlfoundry.stages." in line and not _forked(process, line),
+    "rank or worker": lambda process, line: (
+        " -m vlfoundry.stages." in line and _forked(process, line)
+    ),
 }
 TOGETHER = (
     ("flow", "guard of the stage"), ("flow", "make"), ("stage", "dvc"), ("flow", "server"),

@@ -47,4 +47,9 @@ def environment(place: Path, **more: str) -> dict[str, str]:
 
 def vlfoundry(place: Path, *arguments: str | Path) -> list[str]:
     """The argv of a command in the project."""
-    return [str(ROOT / ".venv" / "bin" / "python"), "-m", "flows.cli", *map(str, arguments)]
+    return [
+        str(ROOT / ".venv" / "bin" / "python"),
+        "-m",
+        "vlfoundry.flows.cli",
+        *map(str, arguments),
+    ]

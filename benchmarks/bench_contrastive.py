@@ -86,7 +86,7 @@ def _leaves(size: int) -> tuple:
 def _softmax(images: Any, texts: Any) -> Any:
     import torch
 
-    from models.objectives.contrastive import ContrastiveConfig, info_nce
+    from vlfoundry.models.objectives.contrastive import ContrastiveConfig, info_nce
 
     scale = torch.tensor(1 / TEMPERATURE).log()
     return info_nce(images, texts, scale, ContrastiveConfig())[0]
@@ -95,7 +95,7 @@ def _softmax(images: Any, texts: Any) -> Any:
 def _sigmoid(images: Any, texts: Any) -> Any:
     import torch
 
-    from models.objectives.contrastive import sigmoid_loss
+    from vlfoundry.models.objectives.contrastive import sigmoid_loss
 
     return sigmoid_loss(images, texts, torch.tensor(SIGLIP_SCALE).log(), torch.tensor(SIGLIP_BIAS))
 
@@ -125,7 +125,7 @@ def _apart(ours: Callable[..., Any], theirs: Callable[..., Any], leaves: tuple) 
 
 
 def _memory(size: int) -> Case:
-    from infra.backend.ranks import run_ranks
+    from vlfoundry.infra.backend.ranks import run_ranks
 
     facts: dict[str, Any] = {"four_inputs_mib": round(4 * size * WIDTH * 4 / 2**20, 1)}
 
@@ -139,7 +139,7 @@ def _memory(size: int) -> Case:
 
 
 def _peak_mib(size: int) -> float:
-    from models.objectives.tiled import TILE_COLUMNS
+    from vlfoundry.models.objectives.tiled import TILE_COLUMNS
 
     leaves = _leaves(size)
     # What a fork has not touched yet, or the parent freed, is no memory of the loss.

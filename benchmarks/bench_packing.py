@@ -41,12 +41,12 @@ def packing() -> Iterator[Case | LeftOut]:
 def _cases(name: str, rows: list[list[int]]) -> Iterator[Case]:
     import torch
 
-    from models.common.config import DecoderConfig
-    from models.common.packing import pack_rows
-    from models.internvl.config import InternVLConfig
-    from models.internvl.model import build
-    from models.objectives.next_token import TextObjective
-    from models.tokenizer import pad
+    from vlfoundry.models.common.config import DecoderConfig
+    from vlfoundry.models.common.packing import pack_rows
+    from vlfoundry.models.internvl.config import InternVLConfig
+    from vlfoundry.models.internvl.model import build
+    from vlfoundry.models.objectives.next_token import TextObjective
+    from vlfoundry.models.tokenizer import pad
 
     text = DecoderConfig(vocab_size=VOCABULARY, width=384, depth=6, heads=6, mlp_hidden=1024)
     model = build("text", InternVLConfig(text=text))

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from benchmarks.harness import Case, LeftOut, benchmark
 
 STARTS = {
-    "vlfoundry --help": (["-m", "flows.cli", "--help"], ("typer",)),
+    "vlfoundry --help": (["-m", "vlfoundry.flows.cli", "--help"], ("typer",)),
     "import torch": (["-c", "import torch"], ("torch",)),
     "import prefect's flow": (["-c", "from prefect import flow"], ("prefect",)),
     "import dvc's Repo": (["-c", "from dvc.repo import Repo"], ("dvc",)),

@@ -14,7 +14,7 @@ from benchmarks.harness import Case, LeftOut, benchmark
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from models.internvit.config import InternViTConfig
+    from vlfoundry.models.internvit.config import InternViTConfig
 
 # At 2 our optimizer, which does not shrink with the tokens, is a tenth of the masked step.
 BATCH = 4
@@ -31,7 +31,7 @@ def vit() -> Iterator[Case | LeftOut | tuple[Case, ...]]:
     """Pictures a CPU-second at width 384, depth 6, 257 tokens."""
     import torch
 
-    from models.internvit.config import InternViTConfig
+    from vlfoundry.models.internvit.config import InternViTConfig
 
     config = InternViTConfig(
         width=384, depth=6, heads=6, mlp_hidden=1536, patch_px=14, image_px=224, norm="layer",
@@ -46,8 +46,8 @@ def vit() -> Iterator[Case | LeftOut | tuple[Case, ...]]:
 def _in_turns(config: "InternViTConfig") -> Iterator[LeftOut | tuple[Case, ...]]:
     import torch
 
-    from infra.backend.adam import CpuFusedAdam
-    from infra.train.mfu import counted_flops
+    from vlfoundry.infra.backend.adam import CpuFusedAdam
+    from vlfoundry.infra.train.mfu import counted_flops
 
     model, official = _ours(config)
     pixels = torch.randn(BATCH, 3, config.image_px, config.image_px)
@@ -81,11 +81,11 @@ def _in_turns(config: "InternViTConfig") -> Iterator[LeftOut | tuple[Case, ...]]
 
 def _ours(config: "InternViTConfig") -> tuple["nn.Module", Mapping[str, "Tensor"]]:
     """Our encoder, and its weights under their official names."""
-    from infra.train.weights import gather_weights
-    from models.common.canonical import initialise
-    from models.common.keymap import split_all
-    from models.internvit.hf import keys
-    from models.internvit.model import InternViT
+    from vlfoundry.infra.train.weights import gather_weights
+    from vlfoundry.models.common.canonical import initialise
+    from vlfoundry.models.common.keymap import split_all
+    from vlfoundry.models.internvit.hf import keys
+    from vlfoundry.models.internvit.model import InternViT
 
     model = InternViT(config)
     initialise(model, seed=0)

@@ -19,16 +19,16 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import commit, machine
-from infra.backend import Layout
-from infra.backend.ranks import run_ranks
-from infra.config import build, load_params, parse_value
-from infra.fp8 import Fp8Config
-from infra.stage import Context, parameters_of
-from infra.train.config import TrainConfig
-from infra.train.gap import Gap, measure_gap, smoothed
-from infra.train.session import Place
-from models.internvl.cut import check_layout
-from stages.contrastive import STAGE, Config, job
+from vlfoundry.infra.backend import Layout
+from vlfoundry.infra.backend.ranks import run_ranks
+from vlfoundry.infra.config import build, load_params, parse_value
+from vlfoundry.infra.fp8 import Fp8Config
+from vlfoundry.infra.stage import Context, parameters_of
+from vlfoundry.infra.train.config import TrainConfig
+from vlfoundry.infra.train.gap import Gap, measure_gap, smoothed
+from vlfoundry.infra.train.session import Place
+from vlfoundry.models.internvl.cut import check_layout
+from vlfoundry.stages.contrastive import STAGE, Config, job
 
 MOVED = 0.01
 """standard deviation of what the weights of another start are multiplied with, around 1"""

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import ROOT, commit, machine
-from eval.scores import Score, read_scores
-from eval.variants import MODELS, scores_file
-from infra.errors import DataError, UserError
-from infra.files import require_writable
+from vlfoundry.eval.scores import Score, read_scores
+from vlfoundry.eval.variants import MODELS, scores_file
+from vlfoundry.infra.errors import DataError, UserError
+from vlfoundry.infra.files import require_writable
 
 FORMAT = "vlfoundry.spread.v1"
 OUT = ROOT / "benchmarks" / "results" / "spread.json"

@@ -2,3 +2,6 @@
 
 Nothing is imported here, so that the command line stays fast.
 """
+
+if __name__ != "vlfoundry.eval":
+    raise ImportError("import vlfoundry.eval: under two names every module is there twice")

@@ -22,11 +22,12 @@ from typing import Any
 
 import numpy as np
 
-from eval.labels import one_spelling, read_label, told
-from eval.pictures import decode_squares, pixel_key
-from infra.decode import Encoded
-from infra.errors import DataError
-from infra.roots import Root, is_text
+from vlfoundry.eval.labels import one_spelling, read_label, told
+from vlfoundry.eval.pictures import decode_squares, pixel_key
+from vlfoundry.infra.config import canonical_json
+from vlfoundry.infra.decode import Encoded
+from vlfoundry.infra.errors import DataError
+from vlfoundry.infra.roots import Root, is_text
 
 PICTURE_ROWS, TEXT_ROWS = 16, 1024
 """rows of a file that are read at once"""
@@ -146,6 +147,10 @@ class DataFolder(abc.ABC):
         of_file = [numbers.setdefault(key, len(numbers)) for key in keys]
         return np.array(of_file, np.int64)[which]
 
+    def _said(self) -> Any:
+        """All that is known of the pictures, as JSON."""
+        return [[p.concept, p.label, p.captions] for p in self.pictures]
+
     def facts(self) -> dict[str, Any]:
         """What a score file says of its data."""
         import hashlib
@@ -155,6 +160,7 @@ class DataFolder(abc.ABC):
         of_file = [hashlib.sha256(file.data).digest() for file in shown]
         for picture, file in zip(self.pictures, which.tolist(), strict=True):
             digest.update(picture.id.encode() + b"\0" + of_file[file])
+        digest.update(canonical_json(self._said()).encode())
         return {
             "folder": self.folder.rstrip("/").rpartition("/")[2],
             "sources": list(self.sources),
@@ -182,6 +188,9 @@ class ConceptSet(DataFolder):
             for lang in self.concepts[concept].names:
                 counts[lang] = counts.get(lang, 0) + 1
         return tuple(sorted(counts, key=lambda lang: (-counts[lang], lang)))
+
+    def _said(self) -> Any:
+        return [super()._said(), [dataclasses.astuple(self.concepts[c]) for c in self.drawn]]
 
     @cached_property
     def drawn(self) -> tuple[str, ...]:
@@ -231,17 +240,9 @@ def read_folder(folder: str | Path, *, sources: Sequence[str] | None = None) -> 
     Raises DataError with the file, the row and what was expected.
     """
     root = Root(folder)
-    if root.is_local and not Path(folder).is_dir():
-        raise DataError(f"{folder} is not a directory; {FORMATS}")
-    names = [Path(name) for name in root.names() if name.endswith(".parquet")]
-    files = {name.stem: name.name for name in names if name.name != CONCEPTS_FILE}
-    if not files:
-        raise DataError(f"{folder} holds no Parquet file of pictures; {FORMATS}")
-    unknown = sorted(set(sources or ()) - set(files))
-    if unknown:
-        raise DataError(f"{folder} has no source {unknown}; it has {sorted(files)}")
+    files, with_concepts = _files(root, folder)
+    _refuse_missing_sources(folder, sources, files)
     chosen = [files[stem] for stem in (dict.fromkeys(sources) if sources else files)]
-    with_concepts = CONCEPTS_FILE in {name.name for name in names}
     pictures = [p for file in chosen for p in _read_pictures(root, file, with_concepts)]
     _refuse_repeated_ids(pictures, folder)
     if not pictures:
@@ -256,6 +257,58 @@ def read_folder(folder: str | Path, *, sources: Sequence[str] | None = None) -> 
             f"{pictures[0].concept!r}) in {CONCEPTS_FILE}"
         )
     return ConceptSet(folder, named, concepts)
+
+
+def check_choices(
+    folder: str | Path,
+    *,
+    sources: Sequence[str] | None = None,
+    train_sources: Sequence[str] | None = None,
+    languages: Sequence[str] | None = None,
+) -> None:
+    """Look whether a folder has what is asked of it, before its pictures are read.
+
+    Raises DataError for a source, or a language that no name of a concept set is in.
+    """
+    root = Root(folder)
+    files, with_concepts = _files(root, folder)
+    for asked in (sources, train_sources):
+        _refuse_missing_sources(folder, asked, files)
+    if languages and with_concepts:
+        where = f"{root.place.rstrip('/')}/{CONCEPTS_FILE}"
+        rows = _rows(root, CONCEPTS_FILE, ("name",))
+        there = {lang for row in rows for lang, _ in _texts(row["name"], "name", where)}
+        refuse_missing_languages(folder, languages, there)
+
+
+def refuse_missing_languages(
+    folder: str | Path, asked: Sequence[str], there: Collection[str]
+) -> None:
+    """Raises DataError for a language that is asked for and is not there."""
+    missing = [lang for lang in asked if lang not in there]
+    if missing:
+        raise DataError(
+            f"{folder} has nothing in {missing}; it has {sorted(there)}: choose among these"
+        )
+
+
+def _files(root: Root, folder: str | Path) -> tuple[dict[str, str], bool]:
+    """Files of pictures by their stems, and whether it is a concept set."""
+    if root.is_local and not Path(folder).is_dir():
+        raise DataError(f"{folder} is not a directory; {FORMATS}")
+    names = [Path(name) for name in root.names() if name.endswith(".parquet")]
+    files = {name.stem: name.name for name in names if name.name != CONCEPTS_FILE}
+    if not files:
+        raise DataError(f"{folder} holds no Parquet file of pictures; {FORMATS}")
+    return files, CONCEPTS_FILE in {name.name for name in names}
+
+
+def _refuse_missing_sources(
+    folder: str | Path, asked: Sequence[str] | None, files: Collection[str]
+) -> None:
+    unknown = sorted(set(asked or ()) - set(files))
+    if unknown:
+        raise DataError(f"{folder} has no source {unknown}; it has {sorted(files)}")
 
 
 def read_concept_set(folder: str | Path, *, sources: Sequence[str] | None = None) -> ConceptSet:

@@ -7,10 +7,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from eval.datasets import ConceptSet, DataFolder
-from eval.reference import NearestPicture
-from infra.decode import Picture
-from infra.errors import ModelError
+from vlfoundry.eval.datasets import ConceptSet, DataFolder
+from vlfoundry.eval.reference import NearestPicture
+from vlfoundry.infra.decode import Picture
+from vlfoundry.infra.errors import ModelError
 
 IMAGE_BATCH = 64
 TEXT_BATCH = 256

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from infra.errors import DataError
+from vlfoundry.infra.errors import DataError
 
 NOTHING = frozenset({"nan", "NaN", "NAN", "None", "null", "NULL", "<NA>", "NaT"})
 """how programs write a label that is not there"""

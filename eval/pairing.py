@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from eval.datasets import ConceptSet, DataFolder, Picture
-from infra.errors import DataError
+from vlfoundry.eval.datasets import ConceptSet, DataFolder, Picture
+from vlfoundry.infra.errors import DataError
 
 MIN_CANDIDATES = 2
 Captions = Callable[[DataFolder, int, str], tuple[str, ...]]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from infra.images import composite, decode_rgba
+from vlfoundry.infra.images import composite, decode_rgba
 
 
 def decode_squares(

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.embedding import Model
+from vlfoundry.eval.embedding import Model
 
 PATIENCE = datetime.timedelta(days=30)
 """for which the others wait while rank 0 computes what needs no model"""
@@ -32,17 +32,17 @@ def run_team(work: Work) -> Any:
         UserError: as raised by `work`, or by a rank that could not do its share.
         ConfigError: there is no such launcher profile.
     """
-    from infra.backend.ranks import run_ranks
-    from infra.launch import local_profile
+    from vlfoundry.infra.backend.ranks import run_ranks
+    from vlfoundry.infra.launch import local_profile
 
     profile = local_profile()
     return run_ranks(_be_rank, work, ranks=profile.ranks, threads=profile.threads)[0]
 
 
 def _be_rank(work: Work) -> Any:
-    from infra.backend import Layout
-    from infra.backend.parallel import parallel
-    from infra.backend.ranks import this_rank
+    from vlfoundry.infra.backend import Layout
+    from vlfoundry.infra.backend.parallel import parallel
+    from vlfoundry.infra.backend.ranks import this_rank
 
     rank = this_rank()
     assert rank is not None
@@ -102,7 +102,7 @@ class Team:
         self._tell("close", [()] * self._ranks)
 
     def _load(self, folder: Path, untrained_seed: int | None) -> Model:
-        from models.internvl.load import load_model
+        from vlfoundry.models.internvl.load import load_model
 
         self._model = None  # two at once may not fit
         self._model = load_model(folder, untrained_seed=untrained_seed)
@@ -151,10 +151,10 @@ class Shared:
 
 def _backend() -> str:
     """Of the group that hands Python objects about: between CPUs, on any machine."""
-    from infra.backend import install
+    from vlfoundry.infra.backend import install
 
     if install().kind == "cuda":
         return "gloo"
-    from infra.backend.cpu import GLOO
+    from vlfoundry.infra.backend.cpu import GLOO
 
     return GLOO

@@ -8,8 +8,8 @@ from functools import cached_property
 
 import numpy as np
 
-from eval.datasets import ConceptSet
-from eval.pictures import decode_squares
+from vlfoundry.eval.datasets import ConceptSet
+from vlfoundry.eval.pictures import decode_squares
 
 SIDE_PX = 64
 BATCH = 256
@@ -17,7 +17,7 @@ BATCH = 256
 
 def picture_features(data: ConceptSet) -> np.ndarray:
     """Features of all pictures, on white: float32 [N, F]."""
-    from infra.images import hog_features
+    from vlfoundry.infra.images import hog_features
 
     shown, which = data.files
     parts = []

@@ -5,9 +5,9 @@ import math
 from collections.abc import Mapping
 from functools import partial
 
-from eval.scores import Score
-from eval.stats import Z_95
-from infra.errors import ConfigError
+from vlfoundry.eval.scores import Score
+from vlfoundry.eval.stats import Z_95
+from vlfoundry.infra.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -4,14 +4,24 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.datasets import ConceptSet, DataFolder, PairSet, read_concept_set, read_folder
-from eval.embedding import Model, Setting
-from eval.ranks import Team, run_team
-from eval.reference import NearestPicture
-from eval.scores import Score, score_line, write_scores
-from eval.suites import NEEDS, suite_run, why_not
-from infra.errors import DataError, ModelError
-from infra.files import cannot_write, require_writable, require_writable_folder
+from vlfoundry.eval.datasets import (
+    ConceptSet,
+    DataFolder,
+    PairSet,
+    check_choices,
+    read_concept_set,
+    read_folder,
+    refuse_missing_languages,
+)
+from vlfoundry.eval.embedding import Model, Setting
+from vlfoundry.eval.ranks import Team, run_team
+from vlfoundry.eval.reference import NearestPicture
+from vlfoundry.eval.scores import Score, score_line, write_scores
+from vlfoundry.eval.suites import NEEDS, suite_run, why_not, why_not_kind
+from vlfoundry.infra.errors import DataError, ModelError
+from vlfoundry.infra.files import cannot_write, require_writable, require_writable_folder
+from vlfoundry.models.internvl.config import CAPABILITIES
+from vlfoundry.models.internvl.folder import check_shapes, read_config
 
 LANGUAGES = ("en", "zh", "ja", "ar", "it")
 SCENES = 250
@@ -40,7 +50,7 @@ def evaluate_folder(
     The items lie beside the score file, in `<its stem>.items/`.
     Raises DataError or ModelError for what cannot be read or done.
     """
-    from infra.registry import resolve_model
+    from vlfoundry.infra.registry import resolve_model
 
     if suite not in NEEDS:
         raise ModelError(f"unknown suite {suite!r}; choose from {', '.join(NEEDS)}")
@@ -49,6 +59,8 @@ def evaluate_folder(
     items = out.parent / f"{out.stem}.items"
     require_writable_folder(items, "the items")
     folder = resolve_model(str(model_ref))
+    _check_model(folder, suite)
+    check_choices(data_dir, sources=sources, train_sources=train_sources, languages=languages)
     data = read_folder(data_dir, sources=sources)
     if isinstance(data, PairSet) and suite == "zero_shot":
         for line in data.told:
@@ -79,6 +91,16 @@ def evaluate_folder(
         raise cannot_write(out, "the scores", error) from error
     log(f"{suite}: {len(scores)} scores on {len(data)} pictures of {data.folder} -> {out}")
     return scores
+
+
+def _check_model(folder: Path, suite: str) -> None:
+    """Raises ModelError for a folder that is no whole model, or of a kind that has no such scores;
+    before PyTorch is imported."""
+    kind, config = read_config(folder)
+    check_shapes(folder, kind, config)
+    reason = why_not_kind(kind, CAPABILITIES[kind], suite)
+    if reason:
+        raise ModelError(reason)
 
 
 def score_model(
@@ -114,12 +136,7 @@ def choose_languages(
         return ()  # classes are labels, which have no language
     available = data.languages
     if asked:
-        missing = [lang for lang in asked if lang not in available]
-        if missing:
-            raise DataError(
-                f"{data.folder} has nothing in {missing}; it has {sorted(available)}: choose among "
-                "these"
-            )
+        refuse_missing_languages(data.folder, asked, available)
         return tuple(dict.fromkeys(asked))
     chosen = tuple(lang for lang in LANGUAGES if lang in available) or tuple(sorted(available))
     if not chosen:
@@ -132,7 +149,7 @@ def choose_languages(
 
 def model_facts(model: Model, folder: Path) -> dict[str, Any]:
     """What a score file says of its model."""
-    from infra.fingerprint import fingerprint
+    from vlfoundry.infra.fingerprint import fingerprint
 
     return {"kind": model.kind, "fingerprint": fingerprint(folder), "folder": folder.as_posix()}
 

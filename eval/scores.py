@@ -9,8 +9,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eval.stats import bootstrap_interval, standard_error, wilson_interval
-from infra.errors import DataError
+from vlfoundry.eval.stats import bootstrap_interval, standard_error, wilson_interval
+from vlfoundry.infra.errors import DataError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -167,6 +167,21 @@ def write_scores(
 def _entry(score: Score) -> dict[str, Any]:
     entry = dataclasses.asdict(score)
     return {key: value for key, value in entry.items() if key != "by_item"}  # the items have it
+
+
+def headline(scores: Iterable[Score]) -> dict[str, Any]:
+    """The values that stand for all languages, nested by the parts of their keys:
+    `{"zero_shot": {"top1": {"ensemble": 0.5}}, "box": {"mean_iou": 0.25}}`.
+    """
+    nested: dict[str, Any] = {}
+    for score in scores:
+        if score.lang in ("", ENSEMBLE):
+            *outer, last = score.key.split("/")
+            place = nested
+            for part in outer:
+                place = place.setdefault(part, {})
+            place[last] = score.value
+    return nested
 
 
 def read_document(file: Path) -> dict[str, Any]:

@@ -8,8 +8,8 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from flows.graph import Graph
-from flows.runner import StageResult
+from vlfoundry.flows.graph import Graph
+from vlfoundry.flows.runner import StageResult
 
 REPORT_PAGE = "work/report/index.html"
 COLOURS = {

@@ -1,19 +1,19 @@
 """`vlfoundry chat-check`: what stage 3 would stop at in chat files, found before it starts."""
 
 import dataclasses
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from infra.config import PARAMS_FILE, load_params
-from infra.errors import ConfigError, ModelError
-from infra.stage import parameters_of
-from models.chat.dialogue import Dialogue
-from models.chat.examples import Conversations
-from models.chat.jsonl import Sample
-from models.chat.templates import IMAGE, Message
-from models.internvl.config import InternVLConfig
-from models.tiling import Tiling
+from vlfoundry.infra.config import PARAMS_FILE, load_params
+from vlfoundry.infra.errors import ConfigError, DataError, ModelError
+from vlfoundry.infra.stage import parameters_of
+from vlfoundry.models.chat.dialogue import Dialogue
+from vlfoundry.models.chat.examples import Conversations
+from vlfoundry.models.chat.jsonl import A_CHAT_FILE, Problem, Sample
+from vlfoundry.models.chat.templates import IMAGE, Message
+from vlfoundry.models.internvl.config import InternVLConfig
+from vlfoundry.models.tiling import Tiling
 
 NOTES_SHOWN = 3
 """of each file; they are no mistakes"""
@@ -58,6 +58,35 @@ class Limits:
     """where the limits come from, for people"""
 
 
+@dataclasses.dataclass(kw_only=True)
+class FileReport:
+    """What was found in one chat file."""
+
+    path: Path
+    samples: int
+    """lines that are no blanks"""
+    wrong: int = 0
+    """of them, which training would stop at"""
+    problems: list[Problem] = dataclasses.field(default_factory=list)
+    """the first of them"""
+    notes: int = 0
+    """lines with control tokens as text, which are fine"""
+
+    def facts(self) -> dict[str, Any]:
+        """For programs."""
+        found = [{"line": p.line, "field": p.field, "message": p.message} for p in self.problems]
+        return {**dataclasses.asdict(self), "problems": found}
+
+
+def check_places(files: Sequence[Path], root: str | None) -> None:
+    """Raises DataError for a file that is not there, or a root that is no folder."""
+    for file in files:
+        if not file.exists():
+            raise DataError(f"{file} does not exist; {A_CHAT_FILE}")
+    if root and "://" not in root and not Path(root).is_dir():
+        raise DataError(f"--root {root} is not a folder; expected one, or a URL")
+
+
 def check(
     files: Sequence[Path],
     limits: Limits,
@@ -66,15 +95,19 @@ def check(
     pictures: bool = True,
     most: int = 20,
     say: Callable[[str], None] = print,
+    reports: list[FileReport] | None = None,
 ) -> bool:
     """Whether stage 3 can train on all lines of the files; says what is wrong with others.
 
     root: what pictures are relative to; None: as the parameters or the place of the file say.
-    pictures: look at them, too. most: problems shown of each file.
+    pictures: look at them, too. most: problems shown of each file. reports: gets one for each
+    file, and nothing is said.
     """
-    print(limits.told, file=sys.stderr)
-    results = [_check_file(file, limits, root, pictures, most, say) for file in files]
-    return all(results)
+    told = say if reports is None else None
+    found = [_check_file(file, limits, root, pictures, most, told) for file in files]
+    if reports is not None:
+        reports += found
+    return not any(report.wrong for report in found)
 
 
 def _check_file(
@@ -83,8 +116,8 @@ def _check_file(
     root: str | None,
     pictures: bool,
     most: int,
-    say: Callable[[str], None],
-) -> bool:
+    say: Callable[[str], None] | None,
+) -> FileReport:
     from tqdm import tqdm
 
     talks = Conversations(
@@ -95,27 +128,35 @@ def _check_file(
         tile_tokens=limits.tile_tokens,
         max_tokens=limits.max_tokens,
     )
-    wrong = noted = 0
+    report = FileReport(path=file, samples=len(talks))
+    shown: list[str] = []
     # None: no bar where nobody looks at a terminal
     bar = tqdm(range(len(talks)), desc=file.name, delay=SLOW_S, leave=False, disable=None)
     for index in bar:
         problem = talks.check(index, pictures=pictures)
         if problem:
-            wrong += 1
-            if wrong <= most:
-                bar.write(str(problem))
-            continue
-        sample = talks.file[index]
-        if sample.control_tokens():
-            noted += 1
-            if noted <= NOTES_SHOWN:
-                bar.write(_note(file, index, sample))
-    if wrong > most:
-        say(f"{file}: and {wrong - most} more (--most)")
+            report.wrong += 1
+            if report.wrong <= most:
+                report.problems.append(problem)
+                shown.append(str(problem))
+        elif (sample := talks.file[index]).control_tokens():
+            report.notes += 1
+            if report.notes <= NOTES_SHOWN:
+                shown.append(_note(file, index, sample))
+        while shown and say:
+            bar.write(shown.pop(0))
+    if say:
+        _close(report, most, say)
+    return report
+
+
+def _close(report: FileReport, most: int, say: Callable[[str], None]) -> None:
+    file, noted = report.path, report.notes
+    if report.wrong > most:
+        say(f"{file}: and {report.wrong - most} more (--most)")
     if noted > NOTES_SHOWN:
         say(f"{file}: and {noted - NOTES_SHOWN} more lines with control tokens as text")
-    say(f"{file}: {len(talks)} samples, {wrong} wrong")
-    return not wrong
+    say(f"{file}: {report.samples} samples, {report.wrong} wrong")
 
 
 def _note(file: Path, index: int, sample: Sample) -> str:
@@ -138,7 +179,7 @@ def find_limits(
         ConfigError: there is no such variant.
         ModelError: the model is no chat model.
     """
-    from stages.sft import KIND, STAGE, WRITES, SftStageConfig
+    from vlfoundry.stages.sft import KIND, STAGE, WRITES, SftStageConfig
 
     if variant not in KIND:
         raise ConfigError(f"unknown variant {variant!r}; choose from {', '.join(KIND)}")
@@ -170,9 +211,9 @@ def find_limits(
 
 
 def _of_model(model: str) -> tuple[str, InternVLConfig, Dialogue]:
-    from infra.registry import resolve_model
-    from models.internvl.config import PARTS
-    from models.internvl.folder import read_config
+    from vlfoundry.infra.registry import resolve_model
+    from vlfoundry.models.internvl.config import PARTS
+    from vlfoundry.models.internvl.folder import read_config
 
     folder = resolve_model(model)
     kind, architecture = read_config(folder)
@@ -182,6 +223,6 @@ def _of_model(model: str) -> tuple[str, InternVLConfig, Dialogue]:
 
 
 def _tokenizer(folder: Path) -> Dialogue:
-    from models.internvl.load import load_tokenizer
+    from vlfoundry.models.internvl.load import load_tokenizer
 
     return load_tokenizer(folder).dialogue

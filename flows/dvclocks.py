@@ -12,8 +12,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from infra.errors import DataError
-from infra.files import write_atomic
+from vlfoundry.infra.errors import DataError
+from vlfoundry.infra.files import write_atomic
 
 RWLOCK = Path(".dvc/tmp/rwlock")
 DVC_FILE = "dvc/__main__.py"
@@ -30,9 +30,7 @@ def clear_stale(root: Path) -> None:
     path = root / RWLOCK
     known = _read(path)
     if known is None:
-        time.sleep(HALF_WRITTEN_S)  # a `dvc` that somebody has started may be writing it just now
-        if _read(path) is None:
-            path.unlink(missing_ok=True)
+        _drop_damaged(path)
         return
     kept = {
         "write": {p: info for p, info in known.get("write", {}).items() if _is_dvc(info)},
@@ -44,6 +42,19 @@ def clear_stale(root: Path) -> None:
     }
     if kept != {"write": known.get("write", {}), "read": known.get("read", {})}:
         write_atomic(path, json.dumps(kept))
+
+
+def _drop_damaged(path: Path) -> None:
+    """Delete it, unless some `dvc` was only writing it just now."""
+    time.sleep(HALF_WRITTEN_S)
+    if _read(path) is None:
+        path.unlink(missing_ok=True)
+
+
+def at_work(root: Path) -> dict[Path, int]:
+    """What living DVC processes write at present, and the process of each."""
+    known = _read(root / RWLOCK) or {}
+    return {Path(p): info["pid"] for p, info in known.get("write", {}).items() if _is_dvc(info)}
 
 
 def patiently[T](
@@ -70,6 +81,9 @@ def patiently[T](
                     f"{_holders(root)} still works in {root} after {PATIENCE_S:.0f} s; "
                     "run again when it has ended"
                 ) from error
+        if _read(root / RWLOCK) is None:
+            _drop_damaged(root / RWLOCK)
+            continue
         if not waiting:
             waiting = True
             say(f"waiting for {_holders(root)} to end")

@@ -13,12 +13,12 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from flows.restored import drop_damaged_objects
-from infra.config import parse_value
-from infra.dvccache import cache_folder, share_settings
-from infra.errors import DataError, ModelError
-from infra.git import GitError, git, read, repository_lock
-from infra.registry import find_version, locked_file, locked_files
+from vlfoundry.flows.restored import drop_damaged_objects
+from vlfoundry.infra.config import parse_value
+from vlfoundry.infra.dvccache import cache_folder, share_settings
+from vlfoundry.infra.errors import DataError, ModelError
+from vlfoundry.infra.git import GitError, git, read, repository_lock
+from vlfoundry.infra.registry import find_version, locked_file, locked_files
 
 SHARED = Path(".dvc/config")
 NEEDED = ("lineage.json", "records.parquet", "kept.parquet")
@@ -71,7 +71,7 @@ def fetch(root: Path, model: str, *, everything: bool = False) -> str:
         raise DataError(
             f"DVC could not fetch {version.ref}: {said or 'no remote has all of it'}; "
             "`dvc remote list` shows what is configured, `dvc remote add -d NAME URL` adds a "
-            "remote, and `dvc push` in the checkout or workspace where it was trained fills it"
+            "remote, and `dvc push` in the project or workspace where it was trained fills it"
         )
     return f"{version.ref}: {'all' if everything else 'the model'} of its run is in DVC's cache"
 

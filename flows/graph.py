@@ -1,4 +1,6 @@
-"""The pipeline's graph, read from DVC. Only this and `infra/dvccache.py` import its internals.
+"""The pipeline's graph, read from DVC.
+
+This, `flows/runcache.py` and `infra/dvccache.py` import its internals, and nothing else does.
 
 `dvc.api` does not show the graph, so this reads `Repo.index`; tests/flows/test_graph.py holds what
 it returns to what `dvc dag` and `dvc status` print, and the version of DVC is pinned.
@@ -10,17 +12,21 @@ import re
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from flows.dvclocks import patiently
-from infra.dvccache import read_settings
-from infra.errors import ConfigError, DataError
-from infra.files import write_atomic
+from vlfoundry.flows.dvclocks import at_work, patiently
+from vlfoundry.flows.runcache import known
+from vlfoundry.flows.stamps import CODE, describe_change, lock_entry
+from vlfoundry.infra.code import refresh
+from vlfoundry.infra.dvccache import read_settings
+from vlfoundry.infra.errors import ConfigError, DataError
+from vlfoundry.infra.files import write_atomic
 
 DEFAULT_TIMEOUT_S = 12 * 3600.0
 ALL_SLOTS = "all"
 CUT_HASH = re.compile(r"^[ -]*md5:(?! *['\"]?[0-9a-f]{32}(\.dir)?['\"]? *$)", re.MULTILINE)
 """a line of dvc.lock with something else than a hash"""
+NEVER = "never run"
 LOCK_ADVICE = (
     "delete dvc.lock and run again: stages whose results DVC's cache has are not run again"
 )
@@ -54,6 +60,13 @@ class Graph:
     """Every stage after the stages that it depends on."""
     changed: dict[str, str]
     """Why a stage is out of date by itself, in words; stages that are not are absent."""
+    has_code: bool = False
+    """Whether its first step is `code`."""
+    restorable: frozenset[str] = frozenset()
+    """Of the stale stages, those whose results DVC's cache has, so that they need not run. What is
+    after a stage that must run is never among them: what it will read is not known yet."""
+    running: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Stages that another DVC runs at present, which are stale, and its process ID."""
 
     def node(self, name: str) -> StageNode:
         """The stage of that name. Raises ConfigError, naming the known ones."""
@@ -72,6 +85,19 @@ class Graph:
             if node.name in self.changed or not stale.isdisjoint(node.upstream):
                 stale.add(node.name)
         return frozenset(stale)
+
+    def state(self, name: str) -> Literal["up to date", "stale", "running"]:
+        """How a stage is, in a word."""
+        if name in self.running:
+            return "running"
+        return "stale" if name in self.stale else "up to date"
+
+    def reason(self, name: str) -> str | None:
+        """Why a stage must run, in words; None if it need not."""
+        if name in self.changed:
+            return self.changed[name]
+        upstream = sorted(set(self.node(name).upstream) & self.stale)
+        return f"after {', '.join(upstream)}" if upstream else None
 
     def needed_for(self, names: tuple[str, ...]) -> frozenset[str]:
         """`names` and everything upstream of them; all stages where `names` is empty.
@@ -95,12 +121,16 @@ class Graph:
         return frozenset(needed)
 
 
-def load_graph(root: Path, say: Callable[[str], None] = print) -> Graph:
+def load_graph(root: Path, say: Callable[[str], None] = print, *, beside: bool = False) -> Graph:
     """Read graph and status in one go (about 3 CPU-s, most of it imports).
+
+    The step `code`, which always runs, has run by then, and is left out: what it says is up to
+    date.
 
     Args:
         root: the checkout.
         say: is told if this waits for another DVC process.
+        beside: do not wait until what another DVC runs has ended, which may take days: it is stale.
 
     Raises:
         ConfigError: DVC cannot read its settings.
@@ -117,22 +147,41 @@ def load_graph(root: Path, say: Callable[[str], None] = print) -> Graph:
     def read() -> Graph:
         with Repo(str(root)) as repo:
             graph = repo.index.graph
-            names = {stage: _name(stage, root) for stage in graph}
-            nodes = [_node(stage, graph, names, root) for stage in graph]
+            names = {stage: name for stage in graph if (name := _name(stage, root)) != CODE}
+            code = refresh(root) if len(names) < len(graph) else {}
+            nodes = [_node(stage, graph, names, root) for stage in names]
+            running = _running(names, root) if beside else {}
             by_address = {stage.addressing: name for stage, name in names.items()}
-            changed = {
-                by_address[address]: _reason(details) for address, details in repo.status().items()
+            reasons = {
+                name: _reason(details)
+                for address, details in _status(repo, nodes, by_address, running).items()
+                if (name := by_address.get(address))
             }
-        return Graph(nodes=tuple(_in_order(nodes)), changed=changed)
+            recorded = {names[s] for s in names if not s.cmd or any(o.hash_info for o in s.outs)}
+            changed = {
+                name: describe_change(text, name, code, root) if name in recorded else NEVER
+                for name, text in reasons.items()
+            }
+            changed |= {name: f"process {pid} runs it now" for name, pid in running.items()}
+            found = Graph(
+                nodes=tuple(_in_order(nodes)), changed=changed, has_code=bool(code), running=running
+            )
+            restorable = _restorable(found, {name: stage for stage, name in names.items()})
+        return dataclasses.replace(found, restorable=restorable)
 
     check_lock_file(root)
     try:
         return patiently(read, (LockError, RWLockFileCorruptedError), root, say)
     except DvcException as error:
-        advice = f"; {LOCK_ADVICE}" if "dvc.lock" in str(error) else ""
-        if "not a git repository" in str(error):
+        said = str(error)
+        cause = error.__cause__
+        while cause:
+            said += f": {cause}" if str(cause) not in said else ""
+            cause = cause.__cause__
+        advice = f"; {LOCK_ADVICE}" if "dvc.lock" in said else ""
+        if "not a git repository" in said:
             advice = f"; `git init {root}` makes it one"
-        said = " ".join(str(error).split())
+        said = " ".join(said.split())
         raise DataError(f"DVC cannot read the pipeline in {root}: {said}{advice}") from error
 
 
@@ -167,7 +216,7 @@ def lock_is_whole(text: str) -> bool:
 
 
 def order_lock(root: Path, graph: Graph) -> None:
-    """Put the entries of dvc.lock into the graph's order.
+    """Put the entries of dvc.lock into the graph's order, and one of the step `code` before them.
 
     DVC appends a stage when it first ends, and stages that run side by side, or in a run that was
     killed and went on, end in any order. No DVC may run meanwhile.
@@ -178,9 +227,50 @@ def order_lock(root: Path, graph: Graph) -> None:
     head, *entries = re.split(r"^(?=  \S)", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
     place = {node.name: index for index, node in enumerate(graph.nodes)}
     last = len(place)
-    ordered = sorted(entries, key=lambda entry: place.get(entry.strip().partition(":")[0], last))
+
+    def name(entry: str) -> str:
+        return entry.strip().partition(":")[0]
+
+    said = [lock_entry(root)] if graph.has_code else [e for e in entries if name(e) == CODE]
+    others = [entry for entry in entries if name(entry) != CODE]
+    ordered = [*said, *sorted(others, key=lambda entry: place.get(name(entry), last))]
     if ordered != entries:
         write_atomic(path, head + "".join(ordered))
+
+
+def _restorable(graph: Graph, stages: dict[str, Any]) -> frozenset[str]:
+    """What the cache knows, each stage asked with what those before it would be restored to."""
+    names, made = set[str](), dict[str, Any]()
+    for node in graph.nodes:
+        waits = graph.stale.intersection(node.upstream)
+        if node.name in graph.stale - graph.running.keys() and waits <= names:
+            found = known(stages[node.name], made)
+            if found:
+                names.add(node.name)
+                made |= {out.fs_path: out for out in found.outs}
+    return frozenset(names)
+
+
+def _running(names: dict[Any, str], root: Path) -> dict[str, int]:
+    written = at_work(root)
+    return {
+        name: written[Path(out.fs_path)]
+        for stage, name in names.items()
+        for out in stage.outs
+        if Path(out.fs_path) in written
+    }
+
+
+def _status(
+    repo: Any, nodes: list[StageNode], by_address: dict[str, str], running: dict[str, int]
+) -> dict[str, list[Any]]:
+    """What DVC says of the stages, but for those that run and whatever is after one of them: it
+    would refuse to look at what is being written."""
+    if not running:
+        return repo.status()
+    unknown = Graph(nodes=tuple(_in_order(nodes)), changed=dict.fromkeys(running, "")).stale
+    asked = [address for address, name in by_address.items() if name not in unknown]
+    return repo.status(targets=asked) if asked else {}
 
 
 def _name(stage: Any, root: Path) -> str:
@@ -206,7 +296,7 @@ def _node(stage: Any, graph: Any, names: dict[Any, str], root: Path) -> StageNod
             _relative(dep, root) for dep in stage.deps if not isinstance(dep, ParamsDependency)
         ),
         outs=tuple(_relative(out, root) for out in stage.outs),
-        upstream=tuple(sorted(names[other] for other in graph.successors(stage))),
+        upstream=tuple(sorted(names[o] for o in graph.successors(stage) if o in names)),
         slots=None if slots == ALL_SLOTS else slots,
         timeout_s=float(meta.get("timeout_s", DEFAULT_TIMEOUT_S)),
     )

@@ -8,29 +8,33 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from flows.database import check_database
-from flows.dvclocks import clear_stale
-from flows.graph import load_graph
-from flows.leftovers import clear_part_files
-from flows.lock import RunLock, run_lock
-from flows.parameters import check_parameters
-from flows.restored import drop_damaged
-from flows.runner import StageResult
-from flows.server import Server, ServerError, prefect_environment, server
-from flows.terminal import DVC_NOISE, Terminal, summary_table
-from flows.walk import Closing, Run, walk
-from flows.workspace import Variation
-from flows.workspace import workspace as prepared
-from infra.config import parse_value
-from infra.dvccache import cache_folder
-from infra.errors import UserError, ending, killed_by
-from infra.registry import GATE_DECISION
-from infra.space import free_bytes, no_space, require_space, said
-from infra.stage import START_FOLDER
+from vlfoundry.flows.addresses import check_stages
+from vlfoundry.flows.database import check_database
+from vlfoundry.flows.dvclocks import clear_stale
+from vlfoundry.flows.graph import load_graph
+from vlfoundry.flows.inputs import check_inputs
+from vlfoundry.flows.kept import kept
+from vlfoundry.flows.leftovers import clear_part_files
+from vlfoundry.flows.lock import RunLock, run_lock
+from vlfoundry.flows.parameters import check_parameters
+from vlfoundry.flows.restored import drop_damaged
+from vlfoundry.flows.runner import StageResult
+from vlfoundry.flows.server import Server, ServerError, prefect_environment, server
+from vlfoundry.flows.terminal import DVC_NOISE, Terminal, summary_table
+from vlfoundry.flows.verbosity import Verbosity
+from vlfoundry.flows.walk import Closing, Run, restore, walk
+from vlfoundry.flows.workspace import Variation
+from vlfoundry.flows.workspace import workspace as prepared
+from vlfoundry.infra.config import parse_value
+from vlfoundry.infra.dvccache import cache_folder
+from vlfoundry.infra.errors import UserError, ending, killed_by
+from vlfoundry.infra.registry import GATE_DECISION
+from vlfoundry.infra.space import free_bytes, no_space, require_space, said
+from vlfoundry.infra.stage import START_FOLDER
 
 EXIT_FAILED = 1
 EXIT_REJECTED = 3
@@ -61,31 +65,20 @@ def run_pipeline(
     """
     terminal = terminal or Terminal()
     began = time.monotonic()
+    check_stages(root, stages)
     if stages and (workspace or variation):  # before a place is made for the run
-        load_graph(root, lambda _: None).needed_for(stages)
+        load_graph(root, lambda _: None, beside=True).needed_for(stages)
     with contextlib.ExitStack() as stack:
-        if workspace or variation:
-            variation = variation or Variation()
-            lock = stack.enter_context(prepared(root, variation, workspace, terminal.say))
-            terminal.say(f"workspace: {lock.root}")
+        lock = stack.enter_context(_locked(root, variation, workspace, terminal))
+        os.environ.update(prefect_environment(lock.root))
+        if terminal.verbosity is Verbosity.VERBOSE:
+            os.environ.update(PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL="DEBUG")
+        if not _external(root):
+            # The server starts while DVC reads the graph.
+            own = _own_server(lock.root, lock, stack, terminal)
         else:
-            lock = stack.enter_context(run_lock(root, terminal.say))
-        root = lock.root
-        check_parameters(root)
-        clear_part_files(cache_folder(root))
-        require_space(*_written(root))
-        os.environ.update(prefect_environment(root))
-        # The server starts while DVC reads the graph and Prefect is imported.
-        own = None if EXTERNAL in os.environ else _own_server(root, lock, stack, terminal)
-        clear_stale(root)
-        graph = load_graph(root, terminal.say)
-        needed = graph.needed_for(stages) & graph.stale
-        terminal.say(f"{len(needed)} of {len(graph.nodes)} stages to run")
-        judged = GATE in graph.needed_for(stages)
-        run = Run(
-            root=root, graph=graph, stages=stages, terminal=terminal, held=(lock.descriptor,),
-            after=functools.partial(finish, judged=judged),
-        )  # fmt: skip
+            own = None
+        run = _asked(lock, stages, terminal)
         complete = _walk(run, own)
         code = _close(run, began)
     if not complete:
@@ -93,29 +86,102 @@ def run_pipeline(
     return code
 
 
+def run_deployed(
+    root: Path,
+    record: Callable[[Run], None],
+    *,
+    stages: tuple[str, ...],
+    variation: Variation | None,
+    terminal: Terminal,
+    wait: bool,
+) -> Run:
+    """The same run inside of a flow run of Prefect's, which `record` walks.
+
+    wait: for another run in the same workspace, however long that takes.
+
+    Raises UserError as `run_pipeline` does; BusyError only without `wait`.
+    """
+    began = time.monotonic()
+    if stages and variation:
+        load_graph(root, lambda _: None, beside=True).needed_for(stages)
+    with _locked(root, variation, None, terminal, wait=wait) as lock:
+        run = _asked(lock, stages, terminal)
+        record(run)
+        _close(run, began)
+    return run
+
+
+@contextlib.contextmanager
+def _locked(
+    root: Path,
+    variation: Variation | None,
+    workspace: Path | None,
+    terminal: Terminal,
+    *,
+    wait: bool = False,
+) -> Iterator[RunLock]:
+    """The workspace of the run, ready for it, and nobody else's."""
+    with contextlib.ExitStack() as stack:
+        if workspace or variation:
+            variation = variation or Variation()
+            made = prepared(root, variation, workspace, terminal.say, wait=wait)
+            lock = stack.enter_context(made)
+            terminal.say(f"workspace: {lock.root}")
+        else:
+            lock = stack.enter_context(run_lock(root, terminal.say, wait=wait))
+        check_parameters(lock.root)
+        clear_part_files(cache_folder(lock.root))
+        require_space(*_written(lock.root))
+        yield lock
+
+
+def _asked(lock: RunLock, stages: tuple[str, ...], terminal: Terminal) -> Run:
+    """What is to be run, as DVC sees it now; what its cache knows of that is restored already."""
+    root = lock.root
+    clear_stale(root)
+    graph = load_graph(root, terminal.say)
+    needed = graph.needed_for(stages) & graph.stale
+    check_inputs(root, graph, needed)
+    terminal.say(f"{len(needed)} of {len(graph.nodes)} stages to run")
+    judged = GATE in graph.needed_for(stages)
+    run = Run(
+        root=root, graph=graph, stages=stages, terminal=terminal, held=(lock.descriptor,),
+        after=functools.partial(finish, judged=judged),
+    )  # fmt: skip
+    asyncio.run(restore(run))
+    return run
+
+
+def _external(root: Path) -> bool:
+    """Whether Prefect is told of a server that is not this run's own; finds the project's."""
+    if not os.environ.get(EXTERNAL) and (found := kept(root)):
+        os.environ.update(found.environment)
+    return bool(os.environ.get(EXTERNAL))  # an empty one is none, for Prefect too
+
+
 def _own_server(
     root: Path, lock: RunLock, stack: contextlib.ExitStack, terminal: Terminal
 ) -> Server | None:
     """Start a server for this run; None, which is said, if there is no place for its record."""
     try:
-        check_database(root / "work" / "prefect", terminal.say)
+        check_database(root / "work" / "prefect", terminal.tell)
         return stack.enter_context(server(root, held=(lock.descriptor,)))
     except OSError as error:
         if full := no_space(error, root / "work"):
             raise full from error
-        terminal.say(f"no record of this run is kept: work/prefect cannot be used ({error})")
+        terminal.tell(f"no record of this run is kept: work/prefect cannot be used ({error})")
         return None
 
 
 def _walk(run: Run, own: Server | None) -> bool:
     """Run the stages; whether nothing of Prefect is left that could hold us up at the end."""
     url = own.url if own else os.environ.get(EXTERNAL)
-    if url is None or (own and not _answering(run, own)):
+    if not url or (own and not _answering(run, own)):
         asyncio.run(walk(run))
         return True
     os.environ[EXTERNAL] = url  # Prefect reads its settings when it is imported
     try:
-        from flows.pipeline import run_flow
+        from vlfoundry.flows.pipeline import run_flow
 
         def lives() -> str | None:
             return f"its server {own.ending}" if own and not own.lives else None
@@ -133,7 +199,7 @@ def _answering(run: Run, own: Server) -> bool:
     except ServerError as error:
         if full := no_space(RuntimeError(str(error)), run.root / "work", ask_disks=True):
             raise full from error
-        run.terminal.say(f"no record of this run is kept: {error}")
+        run.terminal.tell(f"no record of this run is kept: {error}")
         return False
     return True
 
@@ -156,9 +222,9 @@ def _close(run: Run, began: float) -> int:
     if any(r.name == REPORT and r.good for r in results) and (root / REPORT_PAGE).is_file():
         terminal.say(f"report: {root / REPORT_PAGE}")
     for line in run.closing.lines:
-        terminal.say(line)
+        terminal.tell(line)
     if run.cancelled:
-        terminal.say("stopped; run the same command again to go on: finished stages are kept")
+        terminal.tell("stopped; run the same command again to go on: finished stages are kept")
         return EXIT_CANCELLED
     if run.closing.failed or not all(result.good for result in results):
         return EXIT_FAILED
@@ -172,7 +238,7 @@ def finish(root: Path, *, judged: bool = True) -> Closing:
     nothing new.
     """
     if (root / REPORT_DATA).is_file() and not (root / REPORT_PAGE).is_file():
-        from eval.report.page import render
+        from vlfoundry.eval.report.page import render
 
         render(root, root / REPORT_PAGE)
     decision = root / GATE_DECISION
@@ -190,7 +256,7 @@ def _rejection(gate: Mapping[str, Any]) -> Closing:
 
 
 def _promote(root: Path, model: str) -> Closing:
-    from infra.registry import register_passed
+    from vlfoundry.infra.registry import register_passed
 
     try:
         passed = register_passed(root)
@@ -229,10 +295,10 @@ def _explain(result: StageResult, root: Path, terminal: Terminal) -> None:
     killed = ""
     if result.state == "failed" and result.code and killed_by(result.code):
         killed = f" ({ending(result.code)})"
-    terminal.say(f"{result.name} {result.state}{killed}; its last lines:")
+    terminal.tell(f"{result.name} {result.state}{killed}; its last lines:")
     for line in [line for line in result.tail if not DVC_NOISE.match(line)][-TAIL_SHOWN:]:
-        terminal.say(f"    {line}")
+        terminal.tell(f"    {line}")
     if any(no_space(RuntimeError(line)) for line in result.tail):  # DVC's words, or the stage's
         fullest = min(_written(root), key=free_bytes)
-        terminal.say(f"{result.name}: {said(fullest)}")
+        terminal.tell(f"{result.name}: {said(fullest)}")
         clear_part_files(cache_folder(root))

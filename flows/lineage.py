@@ -11,14 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from flows.start import describe
-from infra.config import parse_value
-from infra.errors import DataError
-from infra.files import require_writable
-from infra.git import read
-from infra.project import SOURCES
-from infra.registry import check_files, find_version, locked_file, locked_files
-from infra.stage import read_origin
+from vlfoundry.flows.start import describe
+from vlfoundry.infra.config import parse_value
+from vlfoundry.infra.errors import DataError
+from vlfoundry.infra.files import require_writable
+from vlfoundry.infra.git import read
+from vlfoundry.infra.project import source_folders
+from vlfoundry.infra.registry import check_files, find_version, locked_file, locked_files
+from vlfoundry.infra.stage import read_origin
 
 LINEAGE_FILE = "lineage.json"
 RECORDS = "artifacts/ingest/records.parquet"
@@ -131,6 +131,37 @@ def walk(start: Origin) -> Iterator[Step]:
         seen.update(before)
 
 
+def lineage_facts(root: Path, model: str) -> dict[str, Any]:
+    """The way back for programs: what was asked for, its steps nearest first, and source files.
+
+    Hashes and run keys are whole.
+    """
+    start = origin(root, model)
+    steps = list(walk(start))
+    sources = {path: digest for step in steps for path, digest in step.sources.items()}
+    return {
+        "model": model,
+        "title": start.title,
+        "path": start.path,
+        "steps": [
+            {
+                "stage": step.stage,
+                "depth": step.depth,
+                "run_key": step.facts["run_key"],
+                "before": step.before,
+                "parameters": step.facts["parameters"],
+                "inputs": step.facts["inputs"],
+                "starts": step.starts,
+                "code": step.facts.get("code"),
+                "libraries": step.facts.get("libraries"),
+                "accepted": step.facts.get("accepted"),
+            }
+            for step in steps
+        ],
+        "sources": dict(sorted(sources.items())),
+    }
+
+
 def lineage_lines(root: Path, model: str) -> list[str]:
     """The way back as text."""
     start = origin(root, model)
@@ -139,6 +170,8 @@ def lineage_lines(root: Path, model: str) -> list[str]:
         before = [*step.before, *sorted(step.starts)]
         after = f"  <- {', '.join(before)}" if before else ""
         lines.append(f"  {step.stage:22s} run key {step.facts['run_key'][:SHORT]}{after}")
+        if accepted := step.facts.get("accepted"):
+            lines.append(f"      {_declaration(accepted)}")
         sources |= step.sources
         starts |= step.starts
     files = {path: f"sha256 {digest[:SHORT]}" for path, digest in sorted(sources.items())}
@@ -146,6 +179,14 @@ def lineage_lines(root: Path, model: str) -> list[str]:
         lines.append("models that it went on from (their rows are not among those of this run):")
         lines += [f"  {path:34s} {files.pop(path)}  {starts[path]}" for path in sorted(starts)]
     return [*lines, "source files:", *(f"  {path:34s} {digest}" for path, digest in files.items())]
+
+
+def _declaration(accepted: dict[str, Any]) -> str:
+    changed = ", ".join(accepted["modules"]) or "what changed is not known"
+    return (
+        f"code {accepted['code'][:SHORT]} counts as {accepted['counts_as'][:SHORT]} ({changed}), "
+        f"said {accepted['by']} on {accepted['on']}: {accepted['because']}"
+    )
 
 
 def write_rows(root: Path, model: str, out: Path) -> int:
@@ -176,7 +217,7 @@ def _require_own_place(root: Path, out: Path) -> None:
     """Raises UserError for a file that holds something else, or that the project itself makes."""
     require_writable(out, "the rows")
     real = out.resolve()
-    taken = [root / name for name in ("artifacts", "data", *SOURCES)]
+    taken = [root / name for name in ("artifacts", "data", *source_folders(root))]
     inside = any(real.is_relative_to(folder.resolve()) for folder in taken)
     if inside or (out.exists() and not _is_parquet(out)):
         what = "is a file of the project" if inside else "is not a Parquet file"

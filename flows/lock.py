@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TextIO
 
-from infra.errors import UserError
-from infra.files import cannot_write
-from infra.space import no_space
+from vlfoundry.infra.errors import UserError
+from vlfoundry.infra.files import cannot_write
+from vlfoundry.infra.space import no_space
 
 LOCK_FILE = Path("work/run.lock")
 PATIENCE_S = 60.0
@@ -54,12 +54,15 @@ class _Owner:
 
 
 @contextlib.contextmanager
-def run_lock(root: Path, say: Callable[[str], None] = print) -> Iterator[RunLock]:
+def run_lock(
+    root: Path, say: Callable[[str], None] = print, *, wait: bool = False
+) -> Iterator[RunLock]:
     """Hold the lock of the workspace `root`.
 
     Args:
         root: the workspace; nothing but `LOCK_FILE` is touched in it.
-        say: is told if this waits for what a killed run has left.
+        say: is told if this waits, and for whom.
+        wait: until a run that has it has ended, however long that takes.
 
     Raises:
         BusyError: another run has it.
@@ -72,12 +75,12 @@ def run_lock(root: Path, say: Callable[[str], None] = print) -> Iterator[RunLock
     except OSError as error:
         raise cannot_write(path, "the lock of the run", error) from error
     with file:
-        _take(file, root, say)
+        _take(file, root, say, wait)
         _sign(file, path)
         yield RunLock(root=root, descriptor=file.fileno())
 
 
-def _take(file: TextIO, root: Path, say: Callable[[str], None]) -> None:
+def _take(file: TextIO, root: Path, say: Callable[[str], None], wait: bool) -> None:
     deadline, waiting = time.monotonic() + PATIENCE_S, False
     while True:
         try:
@@ -86,11 +89,13 @@ def _take(file: TextIO, root: Path, say: Callable[[str], None]) -> None:
             owner = _read(file)
         else:
             return
-        if owner and owner.lives:
+        if owner and owner.lives and not wait:
             raise BusyError(
                 f"a run (process {owner.pid}) goes on in {root}; wait for it, stop it, "
                 "or give this one its own --workspace"
             )
+        if owner and owner.lives:
+            deadline = time.monotonic() + PATIENCE_S
         if time.monotonic() > deadline:
             raise BusyError(
                 f"the last run in {root} ended, but processes of its stages still run after "
@@ -98,8 +103,14 @@ def _take(file: TextIO, root: Path, say: Callable[[str], None]) -> None:
             )
         if owner and not waiting:
             waiting = True
-            say(f"the last run (process {owner.pid}) was killed; waiting for its stages to end")
+            say(f"{_waited_for(owner, root)} to end")
         time.sleep(POLL_S)
+
+
+def _waited_for(owner: _Owner, root: Path) -> str:
+    if owner.lives:
+        return f"a run (process {owner.pid}) goes on in {root}; waiting for it"
+    return f"the last run (process {owner.pid}) was killed; waiting for its stages"
 
 
 def _sign(file: TextIO, path: Path) -> None:

@@ -7,17 +7,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.rules import Rule
-from eval.suites import NEEDS, abilities, score_keys
-from infra.config import PARAMS_FILE, load_params
-from infra.errors import ConfigError
-from infra.launch import local_profile
-from infra.project import DEFINITION
-from infra.stage import Stage, parameters_of
-from infra.streams import check_seed
-from models.internvl.config import CAPABILITIES
+from vlfoundry.eval.rules import Rule
+from vlfoundry.eval.suites import NEEDS, abilities, score_keys
+from vlfoundry.infra.config import PARAMS_FILE, load_params
+from vlfoundry.infra.errors import ConfigError
+from vlfoundry.infra.launch import local_profile
+from vlfoundry.infra.project import DEFINITION
+from vlfoundry.infra.stage import Stage, parameters_of
+from vlfoundry.infra.streams import check_seed
+from vlfoundry.models.internvl.config import CAPABILITIES
 
-COMMAND = re.compile(r"python -m stages\.(\w+)")
+COMMAND = re.compile(r"python -m vlfoundry.stages\.(\w+)")
 
 
 def check_parameters(root: Path, params: Mapping[str, Any] | None = None) -> None:
@@ -35,11 +35,11 @@ def check_parameters(root: Path, params: Mapping[str, Any] | None = None) -> Non
     names = dict.fromkeys(COMMAND.findall(text))
     if not names:
         return
-    local_profile()
+    local_profile(root)
     params = load_params(root / PARAMS_FILE) if params is None else params
     configs: dict[str, Any] = {}
     for name in names:
-        stage: Stage = importlib.import_module(f"stages.{name}").STAGE
+        stage: Stage = importlib.import_module(f"vlfoundry.stages.{name}").STAGE
         configs[name] = parameters_of(stage, dict(params))
     check_seed(params["seed"])
     if {"evaluate", "gate"} <= configs.keys():

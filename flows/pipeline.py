@@ -4,6 +4,9 @@ What Prefect adds is the record: states, logs, artifacts. It is kept by a thread
 only listens: a server that dies, hangs or never answers costs the record and one line, and the
 stages, the table and the exit code are what they would have been. Prefect's own caching stays off.
 
+Who types `vlfoundry run` gets a flow run that this thread begins and ends. In a run of a deployment
+(`flows/deployed.py`) Prefect has begun one already: there the thread adds the stages to it.
+
 Import this after `flows.server.prefect_environment` is in `os.environ`.
 """
 
@@ -15,6 +18,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import gto.log  # noqa: F401 - sets logging up, for which Prefect's threads must not wait
 from prefect import flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
@@ -22,12 +26,14 @@ from prefect.events.worker import EventsWorker
 from prefect.logging.handlers import APILogWorker
 from prefect.states import Cancelled, Completed, Failed
 
-from flows import artifacts
-from flows.graph import StageNode
-from flows.runner import StageResult
-from flows.server import answers
-from flows.walk import Run, walk
+from vlfoundry.flows import artifacts
+from vlfoundry.flows.graph import StageNode
+from vlfoundry.flows.runner import StageResult
+from vlfoundry.flows.server import answers
+from vlfoundry.flows.walk import Run, walk
 
+FLOW = "pipeline"
+"""its name on the server, whoever starts it"""
 RECORD_LIMIT_S = 60.0
 """How long the record may take after the last stage while its server answers."""
 ANSWER_LIMIT_S = 3.0
@@ -50,7 +56,21 @@ def run_flow(
     Returns:
         The flow's final state; None if the record is incomplete, which the terminal has said.
     """
-    record = Record(run)
+    return _kept(run, Record(run), url, lives)
+
+
+def run_in_flow(run: Run, url: str | None) -> State:
+    """The same inside of a flow run of Prefect's; the state that it should end in.
+
+    Whatever becomes of the record, the state says what became of the run.
+    """
+    _kept(run, Record(run, inside=True), url, lambda: None)
+    return final_state(run)
+
+
+def _kept(
+    run: Run, record: "Record", url: str | None, lives: Callable[[], str | None]
+) -> State | None:
     asyncio.run(_watched(run, record, lives))
     return record.close(url, lives)
 
@@ -67,9 +87,14 @@ async def _watched(run: Run, record: "Record", lives: Callable[[], str | None]) 
 
 
 class Record:
-    """Tells Prefect what happens, from a thread of its own. A `flows.walk.Watcher`."""
+    """Tells Prefect what happens, from a thread of its own. A `flows.walk.Watcher`.
 
-    def __init__(self, run: Run) -> None:
+    Args:
+        run: what is walked.
+        inside: whether it is made in a flow run, which it adds to; else it makes one.
+    """
+
+    def __init__(self, run: Run, *, inside: bool = False) -> None:
         _quieten()
         self._run = run
         wanted = run.graph.needed_for(run.stages) & run.graph.stale
@@ -81,7 +106,9 @@ class Record:
         self._over = asyncio.Event()
         self.lost = False
         threading.Thread(target=self._loop.run_forever, daemon=True, name="record").start()
-        self._ending = asyncio.run_coroutine_threadsafe(self._keep(), self._loop)
+        # What is scheduled here has our context, and with it the flow run that we may be in.
+        keep = self._listen() if inside else self._keep()
+        self._ending = asyncio.run_coroutine_threadsafe(keep, self._loop)
 
     def started(self, name: str) -> None:
         """A stage begins."""
@@ -99,7 +126,7 @@ class Record:
         """Give the record up, and say so once."""
         if not self.lost:
             self.lost = True
-            self._run.terminal.say(f"Prefect's record of this run is incomplete: {why}")
+            self._run.terminal.tell(f"Prefect's record of this run is incomplete: {why}")
 
     def close(self, url: str | None, lives: Callable[[], str | None]) -> State | None:
         """Wait until the record is complete, or cannot be any more; the flow's final state."""
@@ -124,27 +151,31 @@ class Record:
     async def _keep(self) -> State:
         """The flow, until all of it has reached the server."""
 
-        @flow(name="pipeline", persist_result=False, validate_parameters=False)
-        async def pipeline(root: str, stages: list[str]) -> State:
+        @flow(name=FLOW, persist_result=False, validate_parameters=False)
+        async def pipeline(project: str, stages: list[str]) -> State:
             """Bring the pipeline up to date."""
-            following: dict[str, asyncio.Task[State | None]] = {}
-            for node in self._nodes:
-                before = [following[name] for name in node.upstream if name in following]
-                following[node.name] = asyncio.create_task(self._follow(node, before))
-            await asyncio.gather(*following.values())
-            await self._over.wait()
-            await artifacts.publish(self._run.root, self._run.graph, self._run.results)
-            return _final_state(self._run)
+            return await self._listen()
 
         record: Any = pipeline  # its overloads do not know `return_state`
         state = await record(
-            root=self._run.root.name, stages=sorted(self._run.stages), return_state=True
+            project=self._run.root.name, stages=sorted(self._run.stages), return_state=True
         )
         # Task states travel as events, events and logs in the background.
         for worker in (EventsWorker, APILogWorker):
             draining: Any = worker.drain_all(timeout=RECORD_LIMIT_S, at_exit=False)
             await draining
         return state
+
+    async def _listen(self) -> State:
+        """One task a stage, until the run is over; the state that the flow should end in."""
+        following: dict[str, asyncio.Task[State | None]] = {}
+        for node in self._nodes:
+            before = [following[name] for name in node.upstream if name in following]
+            following[node.name] = asyncio.create_task(self._follow(node, before))
+        await asyncio.gather(*following.values())
+        await self._over.wait()
+        await artifacts.publish(self._run.root, self._run.graph, self._run.results)
+        return final_state(self._run)
 
     async def _follow(
         self, node: StageNode, before: list[asyncio.Task[State | None]]
@@ -189,7 +220,8 @@ def _unheard(url: str | None, deadline: float) -> str | None:
     return None
 
 
-def _final_state(run: Run) -> State:
+def final_state(run: Run) -> State:
+    """How the run ended, as Prefect has it."""
     counts: dict[str, int] = {}
     for result in run.results.values():
         counts[result.state] = counts.get(result.state, 0) + 1

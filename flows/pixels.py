@@ -8,12 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
-from infra.config import build, load_params
-from infra.errors import ConfigError, DataError
-from infra.images import composite, decode_rgba
-from models.internvl.config import PARTS, InternVLConfig
-from models.internvl.folder import read_config, refuse_overwriting
-from models.sight import CHAT, TASKS, WORDS, Geometry, Sight
+from vlfoundry.infra.config import build, load_params
+from vlfoundry.infra.errors import ConfigError, DataError
+from vlfoundry.infra.files import require_writable_folder
+from vlfoundry.infra.images import composite, decode_rgba
+from vlfoundry.models.internvl.config import PARTS, InternVLConfig
+from vlfoundry.models.internvl.folder import read_config, refuse_overwriting
+from vlfoundry.models.sight import CHAT, TASKS, WORDS, Geometry, Sight
 
 PURPOSES = ("train", "evaluate")
 
@@ -59,6 +60,7 @@ def write_pixels(
     if purpose not in PURPOSES:
         raise ConfigError(f"--for is {purpose!r}, expected one of {', '.join(PURPOSES)}")
     refuse_overwriting(out)
+    require_writable_folder(out, "the squares")
     sight = _sight(model, task, root)
     if not image.is_file():
         raise DataError(f"{image} is not a file, expected a picture")
@@ -74,7 +76,7 @@ def write_pixels(
 
 def given(data: bytes, where: str, sight: Sight, purpose: str, task: str | None) -> Given:
     """What a model that sees by `sight` is given of an encoded picture."""
-    from infra.decode import Encoded, picture_size
+    from vlfoundry.infra.decode import Encoded, picture_size
 
     size = picture_size(data, where)
     if purpose == "evaluate":
@@ -89,8 +91,8 @@ def given(data: bytes, where: str, sight: Sight, purpose: str, task: str | None)
 def _trained_on(data: bytes, where: str, sight: Sight) -> np.ndarray:
     """As `models.chat.examples` and `infra.pairs` do it; what the augmentation does is left out."""
     if sight.chats:
-        from infra.decode import Encoded
-        from models.tiling import tile
+        from vlfoundry.infra.decode import Encoded
+        from vlfoundry.models.tiling import tile
 
         return tile(Encoded(data=data, where=where), sight.pictures.tiling(sight.side_px))
     return composite(decode_rgba(data, sight.side_px, where))[None]
@@ -103,7 +105,7 @@ def _sight(model: str | None, task: str | None, root: Callable[[], Path]) -> Sig
         raise ConfigError(f"--task is {task!r}, expected one of {', '.join(known)}")
     if model is None:
         return _of_params(root()).sight("chat_simple" if chats else "internvl_g")
-    from infra.registry import resolve_model
+    from vlfoundry.infra.registry import resolve_model
 
     kind, config = read_config(resolve_model(model))
     if task == CHAT and "language" not in PARTS[kind]:
@@ -112,7 +114,7 @@ def _sight(model: str | None, task: str | None, root: Callable[[], Path]) -> Sig
 
 
 def _of_params(root: Path) -> InternVLConfig:
-    from stages import sft
+    from vlfoundry.stages import sft
 
     params = load_params(root / "params.yaml")
     needed = {name: params[name] for name in sft.STAGE.parameters}

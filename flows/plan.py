@@ -7,16 +7,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from flows.recipes import Recipe, find_recipe, recipes, with_profile
-from infra.config import PARAMS_FILE, apply_overrides, build, load_params
-from infra.errors import ConfigError
-from infra.train.config import TrainConfig
-from models.common.config import LoraConfig
-from models.internvl.config import InternVLConfig
-from models.plan.compute import sample_flops
-from models.plan.memory import GIB
-from models.plan.search import Fit, Machine, Plan, search
-from models.plan.workload import Workload
+from vlfoundry.flows.recipes import Recipe, find_recipe, profile_path, recipes, with_profile
+from vlfoundry.infra.config import PARAMS_FILE, apply_overrides, build, load_params
+from vlfoundry.infra.errors import ConfigError
+from vlfoundry.infra.train.config import TrainConfig
+from vlfoundry.models.common.config import LoraConfig
+from vlfoundry.models.internvl.config import InternVLConfig
+from vlfoundry.models.plan.compute import sample_flops
+from vlfoundry.models.plan.memory import GIB
+from vlfoundry.models.plan.search import Fit, Machine, Plan, search
+from vlfoundry.models.plan.workload import Workload
 
 MOST_GPUS = 1_000_000
 SCENE_TEXT_TOKENS = 48
@@ -261,12 +261,17 @@ def machine_of(
     )
 
 
-def show_lines(root: Path, name: str) -> Iterator[str]:
-    """What `vlfoundry recipes NAME` prints: file, command, cost and memory plan."""
+def recipe_job(root: Path, name: str) -> tuple[Job, Recipe]:
+    """The run of a recipe. Raises ConfigError for what is none."""
     job = find_job(root, name)
     if job.recipe is None:
         raise ConfigError(f"{name} is a stage, not a recipe; `vlfoundry recipes` lists them")
-    recipe = job.recipe
+    return job, job.recipe
+
+
+def show_lines(root: Path, name: str) -> Iterator[str]:
+    """What `vlfoundry recipes NAME` prints: file, command, cost and memory plan."""
+    job, recipe = recipe_job(root, name)
     machine = machine_of(recipe.machine.gpus, recipe.machine.memory, 0.4, 989.0)
     yield f"{name}: {recipe.title}"
     yield f"source: {recipe.source}"
@@ -282,7 +287,7 @@ def show_lines(root: Path, name: str) -> Iterator[str]:
     for text in recipe.differs:
         yield f"differs: {text}"
     yield ""
-    yield from (root / "profiles" / f"{name}.yaml").read_text("utf-8").splitlines()
+    yield from profile_path(root, name).read_text("utf-8").splitlines()
 
 
 def command(name: str, recipe: Recipe) -> str:

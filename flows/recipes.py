@@ -1,4 +1,6 @@
-"""Published training runs as profiles: a file of profiles/ with a section `recipe`.
+"""Profiles: a project's own, and those that come with VLFoundry. Published runs are among them.
+
+A recipe is a profile with a section `recipe`.
 
 A recipe's model starts from a named flavour, not from params.yaml's, and every section that it
 has stands for itself: nothing of params.yaml's shows through but the folders that a stage starts
@@ -10,10 +12,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from infra.config import build, load_params, merge, to_dict
-from infra.errors import ConfigError
+from vlfoundry.infra.config import build, load_params, merge, to_dict
+from vlfoundry.infra.errors import ConfigError
 
 PROFILES = "profiles"
+"""of a project, and in `TEMPLATE`"""
+TEMPLATE = Path(__file__).parents[1] / "template"
+"""the parameters, profiles and data that come with VLFoundry"""
 SECTION = "recipe"
 
 
@@ -58,29 +63,38 @@ class Recipe:
 
 
 def profile_path(root: Path, name: str) -> Path:
-    """The file of a profile. Raises ConfigError, naming those there are."""
-    path = root / PROFILES / f"{name}.yaml"
-    if "/" in name or not path.is_file():
-        known = [file.stem for file in _files(root)]
-        raise ConfigError(f"no profile {name!r}: expected one of {known} (files of {PROFILES}/)")
-    return path
+    """The file of a profile: the project's, or else the one that comes with VLFoundry.
+
+    Raises ConfigError, naming those there are.
+    """
+    if path := profiles(root).get(name):
+        return path
+    known = profiles(root)
+    own = [other for other, file in known.items() if file.parent == root / PROFILES]
+    shipped = [other for other in known if other not in own]
+    places = {f"files of {PROFILES}/": own, "which come with VLFoundry": shipped}
+    listed = " or ".join(f"{names} ({what})" for what, names in places.items() if names)
+    raise ConfigError(f"no profile {name!r}: expected one of {listed}")
+
+
+def profiles(root: Path) -> dict[str, Path]:
+    """All profiles by name, sorted: files of the project, and the others that VLFoundry has."""
+    # Those that are hidden are a file manager's.
+    places = [(place / PROFILES).glob("[!.]*.yaml") for place in (TEMPLATE, root)]
+    files = {file.stem: file for place in places for file in place}
+    return dict(sorted(files.items()))
 
 
 def recipes(root: Path) -> dict[str, Recipe]:
     """All recipes by name."""
-    found = {file.stem: load_params(file) for file in _files(root)}
+    found = {name: load_params(file) for name, file in profiles(root).items()}
     return {name: _header(name, content) for name, content in found.items() if SECTION in content}
-
-
-def _files(root: Path) -> list[Path]:
-    """Those that are hidden are a file manager's."""
-    return sorted((root / PROFILES).glob("[!.]*.yaml"))
 
 
 def find_recipe(root: Path, name: str) -> Recipe | None:
     """The recipe of that name, if there is one."""
-    path = root / PROFILES / f"{name}.yaml"
-    content = load_params(path) if path.is_file() else {}
+    path = profiles(root).get(name)
+    content = load_params(path) if path else {}
     return _header(name, content) if SECTION in content else None
 
 
@@ -105,7 +119,7 @@ def with_profile(params: Mapping[str, Any], root: Path, name: str) -> dict[str, 
 
 def _with_whole_model(params: Mapping[str, Any]) -> dict[str, Any]:
     """A profile may set any field of the model, not only those that params.yaml has."""
-    from models.internvl.config import InternVLConfig
+    from vlfoundry.models.internvl.config import InternVLConfig
 
     return {**params, "model": to_dict(build(InternVLConfig, params["model"], "model"))}
 
@@ -121,9 +135,9 @@ def _header(name: str, content: Mapping[str, Any]) -> Recipe:
 
 
 def _flavour(recipe: Recipe) -> dict[str, Any]:
-    from models.internvit.config import internvit
-    from models.internvl.config import internvl
-    from models.llama.config import llama
+    from vlfoundry.models.internvit.config import internvit
+    from vlfoundry.models.internvl.config import internvl
+    from vlfoundry.models.llama.config import llama
 
     changes: dict[str, Any] = {}
     if recipe.vision:

@@ -7,11 +7,11 @@ the stage runs again.
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from infra.config import parse_value
-from infra.dvccache import cache_folder, md5_of, object_path
+from vlfoundry.infra.config import parse_value
+from vlfoundry.infra.dvccache import cache_folder, md5_of, object_path
 
 DIRECTORY = ".dir"
 """ends the name of an object that lists the files of a folder"""
@@ -25,11 +25,16 @@ def drop_damaged(root: Path, stage: str) -> list[str]:
     lock = root / "dvc.lock"
     text = lock.read_text("utf-8") if lock.is_file() else ""
     outs = ((parse_value(text) or {}).get("stages", {}).get(stage) or {}).get("outs", [])
+    return drop_damaged_outputs(root, {out["path"]: out["md5"] for out in outs})
+
+
+def drop_damaged_outputs(root: Path, outs: Mapping[str, str]) -> list[str]:
+    """The same for outputs whose MD5 is given: by path, relative to `root`."""
     damaged, cache = [], cache_folder(root)
-    for out in outs:
-        if drop_damaged_objects(cache, out["md5"], root / out["path"]):
-            _delete(root / out["path"])
-            damaged.append(out["path"])
+    for path, md5 in outs.items():
+        if drop_damaged_objects(cache, md5, root / path):
+            _delete(root / path)
+            damaged.append(path)
     return damaged
 
 

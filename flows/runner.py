@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-from infra.guard import command_line
+from vlfoundry.infra.guard import command_line
 
 State = Literal[
     "ran", "restored", "unchanged", "up to date", "failed", "timed out", "cancelled", "not run"

@@ -14,22 +14,32 @@ import contextlib
 import http.client
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
-from infra.errors import UserError, ending
-from infra.guard import command_line
-from infra.loopback import listen
+from vlfoundry.infra.errors import UserError, ending
+from vlfoundry.infra.guard import command_line
+from vlfoundry.infra.loopback import listen
 
 START_LIMIT_S = 300.0
 STOP_GRACE_S = 3.0
 POLL_S = 0.1
+OF_ONE_RUN = {
+    # As Prefect's own temporary server has them: no pages, no background services.
+    "PREFECT_UI_ENABLED": "0",
+    "PREFECT__SERVER_EPHEMERAL": "1",
+    "PREFECT__SERVER_FINAL": "1",
+}
+OF_CLIENTS = ("PREFECT_API_URL", "PREFECT_API_AUTH_STRING")
+"""settings of Prefect that say where a server is: nothing for a server"""
 
 
 class ServerError(UserError):
@@ -67,39 +77,46 @@ def server(root: Path, *, held: tuple[int, ...] = ()) -> Iterator["Server"]:
 
 
 class Server:
-    """A server process on a free port of the loopback interface.
+    """A server process; of one run, and on a free port of the loopback interface, unless told
+    otherwise.
 
     Args:
-        root: the checkout, whose database it has.
+        root: the project, whose database it has.
         held: file descriptors that it keeps open, such as the lock of the run.
+        listener: the socket that it answers on; it is closed here.
+        settings: of Prefect, for the server alone.
 
     Raises:
         LoopbackError: there is no loopback interface.
         OSError: its folder cannot be written.
     """
 
-    def __init__(self, root: Path, *, held: tuple[int, ...] = ()) -> None:
+    def __init__(
+        self,
+        root: Path,
+        *,
+        held: tuple[int, ...] = (),
+        listener: socket.socket | None = None,
+        settings: Mapping[str, str] = MappingProxyType(OF_ONE_RUN),
+    ) -> None:
         self.home = root / "work" / "prefect"
         self.home.mkdir(parents=True, exist_ok=True)
         self.log = self.home / "server.log"
-        with listen() as listener:
-            self.port = listener.getsockname()[1]
-            self.process = self._start(listener.fileno(), held)
+        with listener or listen() as bound:
+            self.host, self.port = bound.getsockname()[:2]
+            self.process = self._start(bound.fileno(), held, settings)
 
-    def _start(self, listener: int, held: tuple[int, ...]) -> subprocess.Popen:
+    def _start(
+        self, listener: int, held: tuple[int, ...], settings: Mapping[str, str]
+    ) -> subprocess.Popen:
         command = [
             sys.executable, "-P", "-m",
             "uvicorn", "--factory", "prefect.server.api.server:create_app",
             "--fd", str(listener), "--log-level", "error", "--lifespan", "on",
         ]  # fmt: skip
-        environment = {
-            **os.environ,
-            # As Prefect's own temporary server has them: no pages, no background services.
-            "PREFECT_UI_ENABLED": "0",
-            "PREFECT__SERVER_EPHEMERAL": "1",
-            "PREFECT__SERVER_FINAL": "1",
-        }
-        environment.pop("PREFECT_API_URL", None)
+        environment = {**os.environ, **settings}
+        for name in OF_CLIENTS:
+            environment.pop(name, None)
         with self.log.open("wb") as log:
             return subprocess.Popen(
                 command_line(command, STOP_GRACE_S),
@@ -113,8 +130,9 @@ class Server:
 
     @property
     def url(self) -> str:
-        """What PREFECT_API_URL should be."""
-        return f"http://127.0.0.1:{self.port}/api"
+        """What PREFECT_API_URL should be on this machine."""
+        host = "127.0.0.1" if self.host == "0.0.0.0" else self.host
+        return f"http://{host}:{self.port}/api"
 
     @property
     def lives(self) -> bool:

@@ -10,18 +10,23 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from eval.variants import MODELS
-from flows.recipes import PROFILES
-from flows.workspace import yaml_text
-from infra.config import to_dict
-from infra.dvccache import cache_folder
-from infra.errors import ConfigError, ModelError, one_line
-from infra.files import new_folder, write_atomic
-from infra.fingerprint import fingerprint
-from infra.givenfiles import check_inside
-from infra.registry import fetch_version, find_version
-from infra.stage import ORIGIN_FILE, read_origin
-from models.internvl.folder import check_shapes, is_model_folder, read_config, refuse_overwriting
+from vlfoundry.eval.variants import MODELS
+from vlfoundry.flows.recipes import PROFILES, profiles
+from vlfoundry.flows.workspace import yaml_text
+from vlfoundry.infra.config import to_dict
+from vlfoundry.infra.dvccache import cache_folder
+from vlfoundry.infra.errors import ConfigError, ModelError, one_line
+from vlfoundry.infra.files import new_folder, write_atomic
+from vlfoundry.infra.fingerprint import fingerprint
+from vlfoundry.infra.givenfiles import check_inside
+from vlfoundry.infra.registry import fetch_version, find_version
+from vlfoundry.infra.stage import ORIGIN_FILE, read_origin
+from vlfoundry.models.internvl.folder import (
+    check_shapes,
+    is_model_folder,
+    read_config,
+    refuse_overwriting,
+)
 
 ORIGIN_FORMAT = "vlfoundry.origin.v1"
 PROFILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -51,7 +56,7 @@ def bring(
     """Make a model folder of an official one, one of ours or a registered one; what was done.
 
     Args:
-        root: the checkout whose registry is asked and whose paths are named; None: there is none.
+        root: the project whose registry is asked and whose paths are named; None: there is none.
         source: a path, or where nothing has it, a registered name.
         target: a folder that is to be.
         stage: of a registered model: take what this stage of the same run made ("sft@simple").
@@ -77,7 +82,7 @@ def bring(
     if path.exists():
         return _copy(root, path, target)
     if root is None:
-        raise ModelError(f"{source} does not exist, and registered names need a checkout to ask")
+        raise ModelError(f"{source} does not exist, and registered names need a project to ask")
     return _fetch(root, source, target, stage)
 
 
@@ -139,6 +144,8 @@ def new_profile(root: Path, name: str, target: Path) -> Path:
         )
     if path.exists():
         raise ConfigError(f"{PROFILES}/{name}.yaml is there already; name another profile")
+    if name in profiles(root):
+        raise ConfigError(f"VLFoundry has a profile {name!r} already; name another one")
     if not target.resolve().is_relative_to(root.resolve()):
         raise ConfigError(
             f"a profile can only name folders inside of {root}, not {target}; expected e.g. "
@@ -185,7 +192,7 @@ def _import(
     config_file: Path | None,
     tower_config: Path | None,
 ) -> list[str]:
-    from models.internvl.convert import import_model
+    from vlfoundry.models.internvl.convert import import_model
 
     done = import_model(
         source, target, kind=kind, config_file=config_file, tower_config=tower_config

@@ -6,7 +6,8 @@ import sys
 import time
 from typing import TextIO
 
-from flows.runner import StageResult
+from vlfoundry.flows.runner import StageResult
+from vlfoundry.flows.verbosity import Verbosity
 
 PROGRESS = re.compile(r"\d+%\|")
 """What tqdm's bars have in common, and ordinary lines lack."""
@@ -25,25 +26,37 @@ CLEAR = "\r\x1b[2K"
 class Terminal:
     """Prints on one stream. On a terminal, progress lines overwrite each other at the bottom."""
 
-    def __init__(self, stream: TextIO | None = None) -> None:
+    def __init__(
+        self, stream: TextIO | None = None, *, verbosity: Verbosity = Verbosity.NORMAL
+    ) -> None:
         self.stream = stream or sys.stdout
+        self.verbosity = verbosity
         self.live = self.stream.isatty()
         self._progress = ""
 
     def say(self, text: str = "") -> None:
-        """Print a line above the progress line."""
+        """Print a line of how the run goes on; `-q` leaves it out."""
+        if self.verbosity is not Verbosity.QUIET:
+            self.tell(text)
+
+    def tell(self, text: str) -> None:
+        """Print a result or a warning above the progress line."""
+        self._print(text)
+
+    def _print(self, text: str) -> None:
         if self.live and self._progress:
             self.stream.write(CLEAR)
         self.stream.write(text + "\n")
         self._redraw()
 
     def stage_line(self, stage: str, line: str) -> None:
-        """Show one line that a stage printed; DVC's own remarks are left to the log."""
-        if not line.strip() or DVC_NOISE.match(line):
+        """Show one line that a stage printed; DVC's own remarks are left to the log, or `-v`."""
+        noise = self.verbosity is not Verbosity.VERBOSE and DVC_NOISE.match(line)
+        if not line.strip() or noise or self.verbosity is Verbosity.QUIET:
             return
         text = f"  {stage} │ {line}"
         if not (self.live and PROGRESS.search(line)):
-            self.say(text)
+            self._print(text)
             return
         width = shutil.get_terminal_size().columns
         self._progress = text[: width - 1]
@@ -60,7 +73,8 @@ class Terminal:
             self.stream.write(CLEAR)
         self._progress = ""
         mark = MARKS.get(result.state, "✓")
-        self.say(f"{mark} {result.name}: {result.state}, {duration(result.seconds)}")
+        say = self.say if result.good else self.tell
+        say(f"{mark} {result.name}: {result.state}, {duration(result.seconds)}")
 
     def _redraw(self) -> None:
         if self.live and self._progress:

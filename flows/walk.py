@@ -8,16 +8,19 @@ import asyncio
 import dataclasses
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, Protocol
 
-from flows.graph import Graph, StageNode, order_lock
-from flows.restored import drop_damaged
-from flows.runner import STOP_GRACE_S, StageResult, run_stage
-from flows.slots import Slots
-from flows.terminal import Terminal
+from vlfoundry.flows import runcache
+from vlfoundry.flows.graph import DEFAULT_TIMEOUT_S, Graph, StageNode, order_lock
+from vlfoundry.flows.restored import drop_damaged
+from vlfoundry.flows.runner import STOP_GRACE_S, StageResult, run_guarded, run_stage
+from vlfoundry.flows.slots import Slots
+from vlfoundry.flows.terminal import Terminal
+from vlfoundry.infra.interrupts import EXIT_INTERRUPTED
 
 
 class Watcher(Protocol):
@@ -75,9 +78,51 @@ class Run:
         return [self.results[n.name] for n in self.graph.nodes if n.name in self.results]
 
 
+async def restore(run: Run) -> None:
+    """Restore all stages that DVC's cache knows, in one process; `walk` does what is left.
+
+    Fills `run.results` with what it restored, and `run.cancelled`.
+    """
+    wanted = run.graph.needed_for(run.stages) & run.graph.stale
+    if wanted.isdisjoint(run.graph.restorable):
+        return
+    nodes = [node for node in run.graph.nodes if node.name in wanted]
+    command = runcache.command_line([n.name, *wanted.intersection(n.upstream)] for n in nodes)
+    others: deque[str] = deque(maxlen=1)
+    stop = asyncio.Event()
+    with _stopped_by_signals(stop, run):
+        code, ending = await run_guarded(
+            command, run.root, timeout_s=DEFAULT_TIMEOUT_S, stop=stop,
+            on_line=lambda line: _note(run, line, others), grace_s=run.grace_s, held=run.held,
+        )  # fmt: skip
+    if code and not ending:
+        why = " ".join(others) or f"exit status {code}"
+        run.terminal.say(f"DVC's cache is asked for each stage by itself now: {why}")
+
+
+def _note(run: Run, line: str, others: deque[str]) -> None:
+    """Take a line of the restoring process; it goes to `others` if it tells of no stage."""
+    restored = runcache.read_line(line)
+    if restored is None:
+        others.append(line)
+    elif restored.state == "damaged":
+        run.terminal.stage_line(restored.stage, _damaged(restored.damaged))
+    else:
+        run.results[restored.stage] = StageResult(
+            name=restored.stage, state=restored.state, seconds=restored.seconds, code=0
+        )
+        run.terminal.ended(run.results[restored.stage])
+
+
 async def walk(run: Run, watcher: Watcher | None = None) -> None:
     """Run what is stale. Fills `run.results`, `run.closing` and `run.cancelled`."""
     stop = asyncio.Event()
+    if run.cancelled:
+        stop.set()
+    if watcher:
+        for result in run.results.values():
+            watcher.started(result.name)
+            watcher.ended(result)
     with _stopped_by_signals(stop, run):
         await _walk(run, stop, watcher)
     order_lock(run.root, run.graph)
@@ -89,7 +134,7 @@ async def _walk(run: Run, stop: asyncio.Event, watcher: Watcher | None) -> None:
     slots, wanted = Slots(os.cpu_count() or 1), run.graph.needed_for(run.stages)
     running: dict[str, asyncio.Task[None]] = {}
     for node in run.graph.nodes:
-        if node.name not in wanted:
+        if node.name not in wanted or node.name in run.results:
             continue
         if node.name not in run.graph.stale:
             run.results[node.name] = StageResult(name=node.name, state="up to date")
@@ -125,6 +170,8 @@ async def _run_stage(
     run: Run, node: StageNode, stop: asyncio.Event, watcher: Watcher | None
 ) -> None:
     def show(line: str) -> None:
+        if stop.is_set() and line.startswith("ERROR: failed to reproduce"):
+            return  # it is not DVC's stage that failed
         run.terminal.stage_line(node.name, line)
         if watcher:
             watcher.line(node.name, line)
@@ -143,10 +190,15 @@ async def _run_stage(
     if result.state == "restored":
         damaged = await asyncio.to_thread(drop_damaged, run.root, node.name)
         if damaged:
-            show(f"damaged in DVC's cache and deleted there: {', '.join(damaged)}; it runs again")
+            show(_damaged(damaged))
             result = await attempt()
     run.results[node.name] = result
     run.terminal.ended(result)
+
+
+def _damaged(paths: Iterable[str]) -> str:
+    """What is said of outputs that DVC's cache gave back damaged."""
+    return f"damaged in DVC's cache and deleted there: {', '.join(paths)}; it runs again"
 
 
 @contextmanager
@@ -156,10 +208,11 @@ def _stopped_by_signals(stop: asyncio.Event, run: Run) -> Iterator[None]:
     signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
     def ask() -> None:
-        for signum in signals:
-            loop.remove_signal_handler(signum)
+        if stop.is_set():
+            run.terminal.tell("stopped at once; the next run goes on where the stages last saved")
+            os._exit(EXIT_INTERRUPTED)  # the guards of the stages see it, as after a kill
         run.cancelled = True
-        run.terminal.say("stopping: stages save what they need (once more to stop at once)")
+        run.terminal.tell("stopping: stages save what they need (once more to stop at once)")
         stop.set()
 
     for signum in signals:

@@ -15,15 +15,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from flows.lock import LOCK_FILE, RunLock, run_lock
-from flows.parameters import check_parameters
-from flows.recipes import with_profile
-from infra.config import PARAMS_FILE, apply_overrides, canonical_json, load_params
-from infra.dvccache import share_settings
-from infra.errors import ConfigError
-from infra.files import require_writable_folder, write_atomic
-from infra.git import GitError, common_folder, git, repository_lock, snapshot
-from infra.stage import START_FOLDER
+from vlfoundry.flows.lock import LOCK_FILE, RunLock, run_lock
+from vlfoundry.flows.parameters import check_parameters
+from vlfoundry.flows.recipes import with_profile
+from vlfoundry.infra.config import PARAMS_FILE, apply_overrides, canonical_json, load_params
+from vlfoundry.infra.dvccache import share_settings
+from vlfoundry.infra.errors import ConfigError
+from vlfoundry.infra.files import require_writable_folder, write_atomic
+from vlfoundry.infra.git import GitError, common_folder, git, repository_lock, snapshot
+from vlfoundry.infra.stage import START_FOLDER
 
 KEPT_FILES = ("dvc.lock",)
 """What a workspace keeps of its own when it is brought up to date."""
@@ -64,34 +64,49 @@ def workspace(
     variation: Variation,
     folder: Path | None = None,
     say: Callable[[str], None] = print,
+    *,
+    wait: bool = False,
 ) -> Iterator[RunLock]:
     """Make or bring up to date the workspace of a variation, and hold its lock.
 
-    Its sources are the working tree of `root` as it is, uncommitted changes included, and the
-    models of data/start. Outputs and state of an earlier run in the same workspace stay: they are
-    what a second run goes on from. Without the lock nothing in it is changed.
+    Its sources are the working tree of `root` as it is, uncommitted changes included, the models of
+    data/start and what `dvc add` keeps. Outputs and state of an earlier run in the same workspace
+    stay: they are what a second run goes on from. Without the lock nothing in it is changed; with
+    `wait` this waits for it.
 
     Raises:
         BusyError: a run goes on in it.
-        ConfigError: there is no such parameter, or `folder` is not a workspace of this checkout.
+        ConfigError: there is no such parameter, or `folder` is not a workspace of this project.
     """
+    folder = workspace_folder(root, variation, folder)
+    if not folder.exists():
+        require_writable_folder(folder, "the workspace")
     params = variation.apply(root)
     check_parameters(root, params)  # before anything of it is made
+    commit = snapshot(root, say)
+    _make_worktree(root, folder, commit)
+    with run_lock(folder, say, wait=wait) as lock:
+        _check_out(folder, commit, lock)
+        share_settings(root, folder)
+        _share_inputs(root, folder)
+        write_atomic(folder / PARAMS_FILE, yaml_text(params).encode())
+        yield lock
+
+
+def workspace_folder(root: Path, variation: Variation, folder: Path | None = None) -> Path:
+    """Where the workspace of a variation is, or would be: `folder`, or one named after it.
+
+    Raises:
+        ConfigError: it is among the files of the project.
+    """
     folder = (folder or root / "work" / "workspaces" / variation.name).resolve()
     inside = root.resolve() in folder.parents
     if inside and not folder.is_relative_to(root.resolve() / "work"):
         raise ConfigError(
-            f"--workspace {folder} is inside of the checkout; name a folder outside of it, or "
+            f"--workspace {folder} is inside of the project; name a folder outside of it, or "
             f"below {root / 'work'}"
         )
-    commit = snapshot(root, say)
-    _make_worktree(root, folder, commit)
-    with run_lock(folder, say) as lock:
-        _check_out(folder, commit, lock)
-        share_settings(root, folder)
-        _share_starts(root, folder)
-        write_atomic(folder / PARAMS_FILE, yaml_text(params).encode())
-        yield lock
+    return folder
 
 
 def _make_worktree(root: Path, folder: Path, commit: str) -> None:
@@ -160,26 +175,46 @@ def _check_out(folder: Path, commit: str, lock: RunLock) -> None:
 def _drop_torn_lock(folder: Path) -> None:
     """A dvc.lock that came while somebody was writing it, or was damaged, helps nobody: without
     it DVC finds what earlier runs made in its cache."""
-    from flows.graph import lock_is_whole
+    from vlfoundry.flows.graph import lock_is_whole
 
     path = folder / "dvc.lock"
     if path.is_file() and not lock_is_whole(path.read_text("utf-8", "replace")):
         path.unlink()
 
 
-def _share_starts(root: Path, folder: Path) -> None:
-    """Model folders that training starts from are no part of git: hard links to their files."""
-    for start in sorted(path for path in (root / START_FOLDER).glob("*") if path.is_dir()):
-        target = folder / START_FOLDER / start.name
-        if _listing(target) != _listing(start):
-            shutil.rmtree(target, ignore_errors=True)
-            shutil.copytree(start, target, copy_function=_link)
+def _share_inputs(root: Path, folder: Path) -> None:
+    """Model folders that training starts from, and what `dvc add` keeps, are no part of git: hard
+    links to their files."""
+    starts = {path.relative_to(root) for path in (root / START_FOLDER).glob("*") if path.is_dir()}
+    for path in sorted(starts | _kept_by_dvc(folder)):
+        source, target = root / path, folder / path
+        if not source.exists() or _listing(target) == _listing(source):
+            continue
+        shutil.rmtree(target, ignore_errors=True)
+        target.unlink(missing_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if source.is_dir():
+            shutil.copytree(source, target, copy_function=_link)
+        else:
+            _link(str(source), str(target))
 
 
-def _listing(folder: Path) -> dict[str, tuple[int, int]]:
-    """Size and time of change of each file."""
-    files = {p.relative_to(folder).as_posix(): p.stat() for p in folder.rglob("*") if p.is_file()}
-    return {name: (facts.st_size, facts.st_mtime_ns) for name, facts in files.items()}
+def _kept_by_dvc(folder: Path) -> set[Path]:
+    """What the .dvc files of a workspace stand for, relative to it."""
+    found = set()
+    for name in filter(None, git(folder, "ls-files", "-z", "--", "*.dvc").split("\0")):
+        facts = load_params(folder / name)
+        base = Path(name).parent / str(facts.get("wdir", "."))
+        paths = (base / str(out["path"]) for out in facts.get("outs") or ())
+        found |= {Path(os.path.normpath(path)) for path in paths}
+    return {path for path in found if not path.is_absolute() and ".." not in path.parts}
+
+
+def _listing(path: Path) -> dict[str, tuple[int, int]]:
+    """Size and time of change of a file, or of each file below a folder."""
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    stats = {file.relative_to(path).as_posix(): file.stat() for file in files}
+    return {name: (facts.st_size, facts.st_mtime_ns) for name, facts in stats.items()}
 
 
 def _link(source: str, target: str) -> None:

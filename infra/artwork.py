@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from infra.errors import DataError
-from infra.tables import read_table
+from vlfoundry.infra.errors import DataError
+from vlfoundry.infra.tables import read_table
 
 CONCEPTS_FILE = "concepts.parquet"
 SEPARATOR = ", "

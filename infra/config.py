@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from infra.errors import ConfigError
+from vlfoundry.infra.errors import ConfigError
 
 PARAMS_FILE = "params.yaml"
 
@@ -25,7 +25,7 @@ def load_params(path: str | Path = PARAMS_FILE) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8: {error.reason} at byte {error.start}") from error
-    params = _read_yaml(text, str(path))
+    params = read_yaml(text, str(path))
     if not isinstance(params, dict):
         raise ConfigError(f"{path} holds {type(params).__name__}, expected a mapping of parameters")
     return params
@@ -66,7 +66,7 @@ def parse_value(text: str, where: str = "value") -> Any:
 
     Raises ConfigError, which names `where`, for what is not YAML.
     """
-    value = _read_yaml(text, f"{where}={text}")
+    value = read_yaml(text, f"{where}={text}")
     if isinstance(value, str):
         try:
             return float(value)
@@ -157,7 +157,7 @@ def _yaml() -> Any:
     return YAML(typ="safe", pure=True)
 
 
-def _read_yaml(text: str, where: str) -> Any:
+def read_yaml(text: str, where: str) -> Any:
     """What a YAML text says, in JSON's types. Raises ConfigError, in one line."""
     from ruamel.yaml.error import MarkedYAMLError, YAMLError
 

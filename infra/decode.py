@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from infra.errors import DataError
+from vlfoundry.infra.errors import DataError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 """what is opened, by content; how a file is named does not matter"""

@@ -13,8 +13,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from infra.errors import ConfigError
-from infra.files import write_atomic
+from vlfoundry.infra.errors import ConfigError
+from vlfoundry.infra.files import write_atomic
 
 if TYPE_CHECKING:
     from dvc.config import Config

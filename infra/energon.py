@@ -22,9 +22,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from infra.config import load_params
-from infra.errors import DataError
-from infra.shards import INDEX_FORMAT, picture_id
+from vlfoundry.infra.config import load_params
+from vlfoundry.infra.errors import DataError
+from vlfoundry.infra.shards import INDEX_FORMAT, picture_id
 
 META_FOLDER = ".nv-meta"
 PICTURES = ("jpg", "jpeg", "png", "webp")

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from infra.errors import ModelError, UserError
+from vlfoundry.infra.errors import ModelError, UserError
 
 REASONS = {
     errno.EACCES: "permission denied",

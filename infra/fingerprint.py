@@ -3,8 +3,8 @@
 import hashlib
 from pathlib import Path
 
-from infra.errors import DataError
-from infra.files import files_below
+from vlfoundry.infra.errors import DataError
+from vlfoundry.infra.files import files_below
 
 
 def sha256_bytes(data: bytes) -> str:

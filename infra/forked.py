@@ -18,9 +18,9 @@ import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from infra.errors import KilledError, UserError
-from infra.launch import die_with_parent
-from infra.space import no_space
+from vlfoundry.infra.errors import KilledError, UserError
+from vlfoundry.infra.launch import die_with_parent
+from vlfoundry.infra.space import no_space
 
 CHUNK_BYTES = 1 << 20
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from infra.errors import ConfigError
+from vlfoundry.infra.errors import ConfigError
 
 Recipe = Literal["tensorwise", "delayed", "blockwise"]
 

@@ -11,9 +11,9 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from infra.errors import UserError
-from infra.files import cannot_write
-from infra.project import belongs
+from vlfoundry.infra.errors import UserError
+from vlfoundry.infra.files import cannot_write
+from vlfoundry.infra.project import belongs
 
 RUN_REFS = "refs/runs"
 """Commits made for runs stay reachable here: no branch, not shown by `git log` or `git branch`."""
@@ -50,6 +50,13 @@ def git(
     return result.stdout.rstrip("\n")
 
 
+def repository_of(folder: Path) -> Path | None:
+    """The top of the working tree that a folder lies in, if it does."""
+    with contextlib.suppress(GitError):
+        return Path(git(folder, "rev-parse", "--show-toplevel"))
+    return None
+
+
 def common_folder(root: Path) -> Path:
     """Where the repository of `root` keeps what all its worktrees share."""
     return (root / git(root, "rev-parse", "--git-common-dir")).resolve()
@@ -73,9 +80,13 @@ def repository_lock(root: Path) -> Iterator[None]:
 
 def identity(root: Path) -> dict[str, str]:
     """Name and email that a commit or tag of ours carries: git's own, else a fallback."""
-    return {
-        key: _configured(root, f"user.{key}") or FALLBACK_IDENTITY[key] for key in ("name", "email")
-    }
+    return FALLBACK_IDENTITY | configured_identity(root)
+
+
+def configured_identity(root: Path) -> dict[str, str]:
+    """Which of `name` and `email` git's settings have."""
+    found = {key: _configured(root, f"user.{key}") for key in FALLBACK_IDENTITY}
+    return {key: value for key, value in found.items() if value is not None}
 
 
 def _configured(root: Path, key: str) -> str | None:

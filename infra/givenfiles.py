@@ -10,8 +10,8 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from infra.errors import ModelError
-from infra.files import kind_of
+from vlfoundry.infra.errors import ModelError
+from vlfoundry.infra.files import kind_of
 
 MIB = 1024 * 1024
 MOST_BYTES = 256 * MIB

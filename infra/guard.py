@@ -62,6 +62,15 @@ def descendants(pid: int) -> list[int]:
     return [child for child in found if child not in zombies]
 
 
+def parent_of(pid: int) -> int | None:
+    """The process that `pid` is a child of; None: it has ended."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return int(stat[stat.rindex(b")") + 2 :].split()[1])
+
+
 def send(signum: int, pids: list[int]) -> None:
     """Signal every process of `pids` that still lives."""
     for pid in pids:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from infra.config import check_ranges
-from infra.errors import ConfigError
-from infra.splitmix import mix64, numbers_of
+from vlfoundry.infra.config import check_ranges
+from vlfoundry.infra.errors import ConfigError
+from vlfoundry.infra.splitmix import mix64, numbers_of
 
 if TYPE_CHECKING:
     import torch
@@ -34,8 +34,8 @@ def decode_rgba(data: bytes, size_px: int | None = None, where: str = "picture")
 
     Raises DataError naming `where` if the bytes cannot be read as a picture.
     """
-    from infra import decode
-    from infra.geometry import squeeze
+    from vlfoundry.infra import decode
+    from vlfoundry.infra.geometry import squeeze
 
     rgba = decode.decode_rgba(data, where)
     return rgba if size_px is None else squeeze(rgba, size_px)

@@ -8,16 +8,22 @@ KeyboardInterrupt is raised.
 import os
 import signal
 import sys
+import threading
 from types import FrameType
 
 EXIT_INTERRUPTED = 130
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+AGAIN_S = 0.01
 ORPHAN_GRACE_S = 15
 """What the guard gives a stage: 10 s, and a quarter more after SIGTERM."""
 
 
 def heed_interrupts(line: str) -> None:
-    """Handle `SIGNALS` from now on; `line` is what the process says if it leaves at once."""
+    """Handle `SIGNALS` from now on; `line` is what the process says if it leaves at once.
+
+    Python drops what is raised in a `__del__` or in a callback of the garbage collector: then the
+    request is repeated.
+    """
     parent = os.getppid()
 
     def heed(_signum: int, frame: FrameType | None) -> None:
@@ -26,8 +32,15 @@ def heed_interrupts(line: str) -> None:
             leave(line)
         raise KeyboardInterrupt
 
+    def heed_again(unraisable: "sys.UnraisableHookArgs") -> None:
+        if isinstance(unraisable.exc_value, KeyboardInterrupt):
+            threading.Timer(AGAIN_S, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        else:
+            sys.__unraisablehook__(unraisable)
+
     for signum in SIGNALS:
         signal.signal(signum, heed)
+    sys.unraisablehook = heed_again
 
 
 def end_if_orphaned(parent: int) -> None:

@@ -2,7 +2,8 @@
 
 A profile is about a place, not about a model: it is never a parameter, never in a run key and
 never in dvc.lock, so that another machine or another number of ranks does not mean another run.
-`VLFOUNDRY_LAUNCHER` names it: a file of `infra/launchers/` without its ending, or a path.
+`VLFOUNDRY_LAUNCHER` names it: a file of the project's `launchers/` or of those that come with
+VLFoundry (`infra/launchers/`), without its ending; or a path.
 """
 
 import dataclasses
@@ -10,11 +11,14 @@ import os
 import signal
 from pathlib import Path
 
-from infra.errors import ConfigError
-from infra.packing import PackingConfig
+from vlfoundry.infra.errors import ConfigError
+from vlfoundry.infra.packing import PackingConfig
+from vlfoundry.infra.project import project_around
 
 ENVIRONMENT_VARIABLE = "VLFOUNDRY_LAUNCHER"
-PROFILES = Path(__file__).parent / "launchers"
+FOLDER = "launchers"
+"""of a project"""
+SHIPPED = Path(__file__).parent / "launchers"
 PR_SET_PDEATHSIG = 1
 
 
@@ -54,7 +58,7 @@ class LauncherProfile:
     minutes; null: no limit."""
 
     telemetry: tuple[str, ...] = ()
-    """Who is told about each step beside `work/<stage>/steps.jsonl`: tensorboard, dvclive."""
+    """Who is told about each step beside `steps.jsonl` in its work folder: tensorboard, dvclive."""
     prometheus: str | None = None
     """"host:port" at which a running stage answers Prometheus, "[::1]:9435" for IPv6; null:
     nowhere."""
@@ -103,26 +107,31 @@ def host_and_port(text: str, where: str) -> tuple[str, int]:
     return (host[1:-1] if bracketed else host) or "127.0.0.1", int(port)
 
 
-def local_profile() -> LauncherProfile:
+def local_profile(root: Path | None = None) -> LauncherProfile:
     """The profile that `VLFOUNDRY_LAUNCHER` names; `local` where it names none.
+
+    root: the project; None: the one that the working directory lies in, or that directory.
 
     Raises ConfigError if there is no such profile or its content is wrong.
     """
-    return load_profile(os.environ.get(ENVIRONMENT_VARIABLE) or "local")
+    return load_profile(os.environ.get(ENVIRONMENT_VARIABLE) or "local", root)
 
 
-def load_profile(name: str) -> LauncherProfile:
-    """Read a launcher profile by its name in `infra/launchers/` or by the path of a YAML file."""
-    from infra.config import build, load_params
+def load_profile(name: str, root: Path | None = None) -> LauncherProfile:
+    """Read a launcher profile by its name, in the project or else in `infra/launchers/`, or by the
+    path of a YAML file, which may be relative to the project."""
+    from vlfoundry.infra.config import build, load_params
 
-    path = PROFILES / f"{name}.yaml"
-    if not path.is_file():
-        path = Path(name)
-    if not path.is_file():
-        known = sorted(file.stem for file in PROFILES.glob("[!.]*.yaml"))
+    root = root or project_around(Path.cwd()) or Path.cwd()
+    folders = (root / FOLDER, SHIPPED)
+    places = [*(folder / f"{name}.yaml" for folder in folders), root / name]
+    path = next((place for place in places if place.is_file()), None)
+    if path is None:
+        own, shipped = ([file.stem for file in sorted(f.glob("[!.]*.yaml"))] for f in folders)
         raise ConfigError(
-            f"{ENVIRONMENT_VARIABLE}: no launcher profile {name!r}; "
-            f"expected one of {known} or the path of a YAML file"
+            f"{ENVIRONMENT_VARIABLE}: no launcher profile {name!r}; expected one of "
+            + (f"{own} (files of {FOLDER}/ in {root}), of " if own else "")
+            + f"{shipped} (which come with VLFoundry), or the path of a YAML file"
         )
     return build(
         LauncherProfile, {"name": path.stem, **load_params(path)}, where=f"launcher {path.name}"

@@ -18,9 +18,9 @@ from typing import Any, Protocol
 import numpy as np
 import orjson
 
-from infra.errors import DataError
-from infra.shards import INDEX_FILE, Sample, parse_index
-from infra.splitmix import mix64
+from vlfoundry.infra.errors import DataError
+from vlfoundry.infra.shards import INDEX_FILE, Sample, parse_index
+from vlfoundry.infra.splitmix import mix64
 
 READ_AHEAD_BYTES = 8 << 20
 """remote: what is asked for at once when samples are read in order, and the longest request"""

@@ -2,7 +2,7 @@
 
 import socket
 
-from infra.errors import UserError
+from vlfoundry.infra.errors import UserError
 
 LIMIT_S = 5.0
 

@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from infra.errors import ConfigError
-from infra.loader import SampleStream, global_order, rank_slice
-from infra.streams import Stream, stream_seed
+from vlfoundry.infra.errors import ConfigError
+from vlfoundry.infra.loader import SampleStream, global_order, rank_slice
+from vlfoundry.infra.streams import Stream, stream_seed
 
 WINDOW = 1 << 14
 

@@ -5,7 +5,7 @@ Every function takes uint8 RGBA [H, W, 4] and a generator, and returns a new pic
 
 import numpy as np
 
-from infra.images import decode_rgba, encode_webp
+from vlfoundry.infra.images import decode_rgba, encode_webp
 
 LOW_SIDES_PX = (16, 24)
 REENCODE_QUALITY = (50, 85)

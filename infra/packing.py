@@ -11,7 +11,7 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from infra.errors import ConfigError, DataError
+from vlfoundry.infra.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from infra.images import decode_rgba, uniforms
-from infra.loader import SampleStream, ShardSet
-from infra.streams import Stream, stream_seed
+from vlfoundry.infra.images import decode_rgba, uniforms
+from vlfoundry.infra.loader import SampleStream, ShardSet
+from vlfoundry.infra.streams import Stream, stream_seed
 
 KEEP_BYTES = 1 << 30
 

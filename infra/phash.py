@@ -8,7 +8,7 @@ import functools
 
 import numpy as np
 
-from infra.images import GREY, composite
+from vlfoundry.infra.images import GREY, composite
 
 HASH_SIDE = 32
 HASH_BITS = 8

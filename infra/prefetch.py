@@ -9,8 +9,8 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from infra.errors import KilledError, UserError, ending
-from infra.launch import die_with_parent
+from vlfoundry.infra.errors import KilledError, UserError, ending
+from vlfoundry.infra.launch import die_with_parent
 
 DEPTH = 2
 """batches that each worker makes ahead"""

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from infra.images import GREY, composite
+from vlfoundry.infra.images import GREY, composite
 
 INK_CONTRAST = 70.0
 """Grey levels between neighbouring pixels that count as the edge of a printed stroke."""

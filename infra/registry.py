@@ -14,12 +14,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from infra.config import parse_value
-from infra.dvccache import cache_folder, md5_of, object_path
-from infra.errors import ConfigError, DataError, ModelError
-from infra.files import files_below, new_folder, require_writable_folder
-from infra.git import common_folder, git, identity, read, snapshot
-from infra.project import find_root
+from vlfoundry.infra.config import parse_value
+from vlfoundry.infra.dvccache import cache_folder, md5_of, object_path
+from vlfoundry.infra.errors import ConfigError, DataError, ModelError
+from vlfoundry.infra.files import files_below, new_folder, require_writable_folder
+from vlfoundry.infra.git import common_folder, git, identity, read, snapshot
+from vlfoundry.infra.project import find_root
 
 CHAMPION = "champion"
 STAGE_NAME = re.compile(r"[a-z]+")
@@ -161,7 +161,7 @@ def resolve_model(ref: str | Path, root: Path | None = None) -> Path:
         ref: a folder with a config.json; `internvl_c` (its champion, else its newest version),
             `internvl_c@v0.1.0`, `internvl_c#champion`; or a stage alone, `champion`, where one
             model has it.
-        root: the checkout whose registry is asked; default: the working directory.
+        root: the project whose registry is asked; default: the working directory.
 
     Raises ModelError, naming the registered models, if it is neither.
     """
@@ -223,7 +223,9 @@ def find_version(root: Path, ref: str) -> Version:
     if found:
         return found[-1]
     refs = [v.ref + "".join(f" #{stage}" for stage in v.stages) for v in versions]
-    known = ", ".join(refs) or "none is registered yet (`make run` registers what its gate passes)"
+    known = (
+        ", ".join(refs) or "none is registered yet (`vlfoundry run` registers what its gate passes)"
+    )
     raise ModelError(
         f"no model {ref!r}: it is no folder with a config.json and no registered name; "
         f"expected a folder, NAME, NAME@VERSION, NAME#STAGE or a stage; registered: {known}"
@@ -270,7 +272,7 @@ def locked_files(root: Path, lock: str, path: str) -> tuple[dict[str, str], str]
         return files, out["md5"] if not prefix else _identity(files)
     raise DataError(
         f"{path} is not a folder that dvc.lock knows; register a model that the pipeline made, "
-        "after `dvc repro` or `make run`"
+        "after `dvc repro` or `vlfoundry run`"
     )
 
 
@@ -375,7 +377,7 @@ def check_files(folder: Path, entries: dict[str, str]) -> None:
         differing = sorted(name for name in found | entries if found.get(name) != entries.get(name))
         raise DataError(
             f"{folder} is not what dvc.lock says: {', '.join(differing)} differ; "
-            "`make run` (or `dvc repro`) makes it again"
+            "`vlfoundry run` (or `dvc repro`) makes it again"
         )
 
 

@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, cast
 
-from infra.errors import ConfigError, DataError
-from infra.files import kind_of
+from vlfoundry.infra.errors import ConfigError, DataError
+from vlfoundry.infra.files import kind_of
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem

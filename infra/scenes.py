@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from infra.errors import ConfigError, DataError
+from vlfoundry.infra.errors import ConfigError, DataError
 
 WORDS_FILE = Path(__file__).with_name("scenes.json")
 BOX_UNITS = 1000

@@ -14,8 +14,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from infra.config import canonical_json
-from infra.errors import DataError
+from vlfoundry.infra.config import canonical_json
+from vlfoundry.infra.errors import DataError
 
 INDEX_FILE = "index.json"
 INDEX_FORMAT = "vlfoundry.shards.v2"

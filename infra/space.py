@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from infra.errors import UserError
+from vlfoundry.infra.errors import UserError
 
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 WORDS = re.compile(r"No space left on device|Disk quota exceeded|os error 28|disk is full")

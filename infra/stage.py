@@ -1,11 +1,10 @@
 """What one step of the pipeline is, and the small command line that all steps share.
 
-    python -m stages.NAME [--help] [--dry-run] [variant=V] [key=value ...]
+    python -m vlfoundry.stages.NAME [--help] [--dry-run] [variant=V] [key=value ...]
 
-A stage declares its parameters, inputs and outputs once; `dvc.yaml` says the same and a test ties
-the two. Everything that must outlive a kill lies in `work/NAME/`, which belongs to one run key:
-when parameters, inputs or sources change, the old folder is set aside and the stage starts clean.
-Nothing here deletes it.
+A stage declares its parameters, inputs and outputs once, and `dvc.yaml` is rendered from that
+(`vlfoundry graph --write`). Everything that must outlive a kill lies in a folder of one run key
+(`infra/workfolder.py`): when parameters, inputs or code change, the stage starts clean in another.
 """
 
 import contextlib
@@ -13,7 +12,6 @@ import dataclasses
 import fcntl
 import importlib
 import importlib.metadata
-import itertools
 import json
 import os
 import platform
@@ -24,22 +22,22 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from infra.config import apply_overrides, build, canonical_json, load_params, to_dict
-from infra.errors import ConfigError, DataError, KilledError, UserError
-from infra.files import write_atomic
-from infra.fingerprint import fingerprint
-from infra.interrupts import EXIT_INTERRUPTED, heed_interrupts
-from infra.runkey import import_closure, run_key
-from infra.space import no_space
+from vlfoundry.infra import workfolder
+from vlfoundry.infra.code import PACKAGE_FOLDER, Code, read_code, write_stamp
+from vlfoundry.infra.config import apply_overrides, build, canonical_json, load_params, to_dict
+from vlfoundry.infra.errors import ConfigError, DataError, KilledError, UserError
+from vlfoundry.infra.files import write_atomic
+from vlfoundry.infra.fingerprint import fingerprint
+from vlfoundry.infra.interrupts import EXIT_INTERRUPTED, heed_interrupts
+from vlfoundry.infra.runkey import run_key
+from vlfoundry.infra.space import no_space
 
 EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
 COPY_PATIENCE_S = 60.0
-LINEAGE_FORMAT = "vlfoundry.lineage.v1"
-KEY_FILE = "run_key"
-"""in a work folder: whose it is"""
-SET_ASIDE = ".old-"
-"""between a work folder's name and the run key whose state was set aside"""
+LINEAGE_FORMAT = "vlfoundry.lineage.v2"
+CODE_FILE = "code.json"
+"""in a work folder: the code that last went on with it"""
 START_FOLDER = "data/start"
 ORIGIN_FILE = "origin.json"
 """in a model folder: which model it is a copy of, or what it was imported from"""
@@ -51,11 +49,27 @@ class Interrupted(Exception):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Plot:
+    """A diagram that `dvc plots` draws of an output: a JSON list of objects, one a point."""
+
+    path: str
+    """The output; may contain `{variant}`."""
+    x: str
+    """Key of the horizontal value."""
+    y: str
+    """Key of the vertical one."""
+    title: str
+    """Above the diagram; may contain `{variant}`."""
+    template: str = "linear"
+    """One that DVC brings along."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Stage:
     """One arrow of the pipeline."""
 
     name: str
-    """Name of the stage in dvc.yaml and of its module `stages.<name>`."""
+    """Name of the stage in dvc.yaml and of its module in `stages/`."""
     config: type
     """Frozen dataclass whose fields are the top-level keys of params.yaml that the stage reads."""
     inputs: tuple[str, ...]
@@ -64,6 +78,10 @@ class Stage:
     """Files and folders made, byte-stable; may contain `{variant}`."""
     run: Callable[[Any, "Context"], None]
     """Does the work: `run(config, context)`."""
+    timeout_s: int = 12 * 3600
+    """Wall time after which the flow stops it."""
+    cpu: int | None = None
+    """CPU slots that it takes; None: the whole machine."""
     variants: tuple[str, ...] = ()
     """Names of a matrix stage, e.g. ("simple", "full")."""
     variant_inputs: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
@@ -71,6 +89,12 @@ class Stage:
     starts: Callable[[Any, str | None], tuple[str, ...]] = lambda _config, _variant: ()
     """Further inputs, which the config names: model folders that the stage starts from or compares
     with."""
+    start_parameters: Callable[[str | None], tuple[str, ...]] = lambda _variant: ()
+    """The names of the parameters that `starts` reads, of a variant."""
+    metrics: tuple[str, ...] = ()
+    """Those of the outputs whose numbers `dvc metrics` and `dvc exp` show."""
+    plots: tuple[Plot, ...] = ()
+    """What `dvc plots` draws of others of the outputs."""
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -90,6 +114,15 @@ class Stage:
             address=f"{self.name}@{variant}" if variant else self.name,
             fixed_inputs=tuple(path.format(variant=variant) for path in inputs),
             outputs=tuple(path.format(variant=variant) for path in self.outputs),
+            metrics=tuple(path.format(variant=variant) for path in self.metrics),
+            plots=tuple(
+                dataclasses.replace(
+                    plot,
+                    path=plot.path.format(variant=variant),
+                    title=plot.title.format(variant=variant),
+                )
+                for plot in self.plots
+            ),
             lineage=f"{folder}/lineage.json",
         )
 
@@ -103,6 +136,8 @@ class Bound:
     address: str
     fixed_inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    metrics: tuple[str, ...]
+    plots: tuple[Plot, ...]
     lineage: str
 
     def inputs(self, config: Any) -> tuple[str, ...]:
@@ -130,7 +165,7 @@ class Context:
     def __init__(self, bound: Bound, root: Path, key: str) -> None:
         self.bound, self.root, self.run_key = bound, root, key
         self.variant = bound.variant
-        self.work = root / "work" / bound.address.replace("@", "-")
+        self.work = workfolder.folder(root, bound.address, key)
 
     def path(self, relative: str | Path) -> Path:
         """An absolute path for `relative` to the root."""
@@ -200,7 +235,7 @@ def check_folders(where: str, start: Any) -> None:
         outside = spelled in (".", "..") or spelled.startswith("../")
         if outside or path.startswith(("/", "~")) or "://" in path:
             raise ConfigError(
-                f"{key} is {path!r}, expected a folder inside of the checkout, relative to its "
+                f"{key} is {path!r}, expected a folder inside of the project, relative to its "
                 f"root; `vlfoundry import SOURCE {START_FOLDER}/NAME` puts one there"
             )
         if spelled != path:
@@ -210,7 +245,7 @@ def check_folders(where: str, start: Any) -> None:
 def _main(stage: Stage, arguments: list[str]) -> int:
     if {"--help", "-h"} & set(arguments):
         # Not by an import statement: what it prints is no source of any result.
-        print("\n".join(importlib.import_module("infra.stagehelp").help_lines(stage)))
+        print("\n".join(importlib.import_module("vlfoundry.infra.stagehelp").help_lines(stage)))
         return 0
     dry_run = "--dry-run" in arguments
     assignments = [argument for argument in arguments if argument != "--dry-run"]
@@ -219,18 +254,34 @@ def _main(stage: Stage, arguments: list[str]) -> int:
     others = [a for a in assignments if not a.startswith("variant=")]
     if options := [a for a in others if a.startswith("-")]:
         raise ConfigError(f"got {options[0]!r}, expected --dry-run, --help or key=value")
-    config = parameters_of(stage, apply_overrides(load_params(), others))
+    params = apply_overrides(load_params(), others)
+    config = parameters_of(stage, params)
     if dry_run:
         print(_plan(bound, config))
         return 0
     root = Path.cwd()
     with _only_copy(root, bound.address):
+        code = read_code([stage.name], root, params=params, package=PACKAGE_FOLDER)[stage.name]
         facts = _key_facts(bound, config, root)
-        key = run_key(stage.name, facts["parameters"], facts["inputs"], map(Path, facts["sources"]))
+        key = run_key(stage.name, facts["parameters"], facts["inputs"], code.stamp)
         context = Context(bound, root, key)
-        _claim_work_folder(context)
-        _run(bound, config, context, facts)
+        workfolder.claim(root, bound.address, key, context.log)
+        with _said_to_dvc(code, context):
+            _run(bound, config, context, facts | code.facts)
     return 0
+
+
+@contextlib.contextmanager
+def _said_to_dvc(code: Code, context: Context) -> Iterator[None]:
+    """What DVC records as the step's code is what the step has begun with, whoever patches it, or
+    looks at it, meanwhile."""
+    write_atomic(
+        context.work / CODE_FILE,
+        json.dumps({**code.facts, "counts_as": code.counts_as}, indent=2, sort_keys=True) + "\n",
+    )
+    write_stamp(context.root, code.step, code.stamp)
+    yield
+    write_stamp(context.root, code.step, code.stamp)
 
 
 @contextlib.contextmanager
@@ -243,7 +294,7 @@ def _only_copy(root: Path, address: str) -> Iterator[None]:
     if not (root / ".dvc").is_dir():
         yield
         return
-    path = root / ".dvc" / "tmp" / "stages" / f"{address.replace('@', '-')}.lock"
+    path = workfolder.lock_file(root, address)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         deadline, waiting = time.monotonic() + COPY_PATIENCE_S, False
@@ -268,14 +319,12 @@ def _key_facts(bound: Bound, config: Any, root: Path) -> dict[str, Any]:
     for path in inputs:
         if not (root / path).exists():
             raise DataError(_missing(path, bound))
-    sources = import_closure(f"stages.{bound.stage.name}", root)
     return {
         "parameters": {
             **to_dict(config),
             **({"variant": bound.variant} if bound.variant else {}),
         },
         "inputs": {path: fingerprint(root / path) for path in inputs},
-        "sources": [path.as_posix() for path in sources],
         **({"starts": {path: read_origin(root / path) for path in starts}} if starts else {}),
     }
 
@@ -322,50 +371,6 @@ def _write_lineage(bound: Bound, context: Context, facts: dict[str, Any]) -> Non
     write_atomic(path, json.dumps(lineage, sort_keys=True, indent=2, ensure_ascii=False) + "\n")
 
 
-def _claim_work_folder(context: Context) -> None:
-    """Make `work/NAME` this run key's: what another one left there is set aside, never deleted, and
-    comes back when parameters, inputs and sources are again what they were."""
-    held = _key_of(context.work)
-    if held == context.run_key:
-        return
-    if context.work.is_dir() and not any(context.work.iterdir()):  # it may be a mount point
-        write_atomic(context.work / KEY_FILE, context.run_key)
-        return
-    if context.work.exists():
-        aside = _set_aside(context.work, held)
-        context.log(
-            f"parameters, inputs or sources changed: the old run lies in {aside.name}; they bring "
-            "it back, `vlfoundry gc` deletes it"
-        )
-    earlier = old_folder(context.work, context.run_key)
-    if _key_of(earlier) == context.run_key:
-        earlier.rename(context.work)
-        context.log(f"{earlier.name} is of just this run: it goes on")
-        return
-    made = context.work.with_name(context.work.name + ".new")
-    made.mkdir(parents=True, exist_ok=True)
-    write_atomic(made / KEY_FILE, context.run_key)
-    made.rename(context.work)
-
-
-def old_folder(work: Path, key: str) -> Path:
-    """Where the state of a run key lies while another one has `work`."""
-    return work.with_name(f"{work.name}{SET_ASIDE}{key[:12]}")
-
-
-def _key_of(work: Path) -> str | None:
-    marker = work / KEY_FILE
-    return marker.read_text(encoding="utf-8") if marker.is_file() else None
-
-
-def _set_aside(work: Path, key: str | None) -> Path:
-    wanted = old_folder(work, key or "unknown")
-    others = (wanted.with_name(f"{wanted.name}.{number}") for number in itertools.count(2))
-    free = next(path for path in itertools.chain([wanted], others) if not path.exists())
-    work.rename(free)
-    return free
-
-
 def _plan(bound: Bound, config: Any) -> str:
     lines = [
         f"stage {bound.address}",
@@ -386,6 +391,6 @@ def _versions() -> dict[str, str]:
 
 
 def _leave_with_parent() -> None:
-    from infra.launch import die_with_parent
+    from vlfoundry.infra.launch import die_with_parent
 
     die_with_parent()

@@ -1,4 +1,4 @@
-"""What `python -m stages.NAME --help` prints: parameters with their docstrings, and files."""
+"""What a stage's `--help` prints: parameters with their docstrings, and files."""
 
 import ast
 import dataclasses
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from infra.stage import Stage
+    from vlfoundry.infra.stage import Stage
 
 WIDTH = 100
 INDENT = "      "
@@ -21,7 +21,7 @@ INDENT = "      "
 def help_lines(stage: "Stage") -> Iterator[str]:
     """The help of a stage, a line each."""
     variant = " variant=V" if stage.variants else ""
-    yield f"python -m stages.{stage.name} [--dry-run]{variant} [key=value ...]"
+    yield f"python -m vlfoundry.stages.{stage.name} [--dry-run]{variant} [key=value ...]"
     yield ""
     yield from (inspect.getdoc(_module(stage)) or "").splitlines()
     yield ""
@@ -32,7 +32,7 @@ def help_lines(stage: "Stage") -> Iterator[str]:
     yield "Parameters (with the default where params.yaml may leave it out):"
     yield from _parameters(stage.config, "")
     yield ""
-    yield "Reads (relative to the root of the checkout):"
+    yield "Reads (relative to the root of the project):"
     yield from (f"  {path}" for path in stage.inputs)
     for name, paths in stage.variant_inputs.items():
         yield from (f"  {path}  (variant={name})" for path in paths)
@@ -41,7 +41,8 @@ def help_lines(stage: "Stage") -> Iterator[str]:
     yield "Writes:"
     folder = f"artifacts/{stage.name}" + ("/{variant}" if stage.variants else "")
     yield from (f"  {path}" for path in (*stage.outputs, f"{folder}/lineage.json"))
-    yield f"  work/{stage.name}{'-{variant}' if stage.variants else ''}/  (state to resume from)"
+    place = f"work/{stage.name}" + ("-{variant}" if stage.variants else "")
+    yield f"  {place}/RUN KEY/  (state to resume from)"
 
 
 def _module(stage: "Stage") -> types.ModuleType:

@@ -8,7 +8,7 @@ another.
 
 from enum import IntEnum
 
-from infra.errors import ConfigError
+from vlfoundry.infra.errors import ConfigError
 
 SEED_LIMIT = 1 << 32
 """seeds are 0 to this, not included"""

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from infra.errors import DataError
+from vlfoundry.infra.errors import DataError
 
 if TYPE_CHECKING:
     import pyarrow as pa

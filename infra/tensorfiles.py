@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from infra.errors import ModelError
-from infra.givenfiles import brief, check_file, is_file_name, read_mapping, shown
+from vlfoundry.infra.errors import ModelError
+from vlfoundry.infra.givenfiles import brief, check_file, is_file_name, read_mapping, shown
 
 if TYPE_CHECKING:
     from torch import Tensor

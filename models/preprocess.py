@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from infra.images import composite
+from vlfoundry.infra.images import composite
 
 if TYPE_CHECKING:
     from torch import Tensor

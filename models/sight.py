@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from infra.errors import ConfigError
-from infra.geometry import crop, squeeze
-from infra.images import composite
+from vlfoundry.infra.errors import ConfigError
+from vlfoundry.infra.geometry import crop, squeeze
+from vlfoundry.infra.images import composite
 
 if TYPE_CHECKING:
-    from infra.decode import Picture
-    from models.tiling import Tiling
+    from vlfoundry.infra.decode import Picture
+    from vlfoundry.models.tiling import Tiling
 
 Geometry = Literal["tiles", "squeeze", "pad", "crop"]
 Task = Literal["train", "zero_shot", "linear_probe", "retrieval", "caption", "chat"]
@@ -69,7 +69,7 @@ class PictureConfig:
 
     def tiling(self, side_px: int) -> Tiling:
         """The same as the tiling of squares of this side."""
-        from models.tiling import Tiling
+        from vlfoundry.models.tiling import Tiling
 
         if self.geometry != "tiles":
             return Tiling(tile_px=side_px, max_tiles=1, thumbnail=False, fit=self.geometry)
@@ -109,10 +109,10 @@ class Sight:
         """
         geometry = self.geometry(task)
         if self.chats:
-            from models.tiling import tile
+            from vlfoundry.models.tiling import tile
 
             return tile(picture, self.pictures.tiling(self.side_px))
-        from infra import decode  # Pillow: not where only numbers of models are asked for
+        from vlfoundry.infra import decode  # Pillow: not where only numbers of models are asked for
 
         return composite(_SQUARES[geometry](decode.pixels(picture), self.side_px))[None]
 

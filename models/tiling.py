@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from infra import decode
-from infra.decode import Encoded
-from infra.errors import ConfigError, DataError
-from infra.geometry import crop
-from models.preprocess import MEAN, over_background
+from vlfoundry.infra import decode
+from vlfoundry.infra.decode import Encoded
+from vlfoundry.infra.errors import ConfigError, DataError
+from vlfoundry.infra.geometry import crop
+from vlfoundry.models.preprocess import MEAN, over_background
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from infra.errors import ModelError
-from models.chat.control import GROUNDING, any_of, control_tokens, without_added
-from models.chat.dialogue import PlainDialogue, WrittenDialogue
-from models.chat.templates import END_IMG, IMG, IMG_CONTEXT
-from models.common.tokenizerfiles import read_backend
+from vlfoundry.infra.errors import ModelError
+from vlfoundry.models.chat.control import GROUNDING, any_of, control_tokens, without_added
+from vlfoundry.models.chat.dialogue import PlainDialogue, WrittenDialogue
+from vlfoundry.models.chat.templates import END_IMG, IMG, IMG_CONTEXT
+from vlfoundry.models.common.tokenizerfiles import read_backend
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend

@@ -11,7 +11,12 @@ import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-if sys.argv[0] == "-m":  # `python -m stages.NAME` is about to import the module that it runs
-    from infra.interrupts import quiet_start
+if (
+    sys.argv[0] == "-m"
+):  # `python -m vlfoundry.stages.NAME` is about to import the module that it runs
+    from vlfoundry.infra.interrupts import quiet_start
 
     quiet_start("stopped; run it again to go on")
+
+if __name__ != "vlfoundry.stages":
+    raise ImportError("import vlfoundry.stages: under two names every module is there twice")

@@ -15,21 +15,25 @@ import math
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from functools import partial
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 
-from infra.artwork import hash64
-from infra.config import check_ranges
-from infra.errors import ConfigError, DataError
-from infra.forked import run_forked
-from infra.images import decode_batch, hog_features
-from infra.progress import Progress
-from infra.stage import Context, Stage, main
-from infra.tables import read_table, write_table
+from vlfoundry.infra.artwork import hash64
+from vlfoundry.infra.config import check_ranges
+from vlfoundry.infra.errors import ConfigError, DataError
+from vlfoundry.infra.forked import run_forked
+from vlfoundry.infra.images import decode_batch, hog_features
+from vlfoundry.infra.progress import Progress
+from vlfoundry.infra.stage import Context, Plot, Stage, main
+from vlfoundry.infra.tables import read_table, write_table
 
 INGEST = "artifacts/ingest"
 OUT = "artifacts/bootstrap"
+LOSS = Plot(
+    path=f"{OUT}/loss.json", x="step", y="loss", title="loss of bootstrap, mean of its folds"
+)
 FOLDS = 2
 FEATURE_BATCH = 256
 SCORES = ("similarity", "score", "score_alone")
@@ -114,7 +118,7 @@ def run(config: Config, context: Context) -> None:
     corpus = _corpus(config, context, records)
     # Imported before the fork, so that it is paid once; nothing is computed with it here, for
     # torch's threads would not survive the fork.
-    importlib.import_module("models.scorer.model")
+    importlib.import_module("vlfoundry.models.scorer.model")
     results = run_forked(
         {
             f"the worker of fold {number + 1}": partial(_fold, config, corpus, fold, number)
@@ -131,6 +135,7 @@ def run(config: Config, context: Context) -> None:
     )
     histories = [history for _, history in results]
     context.write_json(f"{OUT}/metrics.json", _metrics(context, records, scores, histories))
+    context.write_json(LOSS.path, _mean_loss(histories))
 
 
 def assign_folds(families: list[str]) -> np.ndarray:
@@ -209,8 +214,8 @@ def _train(
 ) -> tuple[Any, dict[str, Any]]:
     import torch
 
-    from models.scorer.adamw import AdamW
-    from models.scorer.model import Scorer, ScorerConfig
+    from vlfoundry.models.scorer.adamw import AdamW
+    from vlfoundry.models.scorer.model import Scorer, ScorerConfig
 
     settings = config.bootstrap
     shape = ScorerConfig(
@@ -278,7 +283,7 @@ def _score(config: Config, corpus: Corpus, model: Any, rows: np.ndarray) -> dict
     """Similarity and score of the records `rows`; see the head of this file."""
     import torch
 
-    from models.scorer import evidence
+    from vlfoundry.models.scorer import evidence
 
     model.eval()
     used, image = np.unique(corpus.image[rows], return_inverse=True)
@@ -335,6 +340,12 @@ def _metrics(
     }
 
 
+def _mean_loss(histories: list[dict[str, Any]]) -> list[dict[str, float]]:
+    """The curve that `dvc plots` draws: at each step the mean over the folds."""
+    losses = zip(*(history["loss"] for history in histories), strict=True)
+    return [{"step": step, "loss": round(fmean(of), 5)} for step, of in enumerate(losses)]
+
+
 def _auc(positive: np.ndarray, negative: np.ndarray) -> float:
     """Chance that a random positive scores above a random negative (ties count half)."""
     if not len(positive) or not len(negative):
@@ -348,8 +359,10 @@ STAGE = Stage(
     name="bootstrap",
     config=Config,
     inputs=tuple(f"{INGEST}/{name}.parquet" for name in ("records", "images", "truth")),
-    outputs=(f"{OUT}/scores.parquet", f"{OUT}/metrics.json"),
+    outputs=(f"{OUT}/scores.parquet", f"{OUT}/metrics.json", LOSS.path),
+    plots=(LOSS,),
     run=run,
+    timeout_s=3600,
 )
 
 if __name__ == "__main__":

@@ -11,23 +11,24 @@ from functools import partial
 
 import numpy as np
 
-from infra.config import check_ranges
-from infra.errors import ConfigError
-from infra.images import AugmentConfig, augment, check_augment, uniforms
-from infra.loader import ShardSet
-from infra.pairs import PairStream
-from infra.stage import Context, Stage, check_folders, main
-from infra.streams import Stream, stream_seed
-from infra.train.config import TrainConfig
-from infra.train.session import Job, Place, train
-from models.internvl.config import InternVLConfig
-from models.internvl.cut import check_layout
-from models.internvl.start import Start, plan_start
-from models.objectives.options import ContrastiveConfig
+from vlfoundry.infra.config import check_ranges
+from vlfoundry.infra.errors import ConfigError
+from vlfoundry.infra.images import AugmentConfig, augment, check_augment, uniforms
+from vlfoundry.infra.loader import ShardSet
+from vlfoundry.infra.pairs import PairStream
+from vlfoundry.infra.stage import Context, Stage, check_folders, main
+from vlfoundry.infra.streams import Stream, stream_seed
+from vlfoundry.infra.train.config import TrainConfig
+from vlfoundry.infra.train.session import Job, Place, loss_plot, train
+from vlfoundry.models.internvl.config import InternVLConfig
+from vlfoundry.models.internvl.cut import check_layout
+from vlfoundry.models.internvl.start import Start, plan_start
+from vlfoundry.models.objectives.options import ContrastiveConfig
 
 SHARDS = "artifacts/shard/stage1"
 MODEL = "artifacts/contrastive/model"
 HISTORY = "artifacts/contrastive/history.json"
+LOSS = loss_plot(HISTORY, "contrastive")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,12 +127,12 @@ def job(config: Config, context: Context, place: Place) -> Job:
     """What a rank trains, in `infra.backend.parallel`."""
     import torch
 
-    from models.common.draws import drop_samples
-    from models.internvl.load import load_tokenizer, save_model
-    from models.internvl.model import build
-    from models.internvl.prompts import SUMMARIZE
-    from models.objectives.contrastive import Contrastive
-    from models.preprocess import standardise
+    from vlfoundry.models.common.draws import drop_samples
+    from vlfoundry.models.internvl.load import load_tokenizer, save_model
+    from vlfoundry.models.internvl.model import build
+    from vlfoundry.models.internvl.prompts import SUMMARIZE
+    from vlfoundry.models.objectives.contrastive import Contrastive
+    from vlfoundry.models.preprocess import standardise
 
     options, vision = config.contrastive, config.model.vision
     shards, masked_px = ShardSet(context.path(SHARDS)), options.masked_px or vision.image_px
@@ -180,8 +181,11 @@ STAGE = Stage(
     name="contrastive",
     config=Config,
     inputs=(SHARDS,),
-    outputs=(MODEL, HISTORY),
+    outputs=(MODEL, HISTORY, LOSS.path),
+    plots=(LOSS,),
     run=run,
+    timeout_s=14400,
+    start_parameters=lambda _variant: ("contrastive.start.model",),
     starts=lambda config, _variant: (config.contrastive.start.model,),
 )
 

@@ -10,16 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from infra.artwork import hash64, read_artwork
-from infra.config import check_ranges
-from infra.errors import ConfigError, DataError
-from infra.funnel import Verdict, dropped_table
-from infra.images import decode_batch, decode_rgba
-from infra.noise import reencode
-from infra.phash import colour_grid, hamming, near, perceptual_hash
-from infra.progress import Progress
-from infra.stage import Context, Stage, main
-from infra.tables import read_table, write_table
+from vlfoundry.infra.artwork import hash64, read_artwork
+from vlfoundry.infra.config import check_ranges
+from vlfoundry.infra.errors import ConfigError, DataError
+from vlfoundry.infra.funnel import Verdict, dropped_table
+from vlfoundry.infra.images import decode_batch, decode_rgba
+from vlfoundry.infra.noise import reencode
+from vlfoundry.infra.phash import colour_grid, hamming, near, perceptual_hash
+from vlfoundry.infra.progress import Progress
+from vlfoundry.infra.stage import Context, Stage, main
+from vlfoundry.infra.tables import read_table, write_table
 
 INGEST = "artifacts/ingest"
 BEFORE = "artifacts/dedup/kept.parquet"
@@ -182,6 +182,8 @@ STAGE = Stage(
     ),
     outputs=tuple(f"{OUT}/{name}" for name in ("kept.parquet", "dropped.parquet", "metrics.json")),
     run=run,
+    timeout_s=1800,
+    cpu=1,
 )
 
 if __name__ == "__main__":

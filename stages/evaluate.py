@@ -12,25 +12,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eval.datasets import ConceptSet, read_concept_set
-from eval.embedding import Setting
-from eval.ranks import Team, run_team
-from eval.reference import NearestPicture
-from eval.run import choose_languages, model_facts, score_model
-from eval.scores import with_baseline, with_untrained, write_scores
-from eval.suites import NEEDS
-from eval.variants import MODELS
-from infra.config import check_languages
-from infra.errors import ConfigError
-from infra.progress import Progress
-from infra.registry import model_kind
-from infra.stage import Context, Stage, check_folders, main, read_origin
-from infra.streams import Stream, stream_seed
-from infra.tables import read_table
+from vlfoundry.eval.datasets import ConceptSet, read_concept_set
+from vlfoundry.eval.embedding import Setting
+from vlfoundry.eval.ranks import Team, run_team
+from vlfoundry.eval.reference import NearestPicture
+from vlfoundry.eval.run import choose_languages, model_facts, score_model
+from vlfoundry.eval.scores import headline, with_baseline, with_untrained, write_scores
+from vlfoundry.eval.suites import NEEDS
+from vlfoundry.eval.variants import MODELS
+from vlfoundry.infra.config import check_languages
+from vlfoundry.infra.errors import ConfigError
+from vlfoundry.infra.progress import Progress
+from vlfoundry.infra.registry import model_kind
+from vlfoundry.infra.stage import Context, Stage, check_folders, main, read_origin
+from vlfoundry.infra.streams import Stream, stream_seed
+from vlfoundry.infra.tables import read_table
 
 DATA = "data"
 CLASSES = "artifacts/ingest/classes.parquet"
 RECORDS = "artifacts/ingest/records.parquet"
+METRICS = "artifacts/evaluate/{variant}/metrics.json"
 ARTWORK = ("emojitwo", "fluent", "fluent_flat", "fxemoji", "noto", "noto_v1", "twemoji")
 
 
@@ -157,6 +158,9 @@ def run(config: Config, context: Context) -> None:
         not_applicable=not_applicable,
         baseline=_named(context, baseline[0], facts["baseline"]) if baseline else None,
     )
+    context.write_json(
+        METRICS.format(variant=context.variant), {str(context.variant): headline(scores)}
+    )
 
 
 def _named(context: Context, folder: str, facts: dict[str, Any]) -> dict[str, Any]:
@@ -194,10 +198,17 @@ STAGE = Stage(
         CLASSES,
         RECORDS,
     ),
-    outputs=("artifacts/evaluate/{variant}/scores.json", "artifacts/evaluate/{variant}/items"),
+    outputs=(
+        "artifacts/evaluate/{variant}/scores.json",
+        "artifacts/evaluate/{variant}/items",
+        METRICS,
+    ),
+    metrics=(METRICS,),
     run=run,
+    timeout_s=3600,
     variants=tuple(MODELS),
     variant_inputs={variant: (folder,) for variant, folder in MODELS.items()},
+    start_parameters=lambda variant: (f"evaluate.baseline.{variant}",),
     starts=baseline_of,
 )
 

@@ -10,15 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from infra.config import check_ranges
-from infra.errors import DataError
-from infra.funnel import Verdict, any_drop, dropped_table, funnel_metrics
-from infra.images import decode_batch
-from infra.langid import tag_probability
-from infra.progress import Progress
-from infra.quality import effective_side, text_strokes
-from infra.stage import Context, Stage, main
-from infra.tables import read_table, write_table
+from vlfoundry.infra.config import check_ranges
+from vlfoundry.infra.errors import DataError
+from vlfoundry.infra.funnel import Verdict, any_drop, dropped_table, funnel_metrics
+from vlfoundry.infra.images import decode_batch
+from vlfoundry.infra.langid import tag_probability
+from vlfoundry.infra.progress import Progress
+from vlfoundry.infra.quality import effective_side, text_strokes
+from vlfoundry.infra.stage import Context, Stage, main
+from vlfoundry.infra.tables import read_table, write_table
 
 INGEST = "artifacts/ingest"
 SCORES = "artifacts/bootstrap/scores.parquet"
@@ -207,6 +207,8 @@ STAGE = Stage(
     ),
     outputs=tuple(f"{OUT}/{name}" for name in ("kept.parquet", "dropped.parquet", "metrics.json")),
     run=run,
+    timeout_s=1800,
+    cpu=1,
 )
 
 if __name__ == "__main__":

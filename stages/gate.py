@@ -7,11 +7,11 @@ control, and from an earlier model on the same items. All must hold but those th
 import dataclasses
 from dataclasses import dataclass
 
-from eval.rules import Rule, decide
-from eval.scores import read_document, read_scores
-from eval.variants import MODELS, scores_file
-from infra.errors import ConfigError
-from infra.stage import Context, Stage, main
+from vlfoundry.eval.rules import Rule, decide
+from vlfoundry.eval.scores import read_document, read_scores
+from vlfoundry.eval.variants import MODELS, scores_file
+from vlfoundry.infra.errors import ConfigError
+from vlfoundry.infra.stage import Context, Stage, main
 
 FORMAT = "vlfoundry.gate.v1"
 OUT = "artifacts/gate/gate.json"
@@ -88,6 +88,8 @@ STAGE = Stage(
     inputs=tuple(scores_file(variant) for variant in MODELS),
     outputs=(OUT,),
     run=run,
+    timeout_s=1800,
+    cpu=1,
 )
 
 if __name__ == "__main__":

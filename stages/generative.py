@@ -5,22 +5,22 @@ Three losses of equal weight: image-text contrast, matching, and captioning, on 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from infra.config import check_ranges
-from infra.images import AugmentConfig, augment, check_augment, uniforms
-from infra.loader import ShardSet
-from infra.pairs import PairStream
-from infra.stage import Context, Stage, check_folders, main
-from infra.streams import Stream, stream_seed
-from infra.train.config import TrainConfig
-from infra.train.session import Job, Place, train
-from models.internvl.config import InternVLConfig
-from models.internvl.cut import check_layout
-from models.internvl.start import Start, plan_start
-from models.objectives.options import GenerativeConfig
+from vlfoundry.infra.config import check_ranges
+from vlfoundry.infra.images import AugmentConfig, augment, check_augment, uniforms
+from vlfoundry.infra.loader import ShardSet
+from vlfoundry.infra.pairs import PairStream
+from vlfoundry.infra.stage import Context, Stage, check_folders, main
+from vlfoundry.infra.streams import Stream, stream_seed
+from vlfoundry.infra.train.config import TrainConfig
+from vlfoundry.infra.train.session import Job, Place, loss_plot, train
+from vlfoundry.models.internvl.config import InternVLConfig
+from vlfoundry.models.internvl.cut import check_layout
+from vlfoundry.models.internvl.start import Start, plan_start
+from vlfoundry.models.objectives.options import GenerativeConfig
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 SHARDS = "artifacts/shard/stage2"
 MODEL = "artifacts/generative/model"
 HISTORY = "artifacts/generative/history.json"
+LOSS = loss_plot(HISTORY, "generative")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,12 +100,12 @@ def _start(config: Config, context: Context) -> Start:
 def _job(config: Config, context: Context, place: Place) -> Job:
     import torch
 
-    from models.common.draws import drop_samples
-    from models.internvl.freeze import freeze
-    from models.internvl.load import load_tokenizer, save_model
-    from models.internvl.model import build
-    from models.objectives.generative import Generative
-    from models.preprocess import standardise
+    from vlfoundry.models.common.draws import drop_samples
+    from vlfoundry.models.internvl.freeze import freeze
+    from vlfoundry.models.internvl.load import load_tokenizer, save_model
+    from vlfoundry.models.internvl.model import build
+    from vlfoundry.models.objectives.generative import Generative
+    from vlfoundry.models.preprocess import standardise
 
     options, size_px = config.generative, config.model.vision.image_px
     pairs = PairStream(ShardSet(context.path(SHARDS)), seed=config.seed, size_px=size_px)
@@ -143,7 +144,7 @@ def groups(
     rank; one without the field stands alone."""
     import torch
 
-    from infra.fingerprint import sha256_bytes
+    from vlfoundry.infra.fingerprint import sha256_bytes
 
     names = [
         f"{field}={meta[field]}" if meta.get(field) else f"picture {picture}"
@@ -156,7 +157,7 @@ def text_rows(tokenizer: Any, metas: list[dict[str, Any]], max_tokens: int) -> d
     """The three forms in which stage 2 sees each caption: alone, summarised, and to be written."""
     import torch
 
-    from models.internvl.prompts import SUMMARIZE, caption_rows
+    from vlfoundry.models.internvl.prompts import SUMMARIZE, caption_rows
 
     captions = [meta["caption"] for meta in metas]
     rows = {
@@ -175,8 +176,13 @@ STAGE = Stage(
     name="generative",
     config=Config,
     inputs=(SHARDS,),
-    outputs=(MODEL, HISTORY),
+    outputs=(MODEL, HISTORY, LOSS.path),
+    plots=(LOSS,),
     run=run,
+    timeout_s=14400,
+    start_parameters=lambda _variant: tuple(
+        f"generative.start.{field.name}" for field in fields(StartConfig)
+    ),
     starts=lambda config, _variant: tuple(asdict(config.generative.start).values()),
 )
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from infra.artwork import (
+from vlfoundry.infra.artwork import (
     Artwork,
     Concept,
     hash64,
@@ -23,13 +23,13 @@ from infra.artwork import (
     read_concepts,
     stable_order,
 )
-from infra.config import check_languages, check_ranges
-from infra.errors import ConfigError, DataError
-from infra.images import decode_rgba
-from infra.noise import lossless, low_resolution, overlay_text, reencode
-from infra.progress import Progress
-from infra.stage import Context, Stage, main
-from infra.tables import write_table
+from vlfoundry.infra.config import check_languages, check_ranges
+from vlfoundry.infra.errors import ConfigError, DataError
+from vlfoundry.infra.images import decode_rgba
+from vlfoundry.infra.noise import lossless, low_resolution, overlay_text, reencode
+from vlfoundry.infra.progress import Progress
+from vlfoundry.infra.stage import Context, Stage, main
+from vlfoundry.infra.tables import write_table
 
 DATA = "data"
 SOURCE_FILES = ("emojitwo", "fluent", "fluent_flat", "fxemoji", "noto", "noto_v1", "twemoji")
@@ -409,6 +409,8 @@ STAGE = Stage(
         )
     ),
     run=run,
+    timeout_s=1800,
+    cpu=1,
 )
 
 if __name__ == "__main__":

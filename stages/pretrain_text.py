@@ -14,11 +14,11 @@ from functools import partial
 
 import numpy as np
 
-from infra.config import check_languages, check_ranges
-from infra.errors import ConfigError
-from infra.images import uniforms
-from infra.loader import SampleStream, ShardSet
-from infra.scenes import (
+from vlfoundry.infra.config import check_languages, check_ranges
+from vlfoundry.infra.errors import ConfigError
+from vlfoundry.infra.images import uniforms
+from vlfoundry.infra.loader import SampleStream, ShardSet
+from vlfoundry.infra.scenes import (
     BOX_UNITS,
     KINDS,
     Scene,
@@ -29,17 +29,18 @@ from infra.scenes import (
     imagine,
     pick,
 )
-from infra.stage import Context, Stage, main
-from infra.streams import Stream, stream_seed
-from infra.train.config import TrainConfig
-from infra.train.session import Job, Place, train
-from models.internvl.config import InternVLConfig
-from models.internvl.cut import check_layout
-from models.objectives.options import NextTokenConfig
+from vlfoundry.infra.stage import Context, Stage, main
+from vlfoundry.infra.streams import Stream, stream_seed
+from vlfoundry.infra.train.config import TrainConfig
+from vlfoundry.infra.train.session import Job, Place, loss_plot, train
+from vlfoundry.models.internvl.config import InternVLConfig
+from vlfoundry.models.internvl.cut import check_layout
+from vlfoundry.models.objectives.options import NextTokenConfig
 
 SHARDS = "artifacts/shard/stage1"
 MODEL = "artifacts/pretrain_text/model"
 HISTORY = "artifacts/pretrain_text/history.json"
+LOSS = loss_plot(HISTORY, "pretrain_text")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +141,7 @@ def wordings(lang: str) -> list[str]:
 
 def prefixed(lines: list[str]) -> list[str]:
     """Each line behind each fixed prompt, so that the tokenizer learns these as few tokens."""
-    from models.internvl.prompts import CAPTION_PROMPTS, SUMMARIZE
+    from vlfoundry.models.internvl.prompts import CAPTION_PROMPTS, SUMMARIZE
 
     prompts = (SUMMARIZE, *CAPTION_PROMPTS.values(), "\nUser:", "\nAssistant:")
     return [f"{prompt} {line}" for prompt in prompts for line in lines]
@@ -171,11 +172,11 @@ def job(config: Config, lines: list[str], names: list[tuple[str, str]], place: P
     """What a rank trains, in `infra.backend.parallel`."""
     import torch
 
-    from models import tokenizer as tokenizers
-    from models.internvl.load import save_model
-    from models.internvl.model import build
-    from models.internvl.prompts import labelled_rows
-    from models.objectives.next_token import TextObjective
+    from vlfoundry.models import tokenizer as tokenizers
+    from vlfoundry.models.internvl.load import save_model
+    from vlfoundry.models.internvl.model import build
+    from vlfoundry.models.internvl.prompts import labelled_rows
+    from vlfoundry.models.objectives.next_token import TextObjective
 
     options, text = config.pretrain_text, config.model.text
     whole: list[str] = []
@@ -222,8 +223,10 @@ STAGE = Stage(
     name="pretrain_text",
     config=Config,
     inputs=(SHARDS,),
-    outputs=(MODEL, HISTORY),
+    outputs=(MODEL, HISTORY, LOSS.path),
+    plots=(LOSS,),
     run=run,
+    timeout_s=14400,
 )
 
 if __name__ == "__main__":

@@ -5,13 +5,21 @@ The page (`work/report/index.html`) also shows times and rates; they differ from
 
 from dataclasses import dataclass
 
-from eval.report.collect import FUNNEL, STAGES, TRAINED, artefact, facts
-from eval.report.page import PAGE, render
-from eval.variants import MODELS
-from infra.config import check_ranges
-from infra.stage import Context, Stage, main
+from vlfoundry.eval.report.collect import FUNNEL, STAGES, TRAINED, artefact, facts, metrics
+from vlfoundry.eval.report.page import PAGE, render
+from vlfoundry.eval.variants import MODELS
+from vlfoundry.infra.config import check_ranges
+from vlfoundry.infra.stage import Context, Plot, Stage, main
 
 OUT = "artifacts/report/report.json"
+METRICS = "artifacts/report/metrics.json"
+FUNNEL_PLOT = Plot(
+    path="artifacts/report/funnel.json",
+    x="records",
+    y="after",
+    title="records left after each step",
+    template="bar_horizontal_sorted",
+)
 ARTWORK = ("emojitwo", "fluent", "fluent_flat", "fxemoji", "noto", "noto_v1", "twemoji")
 FUNNEL_FILES = ("kept.parquet", "dropped.parquet", "metrics.json")
 INGESTED = ("records", "images", "truth")
@@ -37,7 +45,11 @@ class Config:
 
 def run(config: Config, context: Context) -> None:
     """Write the facts and the page, and say where the page is."""
-    context.write_json(OUT, facts(context.root))
+    found = facts(context.root)
+    context.write_json(OUT, found)
+    context.write_json(METRICS, metrics(found))
+    steps = metrics(found)["funnel"].items()
+    context.write_json(FUNNEL_PLOT.path, [{"after": a, "records": n} for a, n in steps])
     page = render(context.root, context.path(PAGE), examples=config.report.examples)
     context.log(f"report: {page.relative_to(context.root)} ({page.stat().st_size / 1e6:.1f} MB)")
 
@@ -62,8 +74,12 @@ STAGE = Stage(
         "artifacts/gate/gate.json",
         *(f"{artefact(stage)}/lineage.json" for stage in STAGES if stage != "report"),
     ),
-    outputs=(OUT,),
+    outputs=(OUT, METRICS, FUNNEL_PLOT.path),
+    metrics=(METRICS,),
+    plots=(FUNNEL_PLOT,),
     run=run,
+    timeout_s=1800,
+    cpu=1,
 )
 
 if __name__ == "__main__":

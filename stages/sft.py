@@ -14,31 +14,41 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from infra.config import check_languages, check_ranges
-from infra.errors import ConfigError, DataError
-from infra.images import decode_rgba, uniforms
-from infra.loader import ShardSet, rank_slice
-from infra.packing import pack
-from infra.scenes import KINDS, Drawing, Scene, check_box_grid, compose, conversation, pick
-from infra.stage import Context, Stage, check_folders, main
-from infra.streams import Stream, stream_seed
-from infra.train.config import TrainConfig
-from infra.train.session import Job, Place, train
-from models.common.config import LoraConfig
-from models.internvl.config import InternVLConfig
-from models.internvl.cut import check_layout
-from models.internvl.start import Start, plan_start
-from models.objectives.options import NextTokenConfig
+from vlfoundry.infra.config import check_languages, check_ranges
+from vlfoundry.infra.errors import ConfigError, DataError
+from vlfoundry.infra.images import decode_rgba, uniforms
+from vlfoundry.infra.loader import ShardSet, rank_slice
+from vlfoundry.infra.packing import pack
+from vlfoundry.infra.scenes import (
+    KINDS,
+    Drawing,
+    Scene,
+    check_box_grid,
+    compose,
+    conversation,
+    pick,
+)
+from vlfoundry.infra.stage import Context, Stage, check_folders, main
+from vlfoundry.infra.streams import Stream, stream_seed
+from vlfoundry.infra.train.config import TrainConfig
+from vlfoundry.infra.train.session import Job, Place, loss_plot, train
+from vlfoundry.models.common.config import LoraConfig
+from vlfoundry.models.internvl.config import InternVLConfig
+from vlfoundry.models.internvl.cut import check_layout
+from vlfoundry.models.internvl.start import Start, plan_start
+from vlfoundry.models.objectives.options import NextTokenConfig
 
 if TYPE_CHECKING:
     import torch
 
-    from models.chat.dialogue import Dialogue
-    from models.chat.examples import Example
-    from models.chat.stream import ConversationStream
+    from vlfoundry.models.chat.dialogue import Dialogue
+    from vlfoundry.models.chat.examples import Example
+    from vlfoundry.models.chat.stream import ConversationStream
 
 SHARDS = "artifacts/shard/stage2"
 CHAT_DATA = "data/chat"
+HISTORY = "artifacts/sft/{variant}/history.json"
+LOSS = loss_plot(HISTORY, "sft@{variant}")
 SCENES = "scenes"
 """the source of questions that needs no file"""
 TOWERS = ("vision", "text", "language")
@@ -198,7 +208,7 @@ def run(config: Config, context: Context) -> None:
         lambda place: _job(config, context, place),
         check=partial(check_layout, f"chat_{context.variant}", config.model),
         model_folder=f"{folder}/model",
-        history=f"{folder}/history.json",
+        history=HISTORY.format(variant=context.variant),
     )
 
 
@@ -279,9 +289,9 @@ class SceneQuestions:
 
 def _stream(config: Config, context: Context, dialogue: Dialogue) -> ConversationStream:
     """Scenes and chat files, as the config mixes them."""
-    from models.chat.examples import Conversations, Example
-    from models.chat.stream import ConversationStream
-    from models.internvl.prompts import IGNORE
+    from vlfoundry.models.chat.examples import Conversations, Example
+    from vlfoundry.models.chat.stream import ConversationStream
+    from vlfoundry.models.internvl.prompts import IGNORE
 
     assert context.variant
     options, kind = config.sft, KIND[context.variant]
@@ -325,13 +335,13 @@ def _stream(config: Config, context: Context, dialogue: Dialogue) -> Conversatio
 def _job(config: Config, context: Context, place: Place) -> Job:
     import torch
 
-    from models.chat.examples import packed, padded
-    from models.common.draws import drop_samples
-    from models.internvl.freeze import freeze
-    from models.internvl.load import load_tokenizer, save_model
-    from models.internvl.model import build
-    from models.objectives.next_token import ChatObjective
-    from models.preprocess import normalise
+    from vlfoundry.models.chat.examples import packed, padded
+    from vlfoundry.models.common.draws import drop_samples
+    from vlfoundry.models.internvl.freeze import freeze
+    from vlfoundry.models.internvl.load import load_tokenizer, save_model
+    from vlfoundry.models.internvl.model import build
+    from vlfoundry.models.objectives.next_token import ChatObjective
+    from vlfoundry.models.preprocess import normalise
 
     assert context.variant
     options, kind = config.sft, KIND[context.variant]
@@ -402,9 +412,14 @@ STAGE = Stage(
     name="sft",
     config=Config,
     inputs=(SHARDS, CHAT_DATA),
-    outputs=("artifacts/sft/{variant}/model", "artifacts/sft/{variant}/history.json"),
+    outputs=("artifacts/sft/{variant}/model", HISTORY, LOSS.path),
+    plots=(LOSS,),
     run=run,
+    timeout_s=14400,
     variants=tuple(KIND),
+    start_parameters=lambda variant: tuple(
+        f"sft.start.{variant}.{name}" for name in StartConfig().folders(variant)
+    ),
     starts=lambda config, variant: tuple(config.sft.start.folders(variant).values()),
 )
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from infra.errors import ConfigError, DataError
-from infra.progress import Progress
-from infra.shards import Sample, write_shards
-from infra.stage import Context, Stage, main
-from infra.tables import read_table
+from vlfoundry.infra.errors import ConfigError, DataError
+from vlfoundry.infra.progress import Progress
+from vlfoundry.infra.shards import Sample, write_shards
+from vlfoundry.infra.stage import Context, Stage, main
+from vlfoundry.infra.tables import read_table
 
 INGEST = "artifacts/ingest"
 BEFORE = "artifacts/decontaminate/kept.parquet"
@@ -122,6 +122,8 @@ STAGE = Stage(
     inputs=(f"{INGEST}/records.parquet", f"{INGEST}/images.parquet", BEFORE),
     outputs=(f"{OUT}/stage1", f"{OUT}/stage2", f"{OUT}/metrics.json"),
     run=run,
+    timeout_s=1800,
+    cpu=1,
 )
 
 if __name__ == "__main__":

@@ -13,20 +13,26 @@ os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])
 if not Path("/dev/nvidiactl").exists():
     os.environ["TRITON_INTERPRET"] = "1"
 
+# It sets logging up anew, which closes the streams of all handlers that are there by then: absl's,
+# which comes with Megatron, would be what pytest captures.
+import gto.log  # noqa: F401
 import psutil
 import pytest
 
-import infra.train.mfu
+import vlfoundry.infra.train.mfu
 
 # Every run begins by measuring what it could do at best: a third of a second for each rank.
-infra.train.mfu.GEMM_SIDE = 128
+vlfoundry.infra.train.mfu.GEMM_SIDE = 128
+# A server that whoever runs the tests has is none of theirs.
+for name in [name for name in os.environ if name.startswith("PREFECT_")]:
+    del os.environ[name]
 
 
 @pytest.fixture(scope="session")
 def run_ranks():
     """`infra.backend.ranks.run_ranks` from this warmed process, with a time limit."""
-    from infra.backend import install
-    from infra.backend.ranks import run_ranks
+    from vlfoundry.infra.backend import install
+    from vlfoundry.infra.backend.ranks import run_ranks
 
     install()
     return functools.partial(run_ranks, timeout_s=120)

@@ -9,12 +9,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from eval.datasets import ConceptSet, DataFolder
-from eval.pairing import keyword_caption
-from eval.questions import Question
-from infra.decode import pixels
-from infra.geometry import squeeze
-from infra.images import composite
+from vlfoundry.eval.datasets import ConceptSet, DataFolder
+from vlfoundry.eval.pairing import keyword_caption
+from vlfoundry.eval.questions import Question
+from vlfoundry.infra.decode import pixels
+from vlfoundry.infra.geometry import squeeze
+from vlfoundry.infra.images import composite
 
 SIDE_PX = 32
 LANGUAGES = ("en", "zh")

@@ -4,11 +4,11 @@ from collections.abc import Callable
 
 import torch
 
-from models.common.config import DecoderConfig
-from models.connector.config import ConnectorConfig
-from models.internvit.config import InternViTConfig
-from models.internvl.config import InternVLConfig
-from models.qllama.config import QLlamaConfig
+from vlfoundry.models.common.config import DecoderConfig
+from vlfoundry.models.connector.config import ConnectorConfig
+from vlfoundry.models.internvit.config import InternViTConfig
+from vlfoundry.models.internvl.config import InternVLConfig
+from vlfoundry.models.qllama.config import QLlamaConfig
 
 VOCAB = 61
 TEXTS = [

@@ -8,16 +8,17 @@ from pathlib import Path
 
 import numpy as np
 
-from eval import questions
-from eval.datasets import ConceptSet, read_concept_set
-from eval.questions import KINDS, ask
-from eval.report.collect import STAGES, artefact
-from eval.suites.retrieval import keyword_caption
-from eval.variants import MODELS
-from infra.config import build
-from infra.stage import Context
-from infra.tables import write_table
 from tests.eval_fakes import CAN, Guesser, looks
+from vlfoundry.eval import questions
+from vlfoundry.eval.datasets import ConceptSet, read_concept_set
+from vlfoundry.eval.questions import KINDS, ask
+from vlfoundry.eval.report.collect import STAGES, artefact
+from vlfoundry.eval.suites.retrieval import keyword_caption
+from vlfoundry.eval.variants import MODELS
+from vlfoundry.infra import workfolder
+from vlfoundry.infra.config import build
+from vlfoundry.infra.stage import Context
+from vlfoundry.infra.tables import write_table
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 LANGUAGES = ("en", "zh", "ja", "ar", "it")
@@ -206,14 +207,13 @@ def _histories(root: Path) -> None:
             )
             steps.append({"step": i + 1, "loss": loss, "lr": 1e-3, **terms})
         _write(root / artefact(stage) / "history.json", {"steps": steps})
-        _write(
-            root / "work" / stage.replace("@", "-") / "record.json",
-            {"stage": stage, "run_key": "ab" * 32, **RECORD},
-        )
+        state = workfolder.folder(root, stage, "ab" * 32)
+        _write(state / "record.json", {"stage": stage, "run_key": "ab" * 32, **RECORD})
+        (state / workfolder.KEY_FILE).write_text("ab" * 32)
 
 
 def _evaluate(root: Path, data: ConceptSet) -> None:
-    import stages.evaluate as stage
+    import vlfoundry.stages.evaluate as stage
 
     for kind, folder in (*MODELS.items(), ("internvl_c", EARLIER)):
         _write(root / folder / "config.json", {"kind": kind})
@@ -225,7 +225,7 @@ def _evaluate(root: Path, data: ConceptSet) -> None:
         kind = next(kind for kind, path in MODELS.items() if folder == root / path)
         return HalfTaught(kind, data) if untrained_seed is None else Guesser(kind)
 
-    name, module = "models.internvl.load", types.SimpleNamespace(load_model=load_model)
+    name, module = "vlfoundry.models.internvl.load", types.SimpleNamespace(load_model=load_model)
     before, scenes = sys.modules.get(name), questions.TRAINING_SCENES
     questions.TRAINING_SCENES = 60
     sys.modules[name] = module  # type: ignore[assignment]
@@ -249,7 +249,7 @@ def _evaluate(root: Path, data: ConceptSet) -> None:
 
 
 def _gate(root: Path) -> None:
-    import stages.gate as stage
+    import vlfoundry.stages.gate as stage
 
     rules = [
         {

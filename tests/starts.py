@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from infra.config import build
-from models.internvl.config import InternVLConfig
-from models.internvl.folder import write_config
-from models.plan.weights import weights
 from tests.tiny import PARAMS
+from vlfoundry.infra.config import build
+from vlfoundry.models.internvl.config import InternVLConfig
+from vlfoundry.models.internvl.folder import write_config
+from vlfoundry.models.plan.weights import weights
 
 CONFIG: InternVLConfig = build(InternVLConfig, PARAMS["model"])
 

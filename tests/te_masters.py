@@ -18,15 +18,15 @@ from megatron.core import dist_checkpointing, optimizer, parallel_state  # noqa:
 from megatron.core.optimizer import distrib_optimizer  # noqa: E402
 from transformer_engine.pytorch.optimizers import FusedAdam  # noqa: E402
 
-import infra.backend  # noqa: E402
-from infra.backend import Layout, device_literals, install  # noqa: E402
-from infra.backend.parallel import parallel  # noqa: E402
-from infra.train import optim  # noqa: E402
-from infra.train.config import TrainConfig  # noqa: E402
-from infra.train.loop import wrap  # noqa: E402
-from infra.train.masters import join, split  # noqa: E402
-from models.internvl.model import build  # noqa: E402
+import vlfoundry.infra.backend  # noqa: E402
 from tests.models_helpers import tiny_config  # noqa: E402
+from vlfoundry.infra.backend import Layout, device_literals, install  # noqa: E402
+from vlfoundry.infra.backend.parallel import parallel  # noqa: E402
+from vlfoundry.infra.train import optim  # noqa: E402
+from vlfoundry.infra.train.config import TrainConfig  # noqa: E402
+from vlfoundry.infra.train.loop import wrap  # noqa: E402
+from vlfoundry.infra.train.masters import join, split  # noqa: E402
+from vlfoundry.models.internvl.model import build  # noqa: E402
 
 CONFIG = TrainConfig(steps=2, batch_samples=4, lr=1e-3, moments="bf16", gradients="bf16")
 
@@ -34,7 +34,7 @@ CONFIG = TrainConfig(steps=2, batch_samples=4, lr=1e-3, moments="bf16", gradient
 def main(folder: str) -> None:
     install()
     device = dataclasses.replace(install(), layer_spec="te", precision="bf16")
-    infra.backend._installed = device
+    vlfoundry.infra.backend._installed = device
     optim.find_device = lambda: device
     optimizer.Adam = distrib_optimizer.Adam = FusedAdam
     torch.cuda.is_available = lambda: True

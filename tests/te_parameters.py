@@ -30,7 +30,7 @@ def load_te() -> None:
 
 
 def main(kind: str) -> None:
-    from infra.backend import install
+    from vlfoundry.infra.backend import install
 
     if kind == "te":
         load_te()
@@ -40,11 +40,11 @@ def main(kind: str) -> None:
         from tests import te_standin
 
         te_standin.install()
-    from infra.backend import Layout
-    from infra.backend.parallel import parallel
-    from models.internvl.config import PARTS
-    from models.internvl.model import build
     from tests.models_helpers import tiny_config
+    from vlfoundry.infra.backend import Layout
+    from vlfoundry.infra.backend.parallel import parallel
+    from vlfoundry.models.internvl.config import PARTS
+    from vlfoundry.models.internvl.model import build
 
     with parallel(Layout()):
         for name in PARTS:

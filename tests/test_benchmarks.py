@@ -11,10 +11,10 @@ import torch
 
 from accept.meter import measure as measure_command
 from benchmarks import fp8_gap, harness
-from infra.config import load_params
-from infra.fp8 import Fp8Config
-from infra.stage import parameters_of
-from stages.contrastive import STAGE
+from vlfoundry.infra.config import load_params
+from vlfoundry.infra.fp8 import Fp8Config
+from vlfoundry.infra.stage import parameters_of
+from vlfoundry.stages.contrastive import STAGE
 
 
 @pytest.fixture

@@ -21,12 +21,12 @@ from typing import Any
 
 import psutil
 
-from infra.config import canonical_json
-from infra.fingerprint import fingerprint
-from infra.shards import Sample, write_shards
+from vlfoundry.infra.config import canonical_json
+from vlfoundry.infra.fingerprint import fingerprint
+from vlfoundry.infra.shards import Sample, write_shards
 
 ROOT = Path(__file__).parents[1]
-SOURCES = ("infra", "models", "eval", "stages")
+SOURCES = ("vlfoundry", "flows", "infra", "models", "eval", "stages")
 VENDORS = ("noto", "fxemoji", "emojitwo")
 LANGUAGES = ("en", "zh", "ar", "it")
 LIMIT_S = 120.0
@@ -65,7 +65,7 @@ def make_project(root: Path, params: dict[str, Any] = PARAMS, concepts: int = 4)
     root.mkdir(parents=True, exist_ok=True)
     for name in SOURCES:
         # Not a link: a source that somebody edits between two runs would change the run key.
-        shutil.copytree(ROOT / name, root / name)
+        shutil.copytree(ROOT / name, root / name, symlinks=True)
     (root / "data/chat").mkdir(parents=True)
     write_params(root, params)
     samples = drawings_with_captions(concepts)
@@ -75,6 +75,22 @@ def make_project(root: Path, params: dict[str, Any] = PARAMS, concepts: int = 4)
     return root
 
 
+def write_model(folder: Path, kind: str) -> None:
+    """A model folder as commands look at it before they import PyTorch: all weights are zero."""
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    from vlfoundry.infra.config import build
+    from vlfoundry.models.internvl.config import InternVLConfig
+    from vlfoundry.models.internvl.folder import write_config
+    from vlfoundry.models.plan.weights import weights
+
+    config = build(InternVLConfig, PARAMS["model"])
+    write_config(folder, kind, config)
+    held = {w.name: np.zeros(w.shape, np.float32) for w in weights(kind, config)}
+    save_file(held, folder / "weights.safetensors")
+
+
 def write_params(root: Path, params: dict[str, Any]) -> None:
     """Write params.yaml; JSON is YAML."""
     (root / "params.yaml").write_text(canonical_json(params) + "\n", encoding="utf-8")
@@ -82,7 +98,7 @@ def write_params(root: Path, params: dict[str, Any]) -> None:
 
 def drawings_with_captions(concepts: int) -> list[Sample]:
     """What all `VENDORS` drew of `concepts` concepts: name and keywords in every language."""
-    from infra.artwork import keyword_caption, read_artwork, read_concepts
+    from vlfoundry.infra.artwork import keyword_caption, read_artwork, read_concepts
 
     known = read_concepts(ROOT / "data")
     drawn = {
@@ -153,11 +169,11 @@ Start = Callable[..., Running]
 
 
 def start_process(root: Path, stage: str, *arguments: str) -> Running:
-    """`python -m stages.<stage>` in the project."""
+    """`python -m vlfoundry.stages.<stage>` in the project."""
     log = _log(root, stage)
     with log.open("wb") as stream:
         process = subprocess.Popen(
-            [sys.executable, "-m", f"stages.{stage}", *arguments],
+            [sys.executable, "-m", f"vlfoundry.stages.{stage}", *arguments],
             cwd=root, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
     return Running(pid=process.pid, log=log, collect=process.poll)
@@ -167,7 +183,7 @@ def start_fork(root: Path, stage: str, *arguments: str) -> Running:
     """The same stage in the project, forked from this process, whose imports it has."""
     log = _log(root, stage)
     log.touch()  # it is read before the fork has opened it
-    definition = importlib.import_module(f"stages.{stage}").STAGE
+    definition = importlib.import_module(f"vlfoundry.stages.{stage}").STAGE
     sys.stdout.flush()
     sys.stderr.flush()
     gc.freeze()  # its collector would touch, and so copy, every page that has an object
@@ -207,7 +223,7 @@ def _log(root: Path, stage: str) -> Path:
 
 def _be_stage(root: Path, definition: Any, arguments: tuple[str, ...], log: Path) -> None:
     """The whole life of a forked stage. Never returns."""
-    from infra.stage import main
+    from vlfoundry.infra.stage import main
 
     code = 1
     try:

@@ -13,9 +13,9 @@ def build(*, drop_path: float = 0.0):
     """The tower with weights that depend on their names only."""
     import torch
 
-    from infra.train.weights import load_weights, pieces
-    from models.internvit.config import InternViTConfig
-    from models.internvit.model import InternViT
+    from vlfoundry.infra.train.weights import load_weights, pieces
+    from vlfoundry.models.internvit.config import InternViTConfig
+    from vlfoundry.models.internvit.model import InternViT
 
     config = InternViTConfig(
         width=40, depth=2, heads=5, mlp_hidden=80, patch_px=8, image_px=16, drop_path=drop_path
@@ -71,8 +71,8 @@ def gradients(*, sum_qk_norms_by_name: bool = False) -> dict | None:
         finalize_model_grads,
     )
 
-    from infra.backend import device_literals
-    from infra.train.weights import gather_weights
+    from vlfoundry.infra.backend import device_literals
+    from vlfoundry.infra.train.weights import gather_weights
 
     model = build()
     wrapped = DistributedDataParallel(model.config, DistributedDataParallelConfig(), model)
@@ -121,11 +121,11 @@ def train(
     Returns:
         Result, canonical weights (rank 0), lines of the log, numbers of the batches.
     """
-    from infra.backend import Layout
-    from infra.backend.parallel import parallel
-    from infra.backend.ranks import this_rank
-    from infra.train.loop import fit
-    from infra.train.weights import gather_weights
+    from vlfoundry.infra.backend import Layout
+    from vlfoundry.infra.backend.parallel import parallel
+    from vlfoundry.infra.backend.ranks import this_rank
+    from vlfoundry.infra.train.loop import fit
+    from vlfoundry.infra.train.weights import gather_weights
 
     layout = layout or Layout(data=2)
     lines, batches = [], []

@@ -9,15 +9,15 @@ import numpy as np
 
 from benchmarks.gpu.data import LANGUAGES, embedded
 from benchmarks.gpu.sizes import Clock, Sizes
-from infra.backend import Layout, device_literals, install
-from infra.backend.parallel import parallel
-from infra.backend.placement import to_device
-from infra.fp8 import Fp8Config
-from infra.train.config import TrainConfig
-from infra.train.loop import wrap
-from infra.train.optim import build_optimizer, gradient_norm, set_step, update
-from infra.train.step import Engine
-from models.preprocess import normalise
+from vlfoundry.infra.backend import Layout, device_literals, install
+from vlfoundry.infra.backend.parallel import parallel
+from vlfoundry.infra.backend.placement import to_device
+from vlfoundry.infra.fp8 import Fp8Config
+from vlfoundry.infra.train.config import TrainConfig
+from vlfoundry.infra.train.loop import wrap
+from vlfoundry.infra.train.optim import build_optimizer, gradient_norm, set_step, update
+from vlfoundry.infra.train.step import Engine
+from vlfoundry.models.preprocess import normalise
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,8 +43,8 @@ def train(
 ) -> tuple[list[float], str]:
     """Losses of every step; batches depend on the step alone."""
     from benchmarks.gpu.towers import computed_by
-    from models.internvl.model import build
-    from models.objectives.contrastive import Contrastive
+    from vlfoundry.models.internvl.model import build
+    from vlfoundry.models.objectives.contrastive import Contrastive
 
     config = TrainConfig(
         steps=sizes.curve_steps, batch_samples=sizes.curve_samples, lr=1e-3,

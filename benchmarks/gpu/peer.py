@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks.gpu.mfu import measure
 from benchmarks.gpu.sizes import Clock, Sizes
 from benchmarks.gpu.towers import flops_per_image, free, pixels, rates, square_step, timed
-from infra.backend import install
+from vlfoundry.infra.backend import install
 
 
 def run(sizes: Sizes, clock: Clock) -> Iterator[dict[str, Any]]:

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import infra.backend
+import vlfoundry.infra.backend
 from benchmarks.gpu.sizes import FULL, TINY, Clock, Sizes
 
 ROOT = Path(__file__).parents[2]
@@ -35,10 +35,10 @@ def run(sizes: Sizes, clock: Clock) -> Iterator[dict[str, Any]]:
 
 def main() -> None:
     """Print one JSON line."""
-    from infra.backend.ranks import run_ranks
+    from vlfoundry.infra.backend.ranks import run_ranks
 
     sizes = TINY if "--tiny" in sys.argv else FULL
-    infra.backend.install()
+    vlfoundry.infra.backend.install()
     one = run_ranks(gradients, sizes, 1, ranks=1)[0]
     two = run_ranks(gradients, sizes, 2, ranks=2)[0]
     print(json.dumps({"case": "TP2 against TP1", **_compared(two, one)}))
@@ -47,14 +47,14 @@ def main() -> None:
 def gradients(sizes: Sizes, ranks: int) -> tuple[float, dict[str, Any]] | None:
     """Loss and whole gradients of an encoder; on rank 0."""
     from benchmarks.gpu.towers import pixels
-    from infra.backend import Layout, install
-    from infra.backend.parallel import parallel
-    from infra.backend.placement import to_device
-    from infra.train.weights import gather_weights
-    from models.common.canonical import initialise
-    from models.internvit.model import InternViT
+    from vlfoundry.infra.backend import Layout, install
+    from vlfoundry.infra.backend.parallel import parallel
+    from vlfoundry.infra.backend.placement import to_device
+    from vlfoundry.infra.train.weights import gather_weights
+    from vlfoundry.models.common.canonical import initialise
+    from vlfoundry.models.internvit.model import InternViT
 
-    infra.backend._installed = dataclasses.replace(install(), process_group="gloo")
+    vlfoundry.infra.backend._installed = dataclasses.replace(install(), process_group="gloo")
     config = dataclasses.replace(sizes.vision, depth=2)
     with parallel(Layout(tensor=ranks)):
         model = InternViT(config, install().layer_spec)

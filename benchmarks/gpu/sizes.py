@@ -6,11 +6,11 @@ import dataclasses
 import time
 from dataclasses import dataclass
 
-from models.common.config import DecoderConfig
-from models.internvit.config import InternViTConfig, internvit
-from models.internvl.config import InternVLConfig
-from models.llama.config import llama
-from models.qllama.config import QLlamaConfig
+from vlfoundry.models.common.config import DecoderConfig
+from vlfoundry.models.internvit.config import InternViTConfig, internvit
+from vlfoundry.models.internvl.config import InternVLConfig
+from vlfoundry.models.llama.config import llama
+from vlfoundry.models.qllama.config import QLlamaConfig
 
 WIDE = internvit("6b")
 

@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks.gpu.sizes import Clock, Sizes
 from benchmarks.gpu.towers import DENSE_TFLOPS, timed
 from benchmarks.harness import commit, machine
-from infra.backend import install
+from vlfoundry.infra.backend import install
 
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "transformers", "triton", "numpy")
 

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.gpu.sizes import Clock, Sizes
 from benchmarks.gpu.towers import fill, free, timed
-from infra.backend import Layout, device_literals, install
-from infra.backend.parallel import parallel
-from infra.backend.placement import to_device
-from infra.fp8 import Fp8Config
-from infra.train.config import TrainConfig
-from infra.train.loop import wrap
-from infra.train.optim import build_optimizer, gradient_norm, set_step, update
-from infra.train.step import Engine
-from models.plan.workload import Objective, Workload
+from vlfoundry.infra.backend import Layout, device_literals, install
+from vlfoundry.infra.backend.parallel import parallel
+from vlfoundry.infra.backend.placement import to_device
+from vlfoundry.infra.fp8 import Fp8Config
+from vlfoundry.infra.train.config import TrainConfig
+from vlfoundry.infra.train.loop import wrap
+from vlfoundry.infra.train.optim import build_optimizer, gradient_norm, set_step, update
+from vlfoundry.infra.train.step import Engine
+from vlfoundry.models.plan.workload import Objective, Workload
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,8 +30,8 @@ class Trainer:
     """A model, its objective and its optimizer; `step` is what a step of a run computes."""
 
     def __init__(self, kind: str, model_config: Any, objective: Any, trained: tuple[str, ...]):
-        from models.internvl.freeze import freeze
-        from models.internvl.model import InternVL
+        from vlfoundry.models.internvl.freeze import freeze
+        from vlfoundry.models.internvl.model import InternVL
 
         narrow = "bf16" if install().layer_spec == "te" else "fp32"
         self.config = TrainConfig(
@@ -61,7 +61,7 @@ class Trainer:
 
 def contrastive(sizes: Sizes, clock: Clock) -> Iterator[dict[str, Any]]:
     """Stage 1 with both towers, and what its loss alone takes of the step."""
-    from models.objectives.contrastive import Contrastive, info_nce
+    from vlfoundry.models.objectives.contrastive import Contrastive, info_nce
 
     batch = pairs(sizes)
     rows = _steps(
@@ -84,7 +84,7 @@ def generative(sizes: Sizes, clock: Clock) -> Iterator[dict[str, Any]]:
     """Stage 2: three tasks through QLLaMA, towers frozen, any wrong captions."""
     import torch
 
-    from models.objectives.generative import Generative
+    from vlfoundry.models.objectives.generative import Generative
 
     batch = pairs(sizes)
     texts = {"ids": batch.pop("ids"), "mask": batch.pop("mask")}
@@ -101,8 +101,8 @@ def chat(sizes: Sizes, clock: Clock) -> Iterator[dict[str, Any]]:
     """Stage 3: the language model and its connector learn."""
     import torch
 
-    from models.objectives.next_token import ChatObjective
-    from models.tokenizer import IMG_CONTEXT_ID
+    from vlfoundry.models.objectives.next_token import ChatObjective
+    from vlfoundry.models.tokenizer import IMG_CONTEXT_ID
 
     batch = pairs(sizes)
     places = sizes.stages.visual_tokens("chat_simple")
@@ -153,8 +153,8 @@ def _planned(
     found: dict[str, float], **work: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Memory and FLOPs of a step by `models.plan`, beside what was measured."""
-    from models.plan.compute import sample_flops
-    from models.plan.memory import GIB, memory
+    from vlfoundry.models.plan.compute import sample_flops
+    from vlfoundry.models.plan.memory import GIB, memory
 
     tokens = sizes.text_tokens
     if stage == "chat":
@@ -180,7 +180,7 @@ def _loss_alone(sizes: Sizes, info_nce: Callable[..., Any]) -> dict[str, float]:
     """Seconds of the contrastive loss of a step's embeddings, both ways."""
     import torch
 
-    from models.objectives.contrastive import ContrastiveConfig
+    from vlfoundry.models.objectives.contrastive import ContrastiveConfig
 
     kind = install().kind
     shape = sizes.stage_samples, sizes.stages.embed_dim

@@ -15,13 +15,13 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.gpu.sizes import Point
-from infra.backend import Layout, install
-from infra.backend.parallel import parallel
-from infra.backend.placement import to_device
-from infra.fp8 import Fp8Config
-from models.common.config import LayerSpecKind
-from models.internvit.config import InternViTConfig
-from models.internvit.model import InternViT
+from vlfoundry.infra.backend import Layout, install
+from vlfoundry.infra.backend.parallel import parallel
+from vlfoundry.infra.backend.placement import to_device
+from vlfoundry.infra.fp8 import Fp8Config
+from vlfoundry.models.common.config import LayerSpecKind
+from vlfoundry.models.internvit.config import InternViTConfig
+from vlfoundry.models.internvit.model import InternViT
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     # loaded by path, so this is how a run key learns that the results depend on these files
-    from eval.metrics.chrf import chrf  # noqa: F401
-    from eval.metrics.exact_match import exact_match  # noqa: F401
-    from eval.metrics.iou_accuracy import iou_accuracy  # noqa: F401
-    from eval.metrics.recall_at_k import recall_at_k  # noqa: F401
-    from eval.metrics.token_f1 import token_f1  # noqa: F401
-    from eval.metrics.topk_accuracy import topk_accuracy  # noqa: F401
+    from vlfoundry.eval.metrics.chrf import chrf  # noqa: F401
+    from vlfoundry.eval.metrics.exact_match import exact_match  # noqa: F401
+    from vlfoundry.eval.metrics.iou_accuracy import iou_accuracy  # noqa: F401
+    from vlfoundry.eval.metrics.recall_at_k import recall_at_k  # noqa: F401
+    from vlfoundry.eval.metrics.token_f1 import token_f1  # noqa: F401
+    from vlfoundry.eval.metrics.topk_accuracy import topk_accuracy  # noqa: F401
 
 METRICS = ("chrf", "exact_match", "iou_accuracy", "recall_at_k", "token_f1", "topk_accuracy")
 

@@ -6,7 +6,7 @@ internvl_chat/eval/vqa normalise differently: infographicsvqa_eval.py and textvq
 
 from collections.abc import Sequence
 
-from infra.errors import DataError
+from vlfoundry.infra.errors import DataError
 
 THRESHOLD = 0.5
 """A similarity below this counts as 0."""

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from eval.official.inputs import same_length
-from infra.errors import DataError
+from vlfoundry.eval.official.inputs import same_length
+from vlfoundry.infra.errors import DataError
 
 BOX = re.compile(r"\[+([^,\n]*),([^,\n]*),([^,\n]*),([^\]\n]*)\]")
 UNITS = 1000

@@ -6,8 +6,8 @@ evaluate_vqa.py.
 
 from collections.abc import Sequence
 
-from eval.official.inputs import same_length
-from infra.errors import DataError
+from vlfoundry.eval.official.inputs import same_length
+from vlfoundry.infra.errors import DataError
 
 TOLERANCE = 0.05
 

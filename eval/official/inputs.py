@@ -4,7 +4,7 @@ from collections.abc import Sized
 
 import numpy as np
 
-from infra.errors import DataError
+from vlfoundry.infra.errors import DataError
 
 
 def same_length(**named: Sized) -> int:

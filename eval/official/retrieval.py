@@ -7,9 +7,9 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from eval.official.inputs import indices, same_length, table
-from eval.ranking import best_rank
-from infra.errors import DataError
+from vlfoundry.eval.official.inputs import indices, same_length, table
+from vlfoundry.eval.ranking import best_rank
+from vlfoundry.infra.errors import DataError
 
 
 def retrieval_recall(

@@ -6,7 +6,7 @@ Source: the EvalAI answer processor as in internvl_chat/eval/vqa/textvqa_eval.py
 import re
 from collections.abc import Sequence
 
-from infra.errors import DataError
+from vlfoundry.infra.errors import DataError
 
 PEOPLE = 10
 AGREEING = 3

@@ -7,8 +7,8 @@ arXiv 2306.13394, and its calculation.py with internvl_chat/eval/mme/eval.py.
 import re
 from collections.abc import Sequence
 
-from eval.official.inputs import same_length
-from infra.errors import DataError
+from vlfoundry.eval.official.inputs import same_length
+from vlfoundry.infra.errors import DataError
 
 NEGATIONS = {"No", "no", "not"}
 MME_LETTERS = 4

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eval.parity.check import Check
-from eval.parity.layouts import listen_stages, through_stages
-from eval.parity.recorded import (
+from vlfoundry.eval.parity.check import Check
+from vlfoundry.eval.parity.layouts import listen_stages, through_stages
+from vlfoundry.eval.parity.recorded import (
     canonical_gradients,
     forward_checks,
     gradient_checks,
@@ -25,23 +25,18 @@ from eval.parity.recorded import (
     same_tokens,
     whole_gradients,
 )
-from infra.train.weights import load_weights
-from models.common.keymap import join_all
-from models.connector.model import pixel_shuffle
-from models.internvl.config import InternVLConfig
-from models.internvl.hf import config_from_official, from_official, native_keys
-from models.internvl.model import build
-from models.objectives.next_token import NextTokenConfig, next_token
+from vlfoundry.infra.train.weights import load_weights
+from vlfoundry.models.common.keymap import join_all
+from vlfoundry.models.connector.model import pixel_shuffle
+from vlfoundry.models.internvl.config import InternVLConfig
+from vlfoundry.models.internvl.hf import config_from_official, from_official, native_keys
+from vlfoundry.models.internvl.model import build
+from vlfoundry.models.objectives.next_token import NextTokenConfig, next_token
 
 KIND = "chat_simple"
 Tensors = Mapping[str, Tensor]
 Model = Any
 """an InternVL; which parts it has depends on its kind"""
-
-
-def is_chat(folder: Path) -> bool:
-    """Whether the folder's config has a chat model's language model."""
-    return "llm_config" in read_config(folder)
 
 
 def chat_model(folder: Path) -> tuple[str, InternVLConfig]:

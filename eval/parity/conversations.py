@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from eval.parity.check import Check, same
-from infra.errors import UserError
-from models.chat.labels import Row, padded, row
-from models.chat.templates import (
+from vlfoundry.eval.parity.check import Check, same
+from vlfoundry.infra.errors import UserError
+from vlfoundry.models.chat.labels import Row, padded, row
+from vlfoundry.models.chat.templates import (
     TEMPLATES,
     Message,
     Template,
@@ -22,13 +22,13 @@ from models.chat.templates import (
     questions_first,
     with_image_tokens,
 )
-from models.chat.tokenizer import (
+from vlfoundry.models.chat.tokenizer import (
     ByteLevelTokenizer,
     ChatTokenizer,
     SentencePieceTokenizer,
     has_dummy_prefix,
 )
-from models.internvl.prompts import IGNORE
+from vlfoundry.models.internvl.prompts import IGNORE
 
 PHI3_SWALLOWS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 """after these tokens the Phi-3 tokenizer drops blanks; the record does not say so itself"""

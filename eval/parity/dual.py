@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from eval.parity.check import Check
-from eval.parity.layouts import listen_stages, through_stages
-from eval.parity.recorded import (
+from vlfoundry.eval.parity.check import Check
+from vlfoundry.eval.parity.layouts import listen_stages, through_stages
+from vlfoundry.eval.parity.recorded import (
     EPS_PROBE_SCALE,
     below,
     blocked,
@@ -31,20 +31,20 @@ from eval.parity.recorded import (
     same_tokens,
     whole_gradients,
 )
-from infra.backend import Layout
-from infra.backend.parallel import current_layout, parallel
-from infra.backend.ranks import run_ranks, this_rank
-from infra.train.step import Engine
-from infra.train.weights import load_weights
-from models.common.decoder import at_end
-from models.internvl.config import InternVLConfig
-from models.internvl.hf import config_from_official, from_official
-from models.internvl.model import build
-from models.objectives.common import gather_rows
-from models.objectives.contrastive import ContrastiveConfig, own_places
-from models.objectives.generative import Generative, GenerativeConfig
-from models.objectives.next_token import NextTokenConfig
-from models.objectives.retrieval import Retrieval, RetrievalConfig
+from vlfoundry.infra.backend import Layout
+from vlfoundry.infra.backend.parallel import current_layout, parallel
+from vlfoundry.infra.backend.ranks import run_ranks, this_rank
+from vlfoundry.infra.train.step import Engine
+from vlfoundry.infra.train.weights import load_weights
+from vlfoundry.models.common.decoder import at_end
+from vlfoundry.models.internvl.config import InternVLConfig
+from vlfoundry.models.internvl.hf import config_from_official, from_official
+from vlfoundry.models.internvl.model import build
+from vlfoundry.models.objectives.common import gather_rows
+from vlfoundry.models.objectives.contrastive import ContrastiveConfig, own_places
+from vlfoundry.models.objectives.generative import Generative, GenerativeConfig
+from vlfoundry.models.objectives.next_token import NextTokenConfig
+from vlfoundry.models.objectives.retrieval import Retrieval, RetrievalConfig
 
 _BATCH = {
     "pixels": "pixel_values",
@@ -64,11 +64,6 @@ _OFFICIAL = ContrastiveConfig(max_logit_scale=None)
 Weights = Mapping[str, Tensor]
 Model = Any
 """an InternVL; which parts it has depends on its kind"""
-
-
-def is_dual(folder: Path) -> bool:
-    """Whether the folder's config has a QLLaMA (the name of its model type has other owners)."""
-    return "qllama_config" in read_config(folder)
 
 
 def dual_model(folder: Path) -> tuple[str, InternVLConfig]:

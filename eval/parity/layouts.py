@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eval.parity.check import Check
-from eval.parity.recorded import listen_decoder
-from infra.backend import Layout
-from infra.backend.parallel import current_layout, parallel
-from infra.backend.ranks import run_ranks
-from infra.errors import LayoutError
-from infra.train.step import Engine
-from models.internvl.config import InternVLConfig
-from models.internvl.cut import check_layout
-from models.objectives.common import Batch, Metrics, MicroBatches, Objective
+from vlfoundry.eval.parity.check import Check
+from vlfoundry.eval.parity.recorded import listen_decoder
+from vlfoundry.infra.backend import Layout
+from vlfoundry.infra.backend.parallel import current_layout, parallel
+from vlfoundry.infra.backend.ranks import run_ranks
+from vlfoundry.infra.errors import LayoutError
+from vlfoundry.infra.train.step import Engine
+from vlfoundry.models.internvl.config import InternVLConfig
+from vlfoundry.models.internvl.cut import check_layout
+from vlfoundry.models.objectives.common import Batch, Metrics, MicroBatches, Objective
 
 Finish = Callable[[Any, dict[str, Tensor], Batch], Metrics]
 """(model, what came out of a path, batch) -> what is compared; called at the last stage"""

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eval.parity.check import Check, close, same
-from infra.train.weights import gather_weights
-from models.common.parallel import tensor_group
-from models.common.stack import Stack
+from vlfoundry.eval.parity.check import Check, close, same
+from vlfoundry.infra.train.weights import gather_weights
+from vlfoundry.models.common.parallel import tensor_group
+from vlfoundry.models.common.stack import Stack
 
 FORWARD_ATOL = 1e-4
 """largest absolute difference of a forward value"""

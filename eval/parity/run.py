@@ -11,26 +11,27 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from eval.parity.chat import chat_model, check_chat, check_chat_stages, is_chat
-from eval.parity.check import Check
-from eval.parity.conversations import check_conversations, is_conversations
-from eval.parity.dual import check_dual, check_dual_stages, dual_model, is_dual
-from eval.parity.layouts import check_layouts
-from eval.parity.metrics import check_metrics, is_metrics
-from eval.parity.tiling import check_tiling, is_tiling
-from eval.parity.vision import check_vision, check_vision_stages, is_vision, vision_model
-from infra.devices import find_device
-from infra.errors import DataError, UserError
+from vlfoundry.eval.parity.chat import chat_model, check_chat, check_chat_stages
+from vlfoundry.eval.parity.check import Check
+from vlfoundry.eval.parity.conversations import check_conversations
+from vlfoundry.eval.parity.dual import check_dual, check_dual_stages, dual_model
+from vlfoundry.eval.parity.folders import check_folders, group_of
+from vlfoundry.eval.parity.layouts import check_layouts
+from vlfoundry.eval.parity.metrics import check_metrics
+from vlfoundry.eval.parity.tiling import check_tiling
+from vlfoundry.eval.parity.vision import check_vision, check_vision_stages, vision_model
+from vlfoundry.infra.devices import find_device
+from vlfoundry.infra.errors import DataError, UserError
 
-GROUPS: tuple[tuple[str, Callable[[Path], bool], Callable[[Path], list[Check]]], ...] = (
-    ("InternViT: a config.json with patch_size", is_vision, check_vision),
-    ("InternVL-14B: a config.json with qllama_config", is_dual, check_dual),
-    ("InternVL-Chat: a config.json with llm_config", is_chat, check_chat),
-    ("tiling: a dynamic_preprocess.json or an image_tiles.json", is_tiling, check_tiling),
-    ("conversations: a conversations.json", is_conversations, check_conversations),
-    ("metrics: files named after the official metrics", is_metrics, check_metrics),
-)
-"""what a folder of the group holds, whether a folder is one, and its comparison"""
+CHECKS: dict[str, Callable[[Path], list[Check]]] = {
+    "vision": check_vision,
+    "dual": check_dual,
+    "chat": check_chat,
+    "tiling": check_tiling,
+    "conversations": check_conversations,
+    "metrics": check_metrics,
+}
+"""the comparison of each group of `folders.GROUPS`"""
 STAGED = {
     check_vision: (check_vision_stages, vision_model),
     check_dual: (check_dual_stages, dual_model),
@@ -50,7 +51,7 @@ def check_folder(folder: Path) -> list[Check]:
 
     if not folder.is_dir():
         raise DataError(f"{folder} is no folder; expected a golden folder")
-    check = _pick(folder)
+    check = CHECKS[group_of(folder)]
     device = find_device()
     if device.kind != "cpu":
         raise UserError(
@@ -67,32 +68,17 @@ def check_folder(folder: Path) -> list[Check]:
     return checks
 
 
-def _pick(folder: Path) -> Callable[[Path], list[Check]]:
-    for _, is_one, check in GROUPS:
-        if is_one(folder):
-            return check
-    found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
-    known = "; ".join(what for what, _, _ in GROUPS)
-    raise DataError(
-        f"{folder} is no golden folder of a known group: it holds {found}. Known are: {known}"
-    )
-
-
 def compare_folders(paths: Sequence[Path], say: Callable[[str], None]) -> bool:
     """Compare folder by folder and print a table of each; True if everything passed.
 
     Raises:
-        DataError: a path does not exist, or none is a folder.
+        DataError: as `folders.check_folders`.
     """
-    missing = [str(path) for path in paths if not path.exists()]
-    if missing:
-        raise DataError(f"{', '.join(missing)} does not exist; expected golden folders")
+    check_folders(paths)
     folders = [path for path in paths if path.is_dir()]
     for path in paths:
         if path not in folders:
             say(f"skipped {path}: no folder")
-    if not folders:
-        raise DataError("there is nothing to compare: no path is a folder")
     failed, total, missed = [], 0, 0
     for number, folder in enumerate(folders, 1):
         say(f"[{number}/{len(folders)}] {folder.name}: comparing ...")

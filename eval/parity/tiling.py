@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from eval.parity.check import Check, close, same
-from infra.errors import DataError
-from models.preprocess import normalise, standardise
-from models.tiling import Tiling, plan, single, tile
+from vlfoundry.eval.parity.check import Check, close, same
+from vlfoundry.infra.errors import DataError
+from vlfoundry.models.preprocess import normalise, standardise
+from vlfoundry.models.tiling import Tiling, plan, single, tile
 
 GRIDS = "dynamic_preprocess.json"
 PICTURES = "image_tiles.json"

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from eval.parity.check import Check
-from eval.parity.layouts import through_stages
-from eval.parity.recorded import (
+from vlfoundry.eval.parity.check import Check
+from vlfoundry.eval.parity.layouts import through_stages
+from vlfoundry.eval.parity.recorded import (
     EPS_PROBE_SCALE,
     below,
     canonical_gradients,
@@ -21,16 +21,11 @@ from eval.parity.recorded import (
     read_tensors,
     whole_gradients,
 )
-from infra.train.weights import load_weights
-from models.internvit.hf import config_from_official, from_official
-from models.internvit.model import InternViT
-from models.internvl.config import InternVLConfig
-from models.internvl.model import build
-
-
-def is_vision(folder: Path) -> bool:
-    """Whether the folder's config is an InternViT's own."""
-    return "patch_size" in read_config(folder)
+from vlfoundry.infra.train.weights import load_weights
+from vlfoundry.models.internvit.hf import config_from_official, from_official
+from vlfoundry.models.internvit.model import InternViT
+from vlfoundry.models.internvl.config import InternVLConfig
+from vlfoundry.models.internvl.model import build
 
 
 def vision_model(folder: Path) -> tuple[str, InternVLConfig]:

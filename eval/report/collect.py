@@ -6,9 +6,10 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
-from eval.scores import read_document
-from eval.variants import MODELS, scores_file
-from infra.tables import read_table
+from vlfoundry.eval.scores import read_document
+from vlfoundry.eval.variants import MODELS, scores_file
+from vlfoundry.infra import workfolder
+from vlfoundry.infra.tables import read_table
 
 FUNNEL = ("filter", "dedup", "decontaminate")
 TRAINED = ("bootstrap", "pretrain_text", "contrastive", "generative", "sft@simple", "sft@full")
@@ -29,6 +30,21 @@ def facts(root: Path) -> dict[str, Any]:
         "scores": score_documents(root),
         "gate": _json(root / "artifacts/gate/gate.json"),
         "lineage": lineages(root),
+    }
+
+
+def metrics(found: dict[str, Any]) -> dict[str, Any]:
+    """The numbers of `facts` that people compare between runs, scores aside: records after each
+    step of the funnel, the last loss of each training stage, and whether the gate let pass."""
+    told = found["funnel"]
+    kept = {step["step"]: step["kept"] for step in told.get("steps", [])}
+    losses = {
+        stage: terms["loss"]["last"] for stage, terms in found["losses"].items() if "loss" in terms
+    }
+    return {
+        "funnel": {"ingest": told["records"], **kept, **told["shards"]} if told else {},
+        "loss": losses,
+        "gate": {"passed": (found["gate"] or {}).get("passed")},
     }
 
 
@@ -185,8 +201,9 @@ def lineages(root: Path) -> list[dict[str, Any]]:
 
 def work_records(root: Path) -> dict[str, dict[str, Any]]:
     """Times and rates of each stage: not the same each time, so for the page alone."""
-    files = {stage: root / "work" / stage.replace("@", "-") / "record.json" for stage in STAGES}
-    return {stage: record for stage, file in files.items() if (record := _json(file))}
+    places = {stage: place for stage in STAGES if (place := workfolder.current(root, stage))}
+    records = {stage: _json(place / "record.json") for stage, place in places.items()}
+    return {stage: record for stage, record in records.items() if record}
 
 
 def _truth(root: Path) -> dict[int, str] | None:

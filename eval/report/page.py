@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from eval.datasets import read_folder
-from eval.report import charts, collect
-from eval.scores import read_items
-from eval.suites import NEEDS
-from eval.variants import MODELS, scores_file
+from vlfoundry.eval.datasets import read_folder
+from vlfoundry.eval.report import charts, collect
+from vlfoundry.eval.scores import read_items
+from vlfoundry.eval.suites import NEEDS
+from vlfoundry.eval.variants import MODELS, scores_file
 
 PAGE = "work/report/index.html"
 TEMPLATE = "page.html.j2"
@@ -46,7 +46,7 @@ def render(root: Path, out: Path | None = None, *, examples: int = 12) -> Path:
     from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
     environment = Environment(
-        loader=PackageLoader("eval.report", "."),
+        loader=PackageLoader("vlfoundry.eval.report", "."),
         autoescape=select_autoescape(default=True, default_for_string=True),
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -2,10 +2,10 @@
 
 from collections.abc import Callable, Sequence
 
-from eval.datasets import DataFolder
-from eval.embedding import Model, Setting
-from eval.scores import ENSEMBLE, Score
-from infra.errors import ModelError
+from vlfoundry.eval.datasets import DataFolder
+from vlfoundry.eval.embedding import Model, Setting
+from vlfoundry.eval.scores import ENSEMBLE, Score
+from vlfoundry.infra.errors import ModelError
 
 SuiteRun = Callable[[Model, DataFolder, Setting], list[Score]]
 
@@ -55,18 +55,31 @@ def why_not(model: Model, suite: str) -> str:
     """
     if suite not in NEEDS:
         raise ModelError(f"unknown suite {suite!r}; choose from {', '.join(NEEDS)}")
-    able = abilities(model.kind, model.capabilities)
+    return why_not_kind(model.kind, model.capabilities, suite)
+
+
+def why_not_kind(kind: str, capabilities: frozenset[str], suite: str) -> str:
+    """`why_not` of a model that is not loaded yet."""
+    able = abilities(kind, capabilities)
     if NEEDS[suite] in able:
         return ""
     return (
-        f"{suite} needs a model that can {NEEDS[suite]}; one of kind {model.kind} can "
+        f"{suite} needs a model that can {NEEDS[suite]}; one of kind {kind} can "
         f"{' and '.join(sorted(able))}"
     )
 
 
 def suite_run(name: str) -> SuiteRun:
     """The `run` function of a suite."""
-    from eval.suites import box, caption, colour, linear_probe, matching, retrieval, zero_shot
+    from vlfoundry.eval.suites import (
+        box,
+        caption,
+        colour,
+        linear_probe,
+        matching,
+        retrieval,
+        zero_shot,
+    )
 
     modules = (zero_shot, retrieval, linear_probe, matching, caption, colour, box)
     return {module.NAME: module.run for module in modules}[name]

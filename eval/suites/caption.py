@@ -11,14 +11,21 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from eval.datasets import ConceptSet, DataFolder, Picture
-from eval.embedding import Model, Setting
-from eval.metrics import compute
-from eval.questions import ask, best_constant, by_language, keep_scenes, nearest_answers, replies
-from eval.scores import Score, mean_score, write_items
-from infra.decode import Picture as Shown
-from infra.errors import DataError
-from infra.scenes import caption_question
+from vlfoundry.eval.datasets import ConceptSet, DataFolder, Picture
+from vlfoundry.eval.embedding import Model, Setting
+from vlfoundry.eval.metrics import compute
+from vlfoundry.eval.questions import (
+    ask,
+    best_constant,
+    by_language,
+    keep_scenes,
+    nearest_answers,
+    replies,
+)
+from vlfoundry.eval.scores import Score, mean_score, write_items
+from vlfoundry.infra.decode import Picture as Shown
+from vlfoundry.infra.errors import DataError
+from vlfoundry.infra.scenes import caption_question
 
 NAME = "caption"
 MEASURES = ("token_f1", "chrf")
@@ -113,7 +120,7 @@ def _scores(measure, values, tasks, items, setting) -> list[Score]:
 def _in_language(data: DataFolder, tasks: Sequence[Task], said: Sequence[str]) -> np.ndarray | None:
     """1 for each text that is in its task's language, as far as the words of the set can tell; None
     where it has one language."""
-    from eval.metrics.token_f1.token_f1 import tokens
+    from vlfoundry.eval.metrics.token_f1.token_f1 import tokens
 
     if len(data.languages) < 2:
         return None
@@ -221,6 +228,6 @@ def _prompt(lang: str, is_chat: bool) -> str:
     """How a model is asked for a caption of a single picture."""
     if is_chat:
         return caption_question(lang)
-    from models.internvl.prompts import caption_prompt
+    from vlfoundry.models.internvl.prompts import caption_prompt
 
     return caption_prompt(lang)

@@ -2,12 +2,19 @@
 
 import numpy as np
 
-from eval.datasets import DataFolder
-from eval.embedding import Model, Setting
-from eval.metrics import compute
-from eval.questions import ask, best_constant, by_language, keep_scenes, nearest_answers, replies
-from eval.scores import Score, mean_score, write_items
-from infra.scenes import answer_words
+from vlfoundry.eval.datasets import DataFolder
+from vlfoundry.eval.embedding import Model, Setting
+from vlfoundry.eval.metrics import compute
+from vlfoundry.eval.questions import (
+    ask,
+    best_constant,
+    by_language,
+    keep_scenes,
+    nearest_answers,
+    replies,
+)
+from vlfoundry.eval.scores import Score, mean_score, write_items
+from vlfoundry.infra.scenes import answer_words
 
 NAME = "colour"
 MAX_NEW_TOKENS = 12

@@ -9,11 +9,18 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from eval.datasets import DataFolder
-from eval.embedding import IMAGE_BATCH, Model, Setting, embed_pictures, embed_texts, in_batches
-from eval.pairing import Pairs, name_captions, pair_up
-from eval.scores import Score, mean_score, write_items
-from infra.errors import DataError
+from vlfoundry.eval.datasets import DataFolder
+from vlfoundry.eval.embedding import (
+    IMAGE_BATCH,
+    Model,
+    Setting,
+    embed_pictures,
+    embed_texts,
+    in_batches,
+)
+from vlfoundry.eval.pairing import Pairs, name_captions, pair_up
+from vlfoundry.eval.scores import Score, mean_score, write_items
+from vlfoundry.infra.errors import DataError
 
 NAME = "matching"
 TASK = "retrieval"
@@ -44,6 +51,7 @@ def run(model: Model, data: DataFolder, setting: Setting) -> list[Score]:
     said = _probabilities(model, data, questions)
     items = [
         {
+            "id": f"{NAME}-{number:05d}",
             "picture": data.pictures[question.row].id,
             "lang": question.lang,
             "text": question.text,
@@ -51,7 +59,7 @@ def run(model: Model, data: DataFolder, setting: Setting) -> list[Score]:
             "probability": probability,
             "hit": float((probability >= SURE) == (question.caption == "own")),
         }
-        for question, probability in zip(questions, said, strict=True)
+        for number, (question, probability) in enumerate(zip(questions, said, strict=True))
     ]
     file = write_items(setting.items_dir, NAME, items)
     return [

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from eval.datasets import Concept, ConceptSet, DataFolder, PairSet
-from eval.embedding import Model, Setting, embed_pictures, embed_texts, unit
-from eval.metrics import compute
-from eval.ranking import best_rank, chance_at, top_candidates
-from eval.scores import ENSEMBLE, Score, mean_score, write_items
-from infra.errors import DataError
+from vlfoundry.eval.datasets import Concept, ConceptSet, DataFolder, PairSet
+from vlfoundry.eval.embedding import Model, Setting, embed_pictures, embed_texts, unit
+from vlfoundry.eval.metrics import compute
+from vlfoundry.eval.ranking import best_rank, chance_at, top_candidates
+from vlfoundry.eval.scores import ENSEMBLE, Score, mean_score, write_items
+from vlfoundry.infra.errors import DataError
 
 NAME = "zero_shot"
 CUTS = (1, 5)

@@ -10,9 +10,9 @@ import logging
 import warnings
 from typing import TYPE_CHECKING
 
-from infra.backend.layout import Layout, ModelFacts
-from infra.devices import Device, find_device
-from infra.errors import UserError
+from vlfoundry.infra.backend.layout import Layout, ModelFacts
+from vlfoundry.infra.devices import Device, find_device
+from vlfoundry.infra.errors import UserError
 
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -57,7 +57,7 @@ def install() -> Device:
     if found != MEGATRON_VERSION:
         raise UserError(
             f"megatron-core {found} is installed, but this code is tied to {MEGATRON_VERSION}; "
-            "run `make setup`, or check infra/backend/cpu.py against the new version"
+            "install that one (`make setup` does, in a checkout)"
         )
     device = find_device()
     with _quiet_import(), _compile_policy(device):
@@ -71,7 +71,7 @@ def install() -> Device:
     for name in _TALKATIVE:
         logging.getLogger(name).setLevel(logging.ERROR)
     if device.kind == "cpu":
-        from infra.backend import cpu
+        from vlfoundry.infra.backend import cpu
 
         cpu.install_rng()
         cpu.install_cuda_stand_ins()
@@ -90,7 +90,7 @@ def device_literals() -> contextlib.AbstractContextManager:
     """
     if install().kind == "cuda":
         return contextlib.nullcontext()
-    from infra.backend.cpu import CudaLiteralsToCpu
+    from vlfoundry.infra.backend.cpu import CudaLiteralsToCpu
 
     return CudaLiteralsToCpu()
 
@@ -164,6 +164,6 @@ def _quiet_import():
 def _compile_policy(device: Device) -> contextlib.AbstractContextManager:
     if device.kind == "cuda":
         return contextlib.nullcontext()
-    from infra.backend.cpu import eager_compile
+    from vlfoundry.infra.backend.cpu import eager_compile
 
     return eager_compile()

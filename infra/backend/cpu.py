@@ -152,7 +152,7 @@ def install_adam() -> None:
     from megatron.core import optimizer
     from megatron.core.optimizer import distrib_optimizer
 
-    from infra.backend.adam import CpuFusedAdam
+    from vlfoundry.infra.backend.adam import CpuFusedAdam
 
     optimizer.Adam = CpuFusedAdam
     optimizer.USING_PYTORCH_OPTIMIZER = False

@@ -7,11 +7,11 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from infra.backend import install
-from infra.backend.layout import Layout
-from infra.backend.ranks import Rank, forbid_forks, this_rank
-from infra.devices import Device
-from infra.fp8 import Fp8Config
+from vlfoundry.infra.backend import install
+from vlfoundry.infra.backend.layout import Layout
+from vlfoundry.infra.backend.ranks import Rank, forbid_forks, this_rank
+from vlfoundry.infra.devices import Device
+from vlfoundry.infra.fp8 import Fp8Config
 
 # One rendezvous store a rank, kept for as long as it lives, and how many worlds met there.
 _store: Any = None
@@ -131,7 +131,7 @@ def _groups_of_text(layout: Layout) -> Any:
 
 def _backend(device: Device) -> str:
     if device.kind == "cpu":
-        from infra.backend.cpu import GLOO
+        from vlfoundry.infra.backend.cpu import GLOO
 
         return GLOO
     return device.process_group

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from infra.backend import install
+from vlfoundry.infra.backend import install
 
 
 def to_device(value: Any) -> Any:

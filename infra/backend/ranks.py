@@ -27,11 +27,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from infra.errors import KilledError, UserError, ending
-from infra.interrupts import end_if_orphaned
-from infra.launch import die_with_parent
-from infra.loopback import listen
-from infra.space import no_space
+from vlfoundry.infra.errors import KilledError, UserError, ending
+from vlfoundry.infra.interrupts import end_if_orphaned
+from vlfoundry.infra.launch import die_with_parent
+from vlfoundry.infra.loopback import listen
+from vlfoundry.infra.space import no_space
 
 EXIT_FAILED = 1
 EXIT_STOPPED = 130
@@ -133,7 +133,7 @@ def run_ranks(
 
 
 def _prepare_parent() -> None:
-    from infra.backend import install
+    from vlfoundry.infra.backend import install
 
     install()
     import torch

@@ -28,16 +28,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from infra.config import canonical_json
-from infra.errors import KilledError
-from infra.fingerprint import fingerprint
-from infra.launch import die_with_parent
-from infra.space import no_space
-from infra.train.config import TrainConfig
-from infra.train.ema import Ema
-from infra.train.fp8 import Fp8Run
-from infra.train.spikes import Account
-from infra.train.step import random_state, set_random_state
+from vlfoundry.infra.config import canonical_json
+from vlfoundry.infra.errors import KilledError
+from vlfoundry.infra.fingerprint import fingerprint
+from vlfoundry.infra.launch import die_with_parent
+from vlfoundry.infra.space import no_space
+from vlfoundry.infra.train.config import TrainConfig
+from vlfoundry.infra.train.ema import Ema
+from vlfoundry.infra.train.fp8 import Fp8Run
+from vlfoundry.infra.train.spikes import Account
+from vlfoundry.infra.train.step import random_state, set_random_state
 
 FORMAT = "vlfoundry.checkpoint.v3"
 MANIFEST = "train.json"
@@ -60,7 +60,7 @@ class Checkpoints:
     """The checkpoints of one run, in one folder. Every rank makes one and calls the same methods.
 
     Args:
-        folder: e.g. `work/contrastive/checkpoints`.
+        folder: e.g. `work/contrastive/0123456789ab/checkpoints`.
         run_key: checkpoints of another run key are ignored.
         model: the model itself, not wrapped.
         optimizer: Megatron's.

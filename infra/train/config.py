@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from infra.errors import ConfigError
-from infra.fp8 import Fp8Config
+from vlfoundry.infra.errors import ConfigError
+from vlfoundry.infra.fp8 import Fp8Config
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -43,7 +43,7 @@ class Fp8Run:
         import torch.distributed as dist
         from megatron.core import parallel_state
 
-        from infra.backend import install
+        from vlfoundry.infra.backend import install
 
         if self._left or not self._delayed:
             return

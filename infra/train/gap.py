@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from infra.backend import Layout, device_literals
-from infra.train.config import TrainConfig
-from infra.train.fp8 import Fp8Run
+from vlfoundry.infra.backend import Layout, device_literals
+from vlfoundry.infra.train.config import TrainConfig
+from vlfoundry.infra.train.fp8 import Fp8Run
 
 SMOOTHED_SHARE = 0.1
 """last share of the steps, whose mean loss counts"""
@@ -51,8 +51,8 @@ def measure_gap(make: Make, config: TrainConfig, *, layout: Layout, work: Path) 
         layout: of both runs.
         work: folder, in which each run gets its own.
     """
-    from infra.backend.parallel import parallel
-    from infra.train.loop import fit
+    from vlfoundry.infra.backend.parallel import parallel
+    from vlfoundry.infra.train.loop import fit
 
     def run(train: TrainConfig, name: str) -> list[float]:
         with parallel(layout, seed=train.seed, fp8=train.fp8):
@@ -76,9 +76,9 @@ def gradient_cosines(
 
     Delayed scales have seen that batch once. The model has left FP8 afterwards.
     """
-    from infra.backend.placement import to_device
-    from infra.train.loop import wrap
-    from infra.train.step import Engine
+    from vlfoundry.infra.backend.placement import to_device
+    from vlfoundry.infra.train.loop import wrap
+    from vlfoundry.infra.train.step import Engine
 
     model, batch = to_device(model), to_device(batch_at(0))
     wrapped = [wrap(chunk) for chunk in getattr(model, "chunks", [model])]
@@ -104,7 +104,7 @@ def _gathered_gradients(model: Any) -> dict[str, Any]:
     """One vector for each layer and for each part outside of layers; on rank 0."""
     import torch
 
-    from infra.train.weights import gather_weights
+    from vlfoundry.infra.train.weights import gather_weights
 
     weights = {parameter: parameter.data for parameter in model.parameters()}
     for parameter in weights:

@@ -10,20 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from infra.backend import Layout, device_literals, install
-from infra.backend.placement import to_device
-from infra.backend.ranks import stop_requests
-from infra.progress import Progress
-from infra.streams import Stream, stream_seed
-from infra.train.checkpoint import Checkpoints, Saved, best_checkpoint, newest
-from infra.train.config import TrainConfig
-from infra.train.ema import Ema
-from infra.train.fp8 import Fp8Run
-from infra.train.mfu import peak_flops_per_s
-from infra.train.optim import build_optimizer, gradient_norm, set_step, update
-from infra.train.spikes import Account, refuse_if_hopeless, why_bad
-from infra.train.step import Engine, random_state, set_random_state
-from infra.train.telemetry import Stopwatch, Telemetry, Work
+from vlfoundry.infra.backend import Layout, device_literals, install
+from vlfoundry.infra.backend.placement import to_device
+from vlfoundry.infra.backend.ranks import stop_requests
+from vlfoundry.infra.progress import Progress
+from vlfoundry.infra.streams import Stream, stream_seed
+from vlfoundry.infra.train.checkpoint import Checkpoints, Saved, best_checkpoint, newest
+from vlfoundry.infra.train.config import TrainConfig
+from vlfoundry.infra.train.ema import Ema
+from vlfoundry.infra.train.fp8 import Fp8Run
+from vlfoundry.infra.train.mfu import peak_flops_per_s
+from vlfoundry.infra.train.optim import build_optimizer, gradient_norm, set_step, update
+from vlfoundry.infra.train.spikes import Account, refuse_if_hopeless, why_bad
+from vlfoundry.infra.train.step import Engine, random_state, set_random_state
+from vlfoundry.infra.train.telemetry import Stopwatch, Telemetry, Work
 
 Objective = Any
 """what `infra.train.step` can differentiate: pieces of a loss, or a function
@@ -283,7 +283,7 @@ class _Trainer:
 
     def _load(self, saved: Saved) -> None:
         if not self.checkpoints.load(saved):
-            from infra.backend.parallel import seed_everything
+            from vlfoundry.infra.backend.parallel import seed_everything
 
             own = stream_seed(self._config.seed, Stream.RESUMED)
             seed_everything(own + saved.account.step)

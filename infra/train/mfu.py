@@ -121,7 +121,7 @@ def note_flops(flops: Callable[[], int]) -> None:
 
 def peak_flops_per_s() -> tuple[float, str]:
     """What this rank's device could do, and where that is from."""
-    from infra.backend import install
+    from vlfoundry.infra.backend import install
 
     if install().kind == "cpu":
         return gemm_rate(), "fp32 torch.mm of 1024^3 in this run, one thread"

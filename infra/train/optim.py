@@ -7,9 +7,9 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from infra.devices import find_device
-from infra.errors import ConfigError
-from infra.train.config import TrainConfig
+from vlfoundry.infra.devices import find_device
+from vlfoundry.infra.errors import ConfigError
+from vlfoundry.infra.train.config import TrainConfig
 
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 TEXT_TOWER = "text"
@@ -82,7 +82,7 @@ def build_optimizer(models: Sequence[Any], config: TrainConfig) -> Any:
     for part in parts(optimizer):
         _make_state(part, config)
         if config.optimizer == "stable_adamw":
-            from infra.train.stable import clip_updates
+            from vlfoundry.infra.train.stable import clip_updates
 
             clip_updates(part)
     return optimizer
@@ -124,7 +124,7 @@ def _make_state(part: Any, config: TrainConfig) -> None:
         return
     import torch
 
-    from infra.train.masters import whole_masters
+    from vlfoundry.infra.train.masters import whole_masters
 
     # Megatron calls this without the second argument, which Transformer Engine 2.20 asks for.
     for group in adam.param_groups:

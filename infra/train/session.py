@@ -5,23 +5,27 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import posixpath
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from infra.backend import Layout
-from infra.backend.ranks import run_ranks
-from infra.launch import LauncherProfile, local_profile
-from infra.packing import PackingConfig
-from infra.prefetch import Prefetch
-from infra.stage import Context, Interrupted
-from infra.train.config import TrainConfig
-from infra.train.loop import FitResult, Objective
-from infra.train.mfu import Utilisation
-from infra.train.telemetry import check_sinks
+from vlfoundry.infra.backend import Layout
+from vlfoundry.infra.backend.ranks import run_ranks
+from vlfoundry.infra.files import write_atomic
+from vlfoundry.infra.launch import LauncherProfile, local_profile
+from vlfoundry.infra.packing import PackingConfig
+from vlfoundry.infra.prefetch import Prefetch
+from vlfoundry.infra.stage import Context, Interrupted, Plot
+from vlfoundry.infra.train.config import TrainConfig
+from vlfoundry.infra.train.loop import FitResult, Objective
+from vlfoundry.infra.train.mfu import Utilisation
+from vlfoundry.infra.train.telemetry import check_sinks
 
+THROUGHPUT = Path("work/throughput")
+"""a file a stage, for whoever names it to `dvc metrics show`: rates differ between equal runs"""
 HISTORY_FORMAT = "vlfoundry.history.v1"
 
 
@@ -55,6 +59,16 @@ class Job:
     """what the rank makes of what came from a worker, such as float pixels of uint8 ones"""
 
 
+def loss_file(history: str) -> str:
+    """Where the loss's curve lies: beside the history, in which DVC finds no points."""
+    return f"{posixpath.dirname(history)}/loss.json"
+
+
+def loss_plot(history: str, stage: str) -> Plot:
+    """What `dvc plots` draws of a training stage."""
+    return Plot(path=loss_file(history), x="step", y="loss", title=f"loss of {stage}")
+
+
 def train(
     context: Context,
     config: TrainConfig,
@@ -64,7 +78,7 @@ def train(
     model_folder: str,
     history: str,
 ) -> None:
-    """Fork the launcher's ranks, fit, and write the model folder and the history.
+    """Fork the launcher's ranks, fit, and write the model folder, the history and the loss's curve.
 
     Args:
         check: refuses a layout that the model cannot have, and `fp8` (a Fp8Config, or None) that
@@ -108,6 +122,13 @@ def train(
             "bad_steps": result.bad_steps,
         },
     )
+    context.write_json(
+        loss_file(history), [{key: row[key] for key in ("step", "loss")} for row in result.history]
+    )
+    throughput = _throughput(result, layout, context.work / "steps.jsonl", config.batch_samples)
+    rates = context.root / THROUGHPUT / f"{context.work.parent.name}.json"
+    rates.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(rates, json.dumps(throughput, indent=2, sort_keys=True) + "\n")
     context.record(
         train_s=round(time.perf_counter() - started, 2),
         resumed_from=result.resumed_from,
@@ -117,7 +138,7 @@ def train(
         left_fp8_at=result.left_fp8_at,
         best_step=result.best_step,
         samples=result.steps * config.batch_samples,
-        throughput=_throughput(result, layout, context.work / "steps.jsonl", config.batch_samples),
+        throughput=throughput,
     )
 
 
@@ -133,8 +154,8 @@ def _work(
     """One rank's whole life."""
     from megatron.core import parallel_state
 
-    from infra.backend.parallel import parallel
-    from infra.train.loop import fit
+    from vlfoundry.infra.backend.parallel import parallel
+    from vlfoundry.infra.train.loop import fit
 
     with parallel(layout, seed=config.seed, fp8=config.fp8):
         place = Place(
@@ -171,7 +192,10 @@ def _throughput(
 
     Every step's CPU-seconds are rank 0's; the ranks do the same work, so they count alike.
     """
-    rows = [json.loads(line) for line in timings.read_text(encoding="utf-8").splitlines()]
+    lines = timings.read_text(encoding="utf-8").splitlines() if timings.is_file() else []
+    rows = [json.loads(line) for line in lines]
+    if not rows:
+        return {}
     wall_s = statistics.median(row["wall_s"] for row in rows)
     cpu_s = statistics.median(row["cpu_s"] for row in rows)
     used = Utilisation(

@@ -7,8 +7,8 @@ import statistics
 from dataclasses import dataclass, field
 from typing import Any
 
-from infra.errors import UserError
-from infra.train.config import TrainConfig
+from vlfoundry.infra.errors import UserError
+from vlfoundry.infra.train.config import TrainConfig
 
 
 @dataclass(kw_only=True)

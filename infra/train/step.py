@@ -19,11 +19,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from infra.backend import Layout, device_literals, install, plain_calls
-from infra.backend.parallel import SoloGroup
-from infra.errors import LayoutError
-from infra.train.mfu import FlopCounter
-from infra.train.telemetry import Stopwatch
+from vlfoundry.infra.backend import Layout, device_literals, install, plain_calls
+from vlfoundry.infra.backend.parallel import SoloGroup
+from vlfoundry.infra.errors import LayoutError
+from vlfoundry.infra.train.mfu import FlopCounter
+from vlfoundry.infra.train.telemetry import Stopwatch
 
 Terms = dict[str, float]
 Rows = dict[str, Any]

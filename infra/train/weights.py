@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from infra.backend.parallel import SoloGroup
-from infra.errors import ModelError
+from vlfoundry.infra.backend.parallel import SoloGroup
+from vlfoundry.infra.errors import ModelError
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from models.chat.templates import END_IMG, IMG, IMG_CONTEXT, TEMPLATES
+from vlfoundry.models.chat.templates import END_IMG, IMG, IMG_CONTEXT, TEMPLATES
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend

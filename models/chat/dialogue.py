@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from infra.errors import DataError
-from models.chat import jinja
-from models.chat.labels import IGNORE, ids_of, row
-from models.chat.templates import (
+from vlfoundry.infra.errors import DataError
+from vlfoundry.models.chat import jinja
+from vlfoundry.models.chat.labels import IGNORE, ids_of, row
+from vlfoundry.models.chat.templates import (
     IMAGE,
     IMG_CONTEXT,
     Message,
@@ -22,10 +22,10 @@ from models.chat.templates import (
     generation_prompt,
     with_image_tokens,
 )
-from models.chat.tokenizer import ChatTokenizer
+from vlfoundry.models.chat.tokenizer import ChatTokenizer
 
 if TYPE_CHECKING:
-    from models.tokenizer import Tokenizer
+    from vlfoundry.models.tokenizer import Tokenizer
 
 
 class Dialogue(ABC):

@@ -15,15 +15,15 @@ from pathlib import Path
 
 import numpy as np
 
-from infra.decode import Encoded
-from infra.errors import DataError
-from infra.roots import Root
-from models.chat.dialogue import Dialogue
-from models.chat.jsonl import ChatFile, Problem, Sample
-from models.chat.labels import IGNORE
-from models.chat.visual import frame_indices
-from models.tiling import Tiling, picture_size, plan, share_tiles, tile
-from models.tokenizer import pad
+from vlfoundry.infra.decode import Encoded
+from vlfoundry.infra.errors import DataError
+from vlfoundry.infra.roots import Root
+from vlfoundry.models.chat.dialogue import Dialogue
+from vlfoundry.models.chat.jsonl import ChatFile, Problem, Sample
+from vlfoundry.models.chat.labels import IGNORE
+from vlfoundry.models.chat.visual import frame_indices
+from vlfoundry.models.tiling import Tiling, picture_size, plan, share_tiles, tile
+from vlfoundry.models.tokenizer import pad
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 LONGEST_TOKEN = 256

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 
-from models.chat.templates import IMG_CONTEXT, Template
+from vlfoundry.models.chat.templates import IMG_CONTEXT, Template
 
 _PARTS = """\
 {%- for message in messages %}

@@ -21,12 +21,12 @@ from typing import BinaryIO
 
 import numpy as np
 
-from infra.errors import DataError
-from infra.givenfiles import disguise
-from infra.roots import is_text, open_plain, what_is_wrong
-from models.chat.control import written_out
-from models.chat.templates import IMAGE, Message, Role
-from models.chat.visual import VIDEO, frame_lines
+from vlfoundry.infra.errors import DataError
+from vlfoundry.infra.givenfiles import disguise
+from vlfoundry.infra.roots import is_text, open_plain, what_is_wrong
+from vlfoundry.models.chat.control import written_out
+from vlfoundry.models.chat.templates import IMAGE, Message, Role
+from vlfoundry.models.chat.visual import VIDEO, frame_lines
 
 ROLES: tuple[Role, ...] = ("system", "human", "gpt")
 FIELDS = ("id", "image", "video", "width", "height", "conversations")

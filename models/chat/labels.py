@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from models.chat.templates import (
+from vlfoundry.models.chat.templates import (
     IMAGE,
     Message,
     Span,
@@ -19,7 +19,7 @@ from models.chat.templates import (
     questions_first,
     with_image_tokens,
 )
-from models.chat.tokenizer import ChatTokenizer
+from vlfoundry.models.chat.tokenizer import ChatTokenizer
 
 IGNORE = -100
 """label of a token that is not learnt"""

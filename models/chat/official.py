@@ -13,13 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from infra.errors import ModelError
-from infra.givenfiles import MOST_BYTES, brief, check_file, read_mapping, shown
-from models.chat.dialogue import TemplateDialogue, WrittenDialogue
-from models.chat.templates import TEMPLATES, named
-from models.chat.tokenizer import ByteLevelTokenizer, ChatTokenizer, SentencePieceTokenizer
-from models.common.tokenizerfiles import read_pieces
-from models.tokenizer import TextTokenizer
+from vlfoundry.infra.errors import ModelError
+from vlfoundry.infra.givenfiles import MOST_BYTES, brief, check_file, read_mapping, shown
+from vlfoundry.models.chat.dialogue import TemplateDialogue, WrittenDialogue
+from vlfoundry.models.chat.templates import TEMPLATES, named
+from vlfoundry.models.chat.tokenizer import (
+    ByteLevelTokenizer,
+    ChatTokenizer,
+    SentencePieceTokenizer,
+)
+from vlfoundry.models.common.tokenizerfiles import read_pieces
+from vlfoundry.models.tokenizer import TextTokenizer
 
 PIECES = ("tokenizer.model", "tokenizer.json", "vocab.json")
 """what holds a vocabulary, in the order in which it is looked for; vocab.json has a merges.txt"""

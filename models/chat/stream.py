@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from infra.mixture import Mixture
-from infra.streams import Stream, stream_seed
-from models.chat.examples import Conversations, Example
+from vlfoundry.infra.mixture import Mixture
+from vlfoundry.infra.streams import Stream, stream_seed
+from vlfoundry.models.chat.examples import Conversations, Example
 
 Source = Conversations | Callable[[int], Example]
 """a chat file, or whatever makes the example for any number"""

@@ -7,8 +7,8 @@ Source: the chat data format of OpenGVLab/InternVL (`<image>`, `<video>`, "Frame
 
 import numpy as np
 
-from infra.errors import ConfigError, DataError
-from models.chat.templates import IMAGE
+from vlfoundry.infra.errors import ConfigError, DataError
+from vlfoundry.models.chat.templates import IMAGE
 
 VIDEO = "<video>"
 """stands for the frames of the video in a question"""

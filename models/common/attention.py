@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from models.common.megatron import AttnMaskType, TransformerConfig
-from models.common.packing import is_packed
-from models.common.parallel import Part
+from vlfoundry.models.common.megatron import AttnMaskType, TransformerConfig
+from vlfoundry.models.common.packing import is_packed
+from vlfoundry.models.common.parallel import Part
 
 
 class KeyValueCache:

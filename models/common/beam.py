@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from models.common.attention import KeyValueCache, key_value_cache
-from models.common.decode import Continuation
-from models.common.decoder import Decoder
+from vlfoundry.models.common.attention import KeyValueCache, key_value_cache
+from vlfoundry.models.common.decode import Continuation
+from vlfoundry.models.common.decoder import Decoder
 
 _NEVER = -1e9
 """score of a beam that is a copy of another (all beams of a row start alike)"""

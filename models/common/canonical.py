@@ -15,8 +15,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from models.common.parallel import tensor_group_of
-from models.tokenizer import EOS_ID
+from vlfoundry.models.common.parallel import tensor_group_of
+from vlfoundry.models.tokenizer import EOS_ID
 
 Rule = tuple[str, float]
 """("normal", std), ("trunc_normal", std), ("token_embedding", std), ("uniform", bound) or

@@ -72,6 +72,15 @@ class RopeScaling:
             )
 
 
+LINEARS = {
+    "qkv": "self_attention.linear_qkv",
+    "proj": "self_attention.linear_proj",
+    "fc1": "mlp.linear_fc1",
+    "fc2": "mlp.linear_fc2",
+}
+"""what a `LoraConfig` names, in a layer"""
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
     """Low-rank adapters of a stack: W x + alpha / rank * B A dropout(x) (LoRA, arXiv 2106.09685).

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention, silu
 
-from models.common.attention import KeyValueCache, SDPAttention, additive
-from models.common.decoder import Decoder
-from models.common.layers import PlainLayer
-from models.common.linear import ColumnLinear, RowLinear, UnbiasedColumnLinear
-from models.common.megatron import MLP, SelfAttention
-from models.common.norms import RMSNorm, rms_norm
+from vlfoundry.models.common.attention import KeyValueCache, SDPAttention, additive
+from vlfoundry.models.common.decoder import Decoder
+from vlfoundry.models.common.layers import PlainLayer
+from vlfoundry.models.common.linear import ColumnLinear, RowLinear, UnbiasedColumnLinear
+from vlfoundry.models.common.megatron import MLP, SelfAttention
+from vlfoundry.models.common.norms import RMSNorm, rms_norm
 
 _PLAIN = {
     "input_layernorm": RMSNorm,

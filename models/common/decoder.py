@@ -10,21 +10,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from models.common.attention import additive
-from models.common.canonical import set_init, set_rule, set_true_shape
-from models.common.config import DecoderConfig, LayerSpecKind
-from models.common.layers import PlainLayer, layer_submodules
-from models.common.linear import ColumnLinear, VocabEmbedding
-from models.common.lora import add_lora
-from models.common.megatron import (
+from vlfoundry.models.common.attention import additive
+from vlfoundry.models.common.canonical import set_init, set_rule, set_true_shape
+from vlfoundry.models.common.config import DecoderConfig, LayerSpecKind
+from vlfoundry.models.common.layers import PlainLayer, layer_submodules
+from vlfoundry.models.common.linear import ColumnLinear, VocabEmbedding
+from vlfoundry.models.common.lora import add_lora
+from vlfoundry.models.common.megatron import (
     ModuleSpec,
     TransformerConfig,
 )
-from models.common.packing import is_packed, packed_positions
-from models.common.parallel import Part, beside, pad_to_multiple, stack_config
-from models.common.parts import Parts, parts_of
-from models.common.rope import rope_frequencies
-from models.common.stack import Stack
+from vlfoundry.models.common.packing import is_packed, packed_positions
+from vlfoundry.models.common.parallel import Part, beside, pad_to_multiple, stack_config
+from vlfoundry.models.common.parts import Parts, parts_of
+from vlfoundry.models.common.rope import rope_frequencies
+from vlfoundry.models.common.stack import Stack
 
 
 class Decoder(Part):

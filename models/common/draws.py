@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from infra.splitmix import mix64, numbers_of
-from infra.streams import Stream, stream_seed
+from vlfoundry.infra.splitmix import mix64, numbers_of
+from vlfoundry.infra.streams import Stream, stream_seed
 
 
 def drop_samples(seed: int, positions: Sequence[tuple[int, int]]) -> Tensor:

@@ -12,8 +12,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from infra.errors import ConfigError
-from infra.givenfiles import shown
+from vlfoundry.infra.errors import ConfigError
+from vlfoundry.infra.givenfiles import shown
 
 MISSING = object()
 """the default of a field that has none"""

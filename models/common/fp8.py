@@ -22,8 +22,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from infra.fp8 import MULTIPLE, Fp8Config
-from models.common.float8 import (
+from vlfoundry.infra.fp8 import MULTIPLE, Fp8Config
+from vlfoundry.models.common.float8 import (
     BLOCK,
     E4M3,
     E5M2,

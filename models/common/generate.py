@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from models.common.attention import key_value_cache
-from models.common.decode import Continuation
-from models.common.decoder import Decoder
+from vlfoundry.models.common.attention import key_value_cache
+from vlfoundry.models.common.decode import Continuation
+from vlfoundry.models.common.decoder import Decoder
 
 
 @torch.no_grad()

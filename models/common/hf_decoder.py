@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from models.common.config import DecoderConfig
-from models.common.keymap import Key, one, prefixed, renamed
+from vlfoundry.models.common.config import DecoderConfig
+from vlfoundry.models.common.keymap import Key, one, prefixed, renamed
 
 _INTERNLM2 = (
     # Patterns of LLaMA's names, and what InternLM2 has.

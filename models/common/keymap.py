@@ -9,12 +9,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from vlfoundry.infra.errors import ModelError
+from vlfoundry.infra.givenfiles import brief
 
-from infra.errors import ModelError
-from infra.givenfiles import brief
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Shape = tuple[int, ...]
 NAMED = 20
@@ -48,6 +49,8 @@ class Key:
 
     def join(self, tensors: Sequence[Tensor]) -> Tensor:
         """Theirs, in order, as ours."""
+        import torch
+
         if self._is_one:
             return tensors[0].reshape(self.shape)
         parts = [part for tensor in tensors for part in tensor.chunk(self.blocks)]
@@ -57,6 +60,8 @@ class Key:
 
     def split(self, tensor: Tensor) -> list[Tensor]:
         """Ours as theirs, in order: the inverse of `join`."""
+        import torch
+
         if self._is_one:
             return [tensor.reshape(self.theirs[0][1])]
         rest = tensor.shape[1:]
@@ -97,6 +102,8 @@ def join_all(keys: Iterable[Key], weights: Mapping[str, Tensor]) -> dict[str, Te
     Raises:
         ModelError: a tensor is missing.
     """
+    import torch
+
     keys = tuple(keys)
     missing = [name for key in keys for name in key.names if name not in weights]
     if missing:

@@ -12,9 +12,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from models.common import kernels
-from models.common.config import LoraConfig
-from models.common.megatron import (
+from vlfoundry.models.common import kernels
+from vlfoundry.models.common.config import LoraConfig
+from vlfoundry.models.common.megatron import (
     MLP,
     AttnMaskType,
     MLPSubmodules,
@@ -25,14 +25,14 @@ from models.common.megatron import (
     TransformerLayer,
     TransformerLayerSubmodules,
 )
-from models.common.norms import (
+from vlfoundry.models.common.norms import (
     FullWidthQKRMSNorm,
     NormKind,
     RMSNorm,
     lent_norm,
     query_key_norm,
 )
-from models.common.parts import Maker, Parts
+from vlfoundry.models.common.parts import Maker, Parts
 
 
 def plain_residual(_training: bool, _fused: bool) -> Callable:
@@ -117,7 +117,7 @@ class ScaledLayer(PlainLayer):
         residual: Tensor,
     ) -> Tensor:
         """With the norm before the MLP, where it is one that the kernel knows."""
-        from models.common.kernels.residual import scaled_residual
+        from vlfoundry.models.common.kernels.residual import scaled_residual
 
         norm = self.pre_mlp_layernorm
         if branch != 0 or type(norm) is not RMSNorm:  # a subclass may leave the norm to others

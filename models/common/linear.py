@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 from torch.nn.functional import embedding, linear
 
-from infra.fp8 import Fp8Config
-from models.common.canonical import relax_padding
-from models.common.fp8 import Fp8Product
-from models.common.megatron import (
+from vlfoundry.infra.fp8 import Fp8Config
+from vlfoundry.models.common.canonical import relax_padding
+from vlfoundry.models.common.fp8 import Fp8Product
+from vlfoundry.models.common.megatron import (
     ColumnParallelLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
@@ -26,7 +26,7 @@ from models.common.megatron import (
 )
 
 if TYPE_CHECKING:
-    from models.common.lora import Lora
+    from vlfoundry.models.common.lora import Lora
 
 
 class _Multiplies:

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout, linear
 
-from models.common.canonical import full_shape, relax_padding, set_rule, set_true_shape
-from models.common.config import LoraConfig
-from models.common.megatron import (
+from vlfoundry.models.common.canonical import full_shape, relax_padding, set_rule, set_true_shape
+from vlfoundry.models.common.config import LINEARS, LoraConfig
+from vlfoundry.models.common.megatron import (
     apply_swiglu_sharded_factory,
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
@@ -28,15 +28,7 @@ from models.common.megatron import (
     reduce_from_tensor_model_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
-from models.common.parallel import Part, checkpoint_metadata
-
-LINEARS = {
-    "qkv": "self_attention.linear_qkv",
-    "proj": "self_attention.linear_proj",
-    "fc1": "mlp.linear_fc1",
-    "fc2": "mlp.linear_fc2",
-}
-"""what a `LoraConfig` names, in a layer"""
+from vlfoundry.models.common.parallel import Part, checkpoint_metadata
 
 
 def add_lora(layers: Iterable[nn.Module], config: LoraConfig | None, *, separate: bool) -> None:

@@ -6,7 +6,7 @@ model code takes Megatron's names from here.
 
 import os
 
-from infra.backend import install
+from vlfoundry.infra.backend import install
 
 # What tensor parallelism wants on a GPU (Megatron warns without it); nothing to a CPU.
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")

@@ -10,16 +10,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from models.common import kernels
-from models.common.canonical import relax_padding
-from models.common.megatron import (
+from vlfoundry.models.common import kernels
+from vlfoundry.models.common.canonical import relax_padding
+from vlfoundry.models.common.megatron import (
     TransformerConfig,
     copy_to_tensor_model_parallel_region,
     make_sharded_tensors_for_checkpoint,
     reduce_from_tensor_model_parallel_region,
 )
-from models.common.parallel import Part, checkpoint_metadata
-from models.common.precision import wide
+from vlfoundry.models.common.parallel import Part, checkpoint_metadata
+from vlfoundry.models.common.precision import wide
 
 NormKind = Literal["rms", "layer"]
 
@@ -56,7 +56,7 @@ def _reciprocal_rms(x: Tensor, eps: float) -> Tensor:
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm over the last axis: computed in fp32 or finer, cast back, then times the weight."""
     if kernels.use_kernels(x):
-        from models.common.kernels.norms import rms_norm as fused
+        from vlfoundry.models.common.kernels.norms import rms_norm as fused
 
         return fused(x, weight, eps)
     if x.dtype == torch.float32 and weight.dtype == torch.float32:
@@ -163,7 +163,7 @@ def query_key_norm(
     query: Tensor, key: Tensor, query_norm: FullWidthQKRMSNorm, key_norm: FullWidthQKRMSNorm
 ) -> tuple[Tensor, Tensor]:
     """Both norms of [S, B, N, H] by one kernel, and their sums over tensor ranks in one call."""
-    from models.common.kernels.norms import query_key_norm as fused
+    from vlfoundry.models.common.kernels.norms import query_key_norm as fused
 
     group = query_norm.tp_group
     return fused(

@@ -9,8 +9,8 @@ only what differs from them.
 
 from __future__ import annotations
 
-from models.common.config import MOST_LAYERS
-from models.common.fields import (
+from vlfoundry.models.common.config import MOST_LAYERS
+from vlfoundry.models.common.fields import (
     Field,
     Table,
     among,

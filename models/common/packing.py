@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from infra.errors import ModelError
+from vlfoundry.infra.errors import ModelError
 
 
 def is_packed(mask: Tensor | None) -> bool:

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from infra.backend import Layout, transformer_config
-from infra.backend.parallel import SoloGroup, current_fp8, current_layout
-from infra.fp8 import Fp8Config
-from models.common.config import LayerSpecKind
-from models.common.megatron import (
+from vlfoundry.infra.backend import Layout, transformer_config
+from vlfoundry.infra.backend.parallel import SoloGroup, current_fp8, current_layout
+from vlfoundry.infra.fp8 import Fp8Config
+from vlfoundry.models.common.config import LayerSpecKind
+from vlfoundry.models.common.megatron import (
     MegatronModule,
     ProcessGroupCollection,
     TransformerConfig,

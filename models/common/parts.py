@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from infra.errors import LayoutError
-from models.common.attention import SDPAttention
-from models.common.config import LayerSpecKind
-from models.common.linear import ColumnLinear, RowLinear, UnbiasedColumnLinear
-from models.common.norms import LayerNorm, NormKind, RMSNorm
+from vlfoundry.infra.errors import LayoutError
+from vlfoundry.models.common.attention import SDPAttention
+from vlfoundry.models.common.config import LayerSpecKind
+from vlfoundry.models.common.linear import ColumnLinear, RowLinear, UnbiasedColumnLinear
+from vlfoundry.models.common.norms import LayerNorm, NormKind, RMSNorm
 
 Maker = Callable[..., Any]
 """a class, called as Megatron calls the one that it stands for"""
@@ -61,6 +61,6 @@ def parts_of(spec: LayerSpecKind) -> Parts:
             f'layer spec "te" needs Transformer Engine, which cannot be imported here ({error}); '
             'install it, or use layer spec "local"'
         ) from error
-    from models.common.te import TE
+    from vlfoundry.models.common.te import TE
 
     return TE

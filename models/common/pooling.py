@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 
-from models.common.megatron import TransformerConfig
-from models.common.norms import LayerNorm
-from models.common.parallel import Part
+from vlfoundry.models.common.megatron import TransformerConfig
+from vlfoundry.models.common.norms import LayerNorm
+from vlfoundry.models.common.parallel import Part
 
 
 class AttentionPool(Part):

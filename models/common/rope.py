@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from models.common.config import DecoderConfig, RopeScaling
+from vlfoundry.models.common.config import DecoderConfig, RopeScaling
 
 
 def rope_frequencies(config: DecoderConfig, positions: Tensor) -> Tensor:

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from infra.backend.parallel import current_fp8
-from infra.fp8 import MULTIPLE
-from models.common.linear import use_fp8
-from models.common.megatron import (
+from vlfoundry.infra.backend.parallel import current_fp8
+from vlfoundry.infra.fp8 import MULTIPLE
+from vlfoundry.models.common.linear import use_fp8
+from vlfoundry.models.common.megatron import (
     ModuleSpec,
     TransformerBlock,
     TransformerBlockSubmodules,
@@ -24,8 +24,8 @@ from models.common.megatron import (
     gather_from_sequence_parallel_region,
     scatter_to_sequence_parallel_region,
 )
-from models.common.packing import is_packed
-from models.common.parallel import pad_to_multiple, process_groups
+from vlfoundry.models.common.packing import is_packed
+from vlfoundry.models.common.parallel import pad_to_multiple, process_groups
 
 
 class Layers(nn.ModuleList):

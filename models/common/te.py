@@ -24,19 +24,19 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor, nn
 from transformer_engine.pytorch.fp8 import FP8GlobalStateManager
 
-from infra.fp8 import MULTIPLE, Fp8Config
-from infra.train.mfu import note_flops
-from models.common.attention import SDPAttention
-from models.common.canonical import relax_padding
-from models.common.float8 import pad_tokens
-from models.common.fp8 import Fp8Product
-from models.common.megatron import AttnMaskType, TransformerConfig
-from models.common.packing import is_packed
-from models.common.parallel import checkpoint_metadata, process_groups
-from models.common.parts import Parts
+from vlfoundry.infra.fp8 import MULTIPLE, Fp8Config
+from vlfoundry.infra.train.mfu import note_flops
+from vlfoundry.models.common.attention import SDPAttention
+from vlfoundry.models.common.canonical import relax_padding
+from vlfoundry.models.common.float8 import pad_tokens
+from vlfoundry.models.common.fp8 import Fp8Product
+from vlfoundry.models.common.megatron import AttnMaskType, TransformerConfig
+from vlfoundry.models.common.packing import is_packed
+from vlfoundry.models.common.parallel import checkpoint_metadata, process_groups
+from vlfoundry.models.common.parts import Parts
 
 if TYPE_CHECKING:
-    from models.common.lora import Lora
+    from vlfoundry.models.common.lora import Lora
 
 _ALLOW_PICKLE = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from infra.errors import ModelError
-from infra.givenfiles import MOST_BYTES, check_file, read_mapping
+from vlfoundry.infra.errors import ModelError
+from vlfoundry.infra.givenfiles import MOST_BYTES, check_file, read_mapping
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend

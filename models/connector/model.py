@@ -10,13 +10,13 @@ import math
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
-from infra.errors import ModelError
-from models.common import kernels
-from models.common.canonical import set_init, set_rule
-from models.common.megatron import TransformerConfig
-from models.common.norms import LayerNorm
-from models.common.parallel import Part
-from models.connector.config import ConnectorConfig
+from vlfoundry.infra.errors import ModelError
+from vlfoundry.models.common import kernels
+from vlfoundry.models.common.canonical import set_init, set_rule
+from vlfoundry.models.common.megatron import TransformerConfig
+from vlfoundry.models.common.norms import LayerNorm
+from vlfoundry.models.common.parallel import Part
+from vlfoundry.models.connector.config import ConnectorConfig
 
 
 class Connector(Part):
@@ -56,7 +56,7 @@ class Connector(Part):
         merge, version = self.connector_config.merge, self.connector_config.ps_version
         _check_grid(rows, columns, merge)
         if kernels.use_kernels(tokens):
-            from models.common.kernels.unshuffle import shuffled_norm
+            from vlfoundry.models.common.kernels.unshuffle import shuffled_norm
 
             return shuffled_norm(
                 tokens, (rows, columns), merge, norm.weight, norm.bias, norm.eps,

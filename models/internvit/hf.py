@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from vlfoundry.models.common.fields import read, require_multiple
+from vlfoundry.models.common.keymap import Key, join_all, one, prefixed
+from vlfoundry.models.common.official import VISION
+from vlfoundry.models.internvit.config import InternViTConfig
 
-from models.common.fields import read, require_multiple
-from models.common.keymap import Key, join_all, one, prefixed
-from models.common.official import VISION
-from models.internvit.config import InternViTConfig
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def config_from_official(config: Mapping, part: str = "") -> InternViTConfig:

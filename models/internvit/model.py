@@ -11,17 +11,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, linear
 
-from infra.errors import ModelError
-from models.common.canonical import set_init, set_rule, set_true_shape
-from models.common.config import LayerSpecKind
-from models.common.draws import uniforms
-from models.common.layers import ScaledLayer, layer_submodules
-from models.common.lora import add_lora
-from models.common.megatron import ModuleSpec
-from models.common.parallel import Part, pad_to_multiple, stack_config, tensor_group
-from models.common.parts import Parts, parts_of
-from models.common.stack import Stack
-from models.internvit.config import InternViTConfig
+from vlfoundry.infra.errors import ModelError
+from vlfoundry.models.common.canonical import set_init, set_rule, set_true_shape
+from vlfoundry.models.common.config import LayerSpecKind
+from vlfoundry.models.common.draws import uniforms
+from vlfoundry.models.common.layers import ScaledLayer, layer_submodules
+from vlfoundry.models.common.lora import add_lora
+from vlfoundry.models.common.megatron import ModuleSpec
+from vlfoundry.models.common.parallel import Part, pad_to_multiple, stack_config, tensor_group
+from vlfoundry.models.common.parts import Parts, parts_of
+from vlfoundry.models.common.stack import Stack
+from vlfoundry.models.internvit.config import InternViTConfig
 
 
 class InternViT(Part):

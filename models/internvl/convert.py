@@ -13,23 +13,20 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from infra.errors import ConfigError, ModelError
-from infra.files import new_folder
-from infra.givenfiles import read_mapping, shown
-from infra.tensorfiles import TensorFacts, TensorFiles, write_tensors
-from models.chat.official import KEPT, OfficialTokenizer, small_files, template_name
-from models.chat.templates import IMG_CONTEXT
-from models.common.keymap import Key, check_names
-from models.internvit import hf as vision_hf
-from models.internvl import hf
-from models.internvl.config import PARTS, InternVLConfig
-from models.internvl.folder import read_config, refuse_overwriting, write_config
-from models.internvl.handover import (
+from vlfoundry.infra.errors import ConfigError, ModelError
+from vlfoundry.infra.files import new_folder
+from vlfoundry.infra.givenfiles import read_mapping, shown
+from vlfoundry.infra.tensorfiles import TensorFacts, TensorFiles, write_tensors
+from vlfoundry.models.chat.official import KEPT, OfficialTokenizer, small_files, template_name
+from vlfoundry.models.chat.templates import IMG_CONTEXT
+from vlfoundry.models.common.keymap import Key, check_names
+from vlfoundry.models.internvit import hf as vision_hf
+from vlfoundry.models.internvl import hf
+from vlfoundry.models.internvl.config import PARTS, InternVLConfig
+from vlfoundry.models.internvl.folder import read_config, refuse_overwriting, write_config
+from vlfoundry.models.internvl.handover import (
     LANGUAGE,
     PICTURES,
     has_tokenizer,
@@ -39,9 +36,9 @@ from models.internvl.handover import (
     unlike_ours,
     write_companions,
 )
-from models.internvl.hf_fields import taken_defaults, unknown_fields
-from models.internvl.lora import BASE_LAYER, MergedFiles, adapters, peft_keys
-from models.internvl.source import (
+from vlfoundry.models.internvl.hf_fields import taken_defaults, unknown_fields
+from vlfoundry.models.internvl.lora import BASE_LAYER, MergedFiles, adapters, peft_keys
+from vlfoundry.models.internvl.source import (
     by_names_of,
     from_heads,
     refuse_unequal,
@@ -51,8 +48,11 @@ from models.internvl.source import (
     stored_heads,
     untied,
 )
-from models.internvl.tokenizer import load_tokenizer
-from models.tokenizer import IMG_CONTEXT_ID, Tokenizer
+from vlfoundry.models.internvl.tokenizer import load_tokenizer
+from vlfoundry.models.tokenizer import IMG_CONTEXT_ID, Tokenizer
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SOLO = ("vision", "internvl_c")
 """what can be taken alone of a larger model"""
@@ -202,6 +202,7 @@ def import_model(
     if tower_config is not None:
         facts[hf.TOWER] = read_mapping(tower_config)
     config = _read_config(config_file, form, facts)
+    _require_part(form.kind, kind)
     if name == "transformers":
         told = pictures_told(source)
         config = dataclasses.replace(config, pictures=told) if told else config
@@ -280,6 +281,12 @@ def _defaults(taken: Mapping[str, Any]) -> str:
     return f"config.json does not say these, for which the official defaults were taken: {said}"
 
 
+def check_format(format: str) -> None:
+    """Raises ModelError if there is no such format."""
+    if format not in FORMATS:
+        raise ModelError(f"format {format!r} does not exist; known: {', '.join(FORMATS)}")
+
+
 def export_model(folder: str | Path, target: str | Path, format: str) -> Conversion:
     """Write a model folder in a format of `FORMATS`, in the types the weights have.
 
@@ -295,8 +302,7 @@ def export_model(folder: str | Path, target: str | Path, format: str) -> Convers
             is missing, surplus or of another shape.
     """
     folder, target = Path(folder), Path(target)
-    if format not in FORMATS:
-        raise ModelError(f"format {format!r} does not exist; known: {', '.join(FORMATS)}")
+    check_format(format)
     kind, config = read_config(folder)
     _refuse_unless_held(folder, kind, format)
     found = adapters(config, kind)
@@ -341,11 +347,11 @@ def merge_model(folder: str | Path, target: str | Path) -> int:
         ModelError: the model has no adapters, or they are not those that its config describes.
     """
     folder, target = Path(folder), Path(target)
+    refuse_overwriting(target)
     kind, config = read_config(folder)
     found = adapters(config, kind)
     if not found:
         raise ModelError(f"{folder} has no adapters: there is nothing to merge")
-    refuse_overwriting(target)
     with TensorFiles(folder / "weights.safetensors") as files, new_folder(target) as part:
         merged = MergedFiles(files, found)
         tensors = ((name, merged.read(name)) for name in merged.facts)
@@ -404,17 +410,23 @@ def _as_pytorch_file(name: str, config_file: Path) -> str:
     return names[name]
 
 
+def _require_part(held: str, kind: str | None) -> None:
+    """Raises ModelError if a model of one kind cannot be had from another."""
+    if kind in (None, held):
+        return
+    if kind not in SOLO or not PARTS[kind] <= PARTS[held]:
+        raise ModelError(
+            f"a {kind} cannot be had from the source, which is a {held}; of that can be had: "
+            f"{', '.join(k for k in (*SOLO, held) if PARTS[k] <= PARTS[held])}"
+        )
+
+
 def _chosen(
     whole: Sequence[Key], config: InternVLConfig, held: str, kind: str | None
 ) -> Sequence[Key]:
     """The part of a table that makes a model of another kind."""
     if kind in (None, held):
         return whole
-    if kind not in SOLO or not PARTS[kind] <= PARTS[held]:
-        raise ModelError(
-            f"a {kind} cannot be had from the source, which is a {held}; of that can be had: "
-            f"{', '.join(k for k in (*SOLO, held) if PARTS[k] <= PARTS[held])}"
-        )
     ours = {key.ours for key in hf.keys(config, kind)}
     ours |= {key.ours for p in adapters(config, kind).values() for key in (p.a, p.b)}
     return [key for key in whole if key.ours in ours]
@@ -465,6 +477,8 @@ def _export_pytorch(
     files: MergedFiles, table: Sequence[Key], target: Path
 ) -> dict[str, TensorFacts]:
     """One PyTorch file; unlike safetensors it has to be whole in memory first."""
+    import torch
+
     tensors = {
         name: part.clone()
         for key in table

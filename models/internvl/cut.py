@@ -8,11 +8,11 @@ import math
 from collections.abc import Sequence
 from functools import lru_cache
 
-from infra.backend.layout import Layout, ModelFacts
-from infra.errors import LayoutError
-from infra.fp8 import Fp8Config
-from models.internvl.config import PARTS, InternVLConfig
-from models.internvl.widths import check_widths
+from vlfoundry.infra.backend.layout import Layout, ModelFacts
+from vlfoundry.infra.errors import LayoutError
+from vlfoundry.infra.fp8 import Fp8Config
+from vlfoundry.models.internvl.config import PARTS, InternVLConfig
+from vlfoundry.models.internvl.widths import check_widths
 
 Share = dict[str, range]
 """tower -> its layers that are here; a tower that is not named has none here"""

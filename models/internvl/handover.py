@@ -10,15 +10,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from infra.givenfiles import read_mapping
-from models.chat.official import KEPT, PIECES, OfficialTokenizer
-from models.chat.templates import END_IMG, IMG, IMG_CONTEXT
-from models.common.fields import size
-from models.internvl.config import InternVLConfig
-from models.internvl.tokenizer import load_tokenizer
-from models.preprocess import MEAN, STD
-from models.sight import PictureConfig
-from models.tokenizer import BOS, EOS, PAD, SPECIAL_TOKENS, TextTokenizer, Tokenizer
+from vlfoundry.infra.givenfiles import read_mapping
+from vlfoundry.models.chat.official import KEPT, PIECES, OfficialTokenizer
+from vlfoundry.models.chat.templates import END_IMG, IMG, IMG_CONTEXT
+from vlfoundry.models.common.fields import size
+from vlfoundry.models.internvl.config import InternVLConfig
+from vlfoundry.models.internvl.tokenizer import load_tokenizer
+from vlfoundry.models.preprocess import MEAN, STD
+from vlfoundry.models.sight import PictureConfig
+from vlfoundry.models.tokenizer import BOS, EOS, PAD, SPECIAL_TOKENS, TextTokenizer, Tokenizer
 
 OWN = "tokenizer.json"
 PICTURES = "preprocessor_config.json"

@@ -5,17 +5,15 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
-from infra.errors import ConfigError, ModelError
-from infra.givenfiles import shown
-from models.common.config import DecoderConfig, LoraConfig
-from models.common.fields import read, require_multiple, size, wrong
-from models.common.hf_decoder import decoder_keys, internlm2_keys
-from models.common.keymap import Key, join_all, one, prefixed, renamed
-from models.common.official import (
+from vlfoundry.infra.errors import ConfigError, ModelError
+from vlfoundry.infra.givenfiles import shown
+from vlfoundry.models.common.config import DecoderConfig, LoraConfig
+from vlfoundry.models.common.fields import read, require_multiple, size, wrong
+from vlfoundry.models.common.hf_decoder import decoder_keys, internlm2_keys
+from vlfoundry.models.common.keymap import Key, join_all, one, prefixed, renamed
+from vlfoundry.models.common.official import (
     CHAT,
     CROSS_ATTENTION_FREQUENCY,
     DUAL,
@@ -24,19 +22,22 @@ from models.common.official import (
     NATIVE,
     NATIVE_VISION,
 )
-from models.connector.config import ConnectorConfig
-from models.internvit import hf as vision_hf
-from models.internvit.config import InternViTConfig
-from models.internvl.config import InternVLConfig
-from models.internvl.hf_pictures import (
+from vlfoundry.models.connector.config import ConnectorConfig
+from vlfoundry.models.internvit import hf as vision_hf
+from vlfoundry.models.internvit.config import InternViTConfig
+from vlfoundry.models.internvl.config import InternVLConfig
+from vlfoundry.models.internvl.hf_pictures import (
     NATIVE_PICTURES,
     pictures_from_llava,
     pictures_from_official,
     pictures_to_llava,
     pictures_to_official,
 )
-from models.llama import hf as llama_hf
-from models.qllama.config import QLlamaConfig
+from vlfoundry.models.llama import hf as llama_hf
+from vlfoundry.models.qllama.config import QLlamaConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def config_from_official(config: Mapping) -> InternVLConfig:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from models.common.fields import Table, left_out, names, unknown
-from models.common.official import (
+from vlfoundry.models.common.fields import Table, left_out, names, unknown
+from vlfoundry.models.common.official import (
     CHAT,
     DECODERS,
     DUAL,
@@ -16,8 +16,8 @@ from models.common.official import (
     SHAPES,
     VISION,
 )
-from models.internvl.hf import TOWER
-from models.llama.hf import kind_of
+from vlfoundry.models.internvl.hf import TOWER
+from vlfoundry.models.llama.hf import kind_of
 
 Read = tuple[Mapping, Table, str]
 """a config or a part of it, its table, and where the part is"""

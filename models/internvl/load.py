@@ -16,13 +16,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from infra.backend.placement import to_device
-from infra.decode import Picture
-from infra.errors import ModelError
-from infra.train.weights import gather_weights, load_weights, pieces, write_safetensors
-from models.chat.official import KEPT
-from models.internvl.config import CAPABILITIES, PARTS, InternVLConfig
-from models.internvl.folder import (
+from vlfoundry.infra.backend.placement import to_device
+from vlfoundry.infra.decode import Picture
+from vlfoundry.infra.errors import ModelError
+from vlfoundry.infra.train.weights import gather_weights, load_weights, pieces, write_safetensors
+from vlfoundry.models.chat.official import KEPT
+from vlfoundry.models.internvl.config import CAPABILITIES, PARTS, InternVLConfig
+from vlfoundry.models.internvl.folder import (
     check_shapes,
     is_below,
     read_config,
@@ -30,11 +30,11 @@ from models.internvl.folder import (
     weight_shapes,
     write_config,
 )
-from models.internvl.model import Chunks, InternVL, build
-from models.internvl.prompts import SUMMARIZE
-from models.internvl.tokenizer import load_tokenizer
-from models.preprocess import normalise
-from models.tokenizer import TextTokenizer, pad
+from vlfoundry.models.internvl.model import Chunks, InternVL, build
+from vlfoundry.models.internvl.prompts import SUMMARIZE
+from vlfoundry.models.internvl.tokenizer import load_tokenizer
+from vlfoundry.models.preprocess import normalise
+from vlfoundry.models.tokenizer import TextTokenizer, pad
 
 BATCH = 64
 """squares of pictures, or texts, that a forward pass takes"""

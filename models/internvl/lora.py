@@ -11,17 +11,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from vlfoundry.infra.tensorfiles import TensorFacts, TensorFiles
+from vlfoundry.models.common.config import LINEARS, LoraConfig
+from vlfoundry.models.common.hf_decoder import decoder_keys
+from vlfoundry.models.common.keymap import Key, check_names, prefixed
+from vlfoundry.models.internvit import hf as vision_hf
+from vlfoundry.models.internvl.config import PARTS, InternVLConfig
 
-from infra.tensorfiles import TensorFacts, TensorFiles
-from models.common.config import LoraConfig
-from models.common.hf_decoder import decoder_keys
-from models.common.keymap import Key, check_names, prefixed
-from models.common.lora import LINEARS
-from models.internvit import hf as vision_hf
-from models.internvl.config import PARTS, InternVLConfig
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ADAPTER = ".lora."
 """in the names of adapters"""
@@ -110,6 +110,8 @@ class MergedFiles:
 
     def read(self, name: str) -> Tensor:
         """A tensor; it may share memory with the mapped file."""
+        import torch
+
         weight, pairs = self._files.read(name), self._found.get(name)
         if pairs is None:
             return weight

@@ -14,15 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from infra.backend import install
-from infra.backend.parallel import current_layout
-from infra.errors import ConfigError, LayoutError, ModelError
-from models.common.canonical import initialise, set_init, set_rule
-from models.common.config import LayerSpecKind
-from models.common.decoder import Decoder, at_end, mask_of_holes
-from models.common.generate import greedy
-from models.common.megatron import MegatronModule
-from models.common.parallel import (
+from vlfoundry.infra.backend import install
+from vlfoundry.infra.backend.parallel import current_layout
+from vlfoundry.infra.errors import ConfigError, LayoutError, ModelError
+from vlfoundry.models.common.canonical import initialise, set_init, set_rule
+from vlfoundry.models.common.config import LayerSpecKind
+from vlfoundry.models.common.decoder import Decoder, at_end, mask_of_holes
+from vlfoundry.models.common.generate import greedy
+from vlfoundry.models.common.megatron import MegatronModule
+from vlfoundry.models.common.parallel import (
     Part,
     apart_metadata,
     beside,
@@ -31,16 +31,16 @@ from models.common.parallel import (
     stand_apart,
     text_apart,
 )
-from models.common.pooling import AttentionPool
-from models.connector.config import ConnectorConfig
-from models.connector.model import Connector
-from models.internvit.model import InternViT
-from models.internvl.config import PARTS, InternVLConfig
-from models.internvl.cut import Share, cut, meet_in_loss
-from models.llama.model import Llama
-from models.qllama.masks import contrastive_blocked, generative_blocked, matching_blocked
-from models.qllama.model import QLlama
-from models.tokenizer import IMG_CONTEXT_ID
+from vlfoundry.models.common.pooling import AttentionPool
+from vlfoundry.models.connector.config import ConnectorConfig
+from vlfoundry.models.connector.model import Connector
+from vlfoundry.models.internvit.model import InternViT
+from vlfoundry.models.internvl.config import PARTS, InternVLConfig
+from vlfoundry.models.internvl.cut import Share, cut, meet_in_loss
+from vlfoundry.models.llama.model import Llama
+from vlfoundry.models.qllama.masks import contrastive_blocked, generative_blocked, matching_blocked
+from vlfoundry.models.qllama.model import QLlama
+from vlfoundry.models.tokenizer import IMG_CONTEXT_ID
 
 Text = tuple[Tensor, Tensor]
 """ids and mask, each [B, T]"""

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from models.chat.labels import IGNORE
-from models.tokenizer import TextTokenizer, pad
+from vlfoundry.models.chat.labels import IGNORE
+from vlfoundry.models.tokenizer import TextTokenizer, pad
 
 SUMMARIZE = "summarize:"
 """in front of every text that is embedded, without a space"""

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from vlfoundry.infra.errors import ConfigError, ModelError
+from vlfoundry.infra.givenfiles import brief
+from vlfoundry.infra.tensorfiles import TensorFiles
+from vlfoundry.models.common.fields import label
+from vlfoundry.models.common.keymap import Key, renamed
+from vlfoundry.models.internvl.config import InternVLConfig
+from vlfoundry.models.internvl.hf_fields import DEPTH, TOWERS
 
-from infra.errors import ConfigError, ModelError
-from infra.givenfiles import brief
-from infra.tensorfiles import TensorFiles
-from models.common.fields import label
-from models.common.keymap import Key, renamed
-from models.internvl.config import InternVLConfig
-from models.internvl.hf_fields import DEPTH, TOWERS
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CHUNK = 1 << 24
 """elements that are looked at together"""
@@ -99,6 +100,8 @@ def stored_heads(table: Iterable[Key], with_heads: Iterable[Key]) -> dict[str, s
 
 def refuse_unequal(files: TensorFiles, copies: Mapping[str, str]) -> None:
     """Raises ModelError if a tied head that is stored is not equal to the embedding."""
+    import torch
+
     for head, embedding in copies.items():
         pair = [files.read(name) for name in (head, embedding)]
         wide = torch.promote_types(pair[0].dtype, pair[1].dtype)
@@ -112,6 +115,8 @@ def refuse_unequal(files: TensorFiles, copies: Mapping[str, str]) -> None:
 
 def require_finite(name: str, label: str, tensor: Tensor) -> None:
     """Raises ModelError if a weight has a value that is no finite number."""
+    import torch
+
     for chunk in tensor.reshape(-1).split(CHUNK):
         if not chunk.numel():
             continue

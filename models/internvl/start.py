@@ -13,16 +13,21 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from infra.config import to_dict
-from infra.errors import ModelError
-from infra.fingerprint import sha256_bytes
-from models.chat.official import KEPT, PIECES
-from models.internvl.config import PARTS, InternVLConfig
-from models.internvl.folder import is_below, read_config, refuse_other_adapters, weight_shapes
-from models.plan.weights import weights
+from vlfoundry.infra.config import to_dict
+from vlfoundry.infra.errors import ModelError
+from vlfoundry.infra.fingerprint import sha256_bytes
+from vlfoundry.models.chat.official import KEPT, PIECES
+from vlfoundry.models.internvl.config import PARTS, InternVLConfig
+from vlfoundry.models.internvl.folder import (
+    is_below,
+    read_config,
+    refuse_other_adapters,
+    weight_shapes,
+)
+from vlfoundry.models.plan.weights import weights
 
 if TYPE_CHECKING:
-    from models.internvl.model import Chunks, InternVL
+    from vlfoundry.models.internvl.model import Chunks, InternVL
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -128,7 +133,7 @@ class Start:
 
     def fill(self, model: InternVL | Chunks, root: Path) -> None:
         """Load what this rank holds of it."""
-        from models.internvl.load import load_parts
+        from vlfoundry.models.internvl.load import load_parts
 
         for filling in self.fillings:
             load_parts(model, root / filling.folder, filling.parts)

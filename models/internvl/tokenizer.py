@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from models.chat.official import KEPT, official_tokenizer
-from models.internvl.config import PARTS
-from models.internvl.folder import read_config
-from models.tokenizer import TextTokenizer, Tokenizer
+from vlfoundry.models.chat.official import KEPT, official_tokenizer
+from vlfoundry.models.internvl.config import PARTS
+from vlfoundry.models.internvl.folder import read_config
+from vlfoundry.models.tokenizer import TextTokenizer, Tokenizer
 
 
 def load_tokenizer(folder: str | Path) -> TextTokenizer:

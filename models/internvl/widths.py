@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from infra.backend.layout import Layout
-from infra.errors import ConfigError
-from infra.fp8 import FEATURES, Fp8Config
-from models.common.config import DecoderConfig
-from models.internvl.config import PARTS, InternVLConfig
+from vlfoundry.infra.backend.layout import Layout
+from vlfoundry.infra.errors import ConfigError
+from vlfoundry.infra.fp8 import FEATURES, Fp8Config
+from vlfoundry.models.common.config import DecoderConfig
+from vlfoundry.models.internvl.config import PARTS, InternVLConfig
 
 Width = tuple[str, int, int]
 """what it is, how many features, and over how many ranks they are cut"""

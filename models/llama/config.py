@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
-from infra.errors import ConfigError
-from models.common.config import DecoderConfig as LlamaConfig
-from models.common.config import RopeScaling
+from vlfoundry.infra.errors import ConfigError
+from vlfoundry.models.common.config import DecoderConfig as LlamaConfig
+from vlfoundry.models.common.config import RopeScaling
 
 __all__ = ["FLAVOURS", "LlamaConfig", "llama"]
 

@@ -5,12 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from infra.errors import ConfigError
-from infra.givenfiles import shown
-from models.common.config import RopeScaling
-from models.common.fields import Field, Table, label, number, read, require_multiple, size, wrong
-from models.common.official import DECODERS, ROPE, TOKENS
-from models.llama.config import LlamaConfig
+from vlfoundry.infra.errors import ConfigError
+from vlfoundry.infra.givenfiles import shown
+from vlfoundry.models.common.config import RopeScaling
+from vlfoundry.models.common.fields import (
+    Field,
+    Table,
+    label,
+    number,
+    read,
+    require_multiple,
+    size,
+    wrong,
+)
+from vlfoundry.models.common.official import DECODERS, ROPE, TOKENS
+from vlfoundry.models.llama.config import LlamaConfig
 
 _ARCHITECTURES = {
     "llama": "LlamaForCausalLM",

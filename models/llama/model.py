@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from models.common.decoder import Decoder
+from vlfoundry.models.common.decoder import Decoder
 
 
 class Llama(Decoder):

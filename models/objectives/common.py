@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from infra.backend import install
-from models.common.megatron import gather_from_sequence_parallel_region
-from models.common.parallel import data_group
+from vlfoundry.infra.backend import install
+from vlfoundry.models.common.megatron import gather_from_sequence_parallel_region
+from vlfoundry.models.common.parallel import data_group
 
 Batch = Mapping[str, Any]
 Metrics = dict[str, Tensor]

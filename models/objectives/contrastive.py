@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.linalg import vecdot
 
-from infra.backend.parallel import text_peers
-from models.common.parallel import data_group
-from models.common.precision import wide
-from models.objectives.common import (
+from vlfoundry.infra.backend.parallel import text_peers
+from vlfoundry.models.common.parallel import data_group
+from vlfoundry.models.common.precision import wide
+from vlfoundry.models.objectives.common import (
     Batch,
     Metrics,
     MicroBatches,
@@ -24,8 +24,8 @@ from models.objectives.common import (
     images_of,
     scatter_rows,
 )
-from models.objectives.options import ContrastiveConfig
-from models.objectives.tiled import TwoWay, softplus_sum, two_way_logsumexp
+from vlfoundry.models.objectives.options import ContrastiveConfig
+from vlfoundry.models.objectives.tiled import TwoWay, softplus_sum, two_way_logsumexp
 
 LENGTH_GROUPS = 4
 """text batches that the captions of one step are split into, by length"""

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, pad
 
-from infra.errors import ConfigError
-from models.common.parallel import data_group
-from models.common.precision import wide
-from models.objectives.common import (
+from vlfoundry.infra.errors import ConfigError
+from vlfoundry.models.common.parallel import data_group
+from vlfoundry.models.common.precision import wide
+from vlfoundry.models.objectives.common import (
     Batch,
     Metrics,
     Objective,
@@ -22,9 +22,9 @@ from models.objectives.common import (
     max_over_ranks,
     sum_over_ranks,
 )
-from models.objectives.contrastive import info_nce, own_places
-from models.objectives.next_token import IGNORE, mean_of, sums, totals
-from models.objectives.options import GenerativeConfig
+from vlfoundry.models.objectives.contrastive import info_nce, own_places
+from vlfoundry.models.objectives.next_token import IGNORE, mean_of, sums, totals
+from vlfoundry.models.objectives.options import GenerativeConfig
 
 EMPTY_TEXT_TOKENS = 2
 """begin and end: a matching text of this many tokens is empty"""

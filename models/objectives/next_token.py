@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from infra.errors import ModelError
-from models.common.packing import sample_of_token, split_packs
-from models.common.parallel import data_group
-from models.common.precision import wide
-from models.objectives.common import (
+from vlfoundry.infra.errors import ModelError
+from vlfoundry.models.common.packing import sample_of_token, split_packs
+from vlfoundry.models.common.parallel import data_group
+from vlfoundry.models.common.precision import wide
+from vlfoundry.models.objectives.common import (
     Batch,
     Metrics,
     MicroBatches,
@@ -25,8 +25,8 @@ from models.objectives.common import (
     split_rows,
     sum_over_ranks,
 )
-from models.objectives.options import Averaging, NextTokenConfig
-from models.tokenizer import IMG_CONTEXT_ID
+from vlfoundry.models.objectives.options import Averaging, NextTokenConfig
+from vlfoundry.models.tokenizer import IMG_CONTEXT_ID
 
 IGNORE = -100
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from models.common.precision import wide
-from models.objectives.common import Batch, Metrics, Objective
-from models.objectives.contrastive import ContrastiveConfig, info_nce
+from vlfoundry.models.common.precision import wide
+from vlfoundry.models.objectives.common import Batch, Metrics, Objective
+from vlfoundry.models.objectives.contrastive import ContrastiveConfig, info_nce
 
 
 @dataclass(frozen=True, kw_only=True)

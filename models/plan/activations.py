@@ -14,9 +14,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from models.common.config import DecoderConfig
-from models.plan.weights import padded
-from models.plan.workload import LayerState, Pass, Workload, layer_states
+from vlfoundry.models.common.config import DecoderConfig
+from vlfoundry.models.plan.weights import padded
+from vlfoundry.models.plan.workload import LayerState, Pass, Workload, layer_states
 
 
 @dataclass(frozen=True, kw_only=True)

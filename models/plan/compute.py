@@ -13,8 +13,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-from models.plan.weights import padded
-from models.plan.workload import LayerState, Pass, Workload, layer_states
+from vlfoundry.models.plan.weights import padded
+from vlfoundry.models.plan.workload import LayerState, Pass, Workload, layer_states
 
 
 @dataclass(frozen=True)

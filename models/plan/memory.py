@@ -16,12 +16,18 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
-from infra.backend.layout import Layout
-from models.internvl.cut import Share, cut
-from models.plan.activations import Kept, around_bytes, input_bytes, logits_bytes, pass_bytes
-from models.plan.compute import layer_flops, pass_flops, sample_flops
-from models.plan.weights import Place, Weight
-from models.plan.workload import Pass, Workload, layer_states
+from vlfoundry.infra.backend.layout import Layout
+from vlfoundry.models.internvl.cut import Share, cut
+from vlfoundry.models.plan.activations import (
+    Kept,
+    around_bytes,
+    input_bytes,
+    logits_bytes,
+    pass_bytes,
+)
+from vlfoundry.models.plan.compute import layer_flops, pass_flops, sample_flops
+from vlfoundry.models.plan.weights import Place, Weight
+from vlfoundry.models.plan.workload import Pass, Workload, layer_states
 
 GIB = 1 << 30
 _ALIGN = 64

@@ -8,10 +8,10 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from infra.backend.layout import Layout
-from infra.errors import LayoutError
-from models.plan.memory import Memory, memory, step_seconds
-from models.plan.workload import Workload
+from vlfoundry.infra.backend.layout import Layout
+from vlfoundry.infra.errors import LayoutError
+from vlfoundry.models.plan.memory import Memory, memory, step_seconds
+from vlfoundry.models.plan.workload import Workload
 
 NODE_RANKS = 8
 """tensor parallelism stays within a machine of so many devices"""

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from models.common.config import DecoderConfig, LoraConfig
-from models.connector.config import ConnectorConfig
-from models.internvit.config import InternViTConfig
-from models.internvl.config import PARTS, InternVLConfig
+from vlfoundry.models.common.config import DecoderConfig, LoraConfig
+from vlfoundry.models.connector.config import ConnectorConfig
+from vlfoundry.models.internvit.config import InternViTConfig
+from vlfoundry.models.internvl.config import PARTS, InternVLConfig
 
 Place = tuple[str, int]
 """tower and layer"""

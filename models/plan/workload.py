@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Literal
 
-from infra.backend.layout import Layout
-from models.common.config import LoraConfig
-from models.internvl.config import PARTS, InternVLConfig
-from models.internvl.cut import check_layout
-from models.internvl.freeze import select
-from models.plan.weights import Weight, weights
+from vlfoundry.infra.backend.layout import Layout
+from vlfoundry.models.common.config import LoraConfig
+from vlfoundry.models.internvl.config import PARTS, InternVLConfig
+from vlfoundry.models.internvl.cut import check_layout
+from vlfoundry.models.internvl.freeze import select
+from vlfoundry.models.plan.weights import Weight, weights
 
 Objective = Literal["text", "contrastive", "generative", "retrieval", "chat"]
 Stack = Literal["vision", "text", "language"]

@@ -8,15 +8,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from models.common.beam import beam_search
-from models.common.canonical import set_init, set_rule
-from models.common.config import DecoderConfig, LayerSpecKind
-from models.common.decoder import Decoder, decoder_layer_spec
-from models.common.generate import causal_blocked, greedy
-from models.common.megatron import ModuleSpec
-from models.common.parts import Parts, parts_of
-from models.qllama.config import QLlamaConfig
-from models.qllama.layers import QueryCrossAttention, already_added
+from vlfoundry.models.common.beam import beam_search
+from vlfoundry.models.common.canonical import set_init, set_rule
+from vlfoundry.models.common.config import DecoderConfig, LayerSpecKind
+from vlfoundry.models.common.decoder import Decoder, decoder_layer_spec
+from vlfoundry.models.common.generate import causal_blocked, greedy
+from vlfoundry.models.common.megatron import ModuleSpec
+from vlfoundry.models.common.parts import Parts, parts_of
+from vlfoundry.models.qllama.config import QLlamaConfig
+from vlfoundry.models.qllama.layers import QueryCrossAttention, already_added
 
 
 class QLlama(Decoder):

@@ -8,11 +8,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from eval.datasets import ConceptSet, PairSet, read_concept_set, read_folder
-from eval.pictures import decode_squares
-from eval.suites.zero_shot import as_concept_set
-from infra.errors import DataError
 from tests.eval_fakes import drawing, encoded, write_concept_set, write_pair_set
+from vlfoundry.eval.datasets import ConceptSet, PairSet, read_concept_set, read_folder
+from vlfoundry.eval.pictures import decode_squares
+from vlfoundry.eval.suites.zero_shot import as_concept_set
+from vlfoundry.infra.errors import DataError
 
 
 def pair(index, **changes):
@@ -277,6 +277,25 @@ def test_a_folder_may_be_a_url(tmp_path):
     assert data.facts()["folder"] == "own"
     with pytest.raises(DataError, match="memory://datasets/none"):
         read_folder("memory://datasets/none")
+
+
+def test_the_fingerprint_is_of_pictures_and_of_all_that_is_said_of_them(tmp_path):
+    """A score is of both: two sets that differ in a caption alone are two sets."""
+
+    def fingerprint(*rows):
+        write_pair_set(tmp_path, rows)
+        return read_folder(tmp_path).facts()["fingerprint"]
+
+    rows = [pair(0, label="red"), pair(1, label="red")]
+    prints = [
+        fingerprint(*rows),
+        fingerprint(rows[0] | {"captions": [{"lang": "en", "text": "another"}]}, rows[1]),
+        fingerprint(rows[0] | {"captions": [{"lang": "it", "text": "picture 0"}]}, rows[1]),
+        fingerprint(rows[0], rows[1] | {"label": "blue"}),
+        fingerprint(rows[0], rows[1] | {"image": rows[0]["image"]}),
+    ]
+    assert len(set(prints)) == len(prints)
+    assert fingerprint(*rows) == prints[0]
 
 
 @pytest.mark.parametrize("lang", ["../../../../victim", "a/b", "x" * 300, "en us", ".hidden", "1"])

@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from eval.datasets import read_folder
-from eval.embedding import embed_pictures
-from eval.reference import picture_features
-from infra.errors import DataError, UserError
-from models.chat.examples import Conversations
-from models.sight import PictureConfig, Sight
-from models.tokenizer import train
 from tests.models_helpers import TEXTS
+from vlfoundry.eval.datasets import read_folder
+from vlfoundry.eval.embedding import embed_pictures
+from vlfoundry.eval.reference import picture_features
+from vlfoundry.infra.errors import DataError, UserError
+from vlfoundry.models.chat.examples import Conversations
+from vlfoundry.models.sight import PictureConfig, Sight
+from vlfoundry.models.tokenizer import train
 
 CASES = Path(__file__).parents[1] / "cases"
 SETS = ("picture_starts_ghostscript/eps_endless", "picture_starts_ghostscript/eps_plain",

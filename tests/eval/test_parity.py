@@ -11,14 +11,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from eval.parity import chat, dual, layouts, vision
-from eval.parity.check import Check
-from eval.parity.run import check_folder, compare_folders
-from flows.cli import app
-from infra.backend import Layout
-from infra.devices import find_device
-from infra.errors import DataError
-from models.common.norms import FullWidthQKRMSNorm
+from vlfoundry.eval.parity import chat, dual, layouts, vision
+from vlfoundry.eval.parity.check import Check
+from vlfoundry.eval.parity.run import check_folder, compare_folders
+from vlfoundry.flows.cli import app
+from vlfoundry.infra.backend import Layout
+from vlfoundry.infra.devices import find_device
+from vlfoundry.infra.errors import DataError
+from vlfoundry.models.common.norms import FullWidthQKRMSNorm
 
 pytestmark = pytest.mark.skipif(
     find_device().kind != "cpu", reason="recorded numbers are fp32 on a CPU"
@@ -53,7 +53,7 @@ def test_our_numbers_are_the_recorded_ones(run_ranks, name):
 @pytest.fixture
 def one_rank(monkeypatch):
     """Without the same once more on two ranks."""
-    monkeypatch.setattr("eval.parity.run.check_layouts", lambda *_: [])
+    monkeypatch.setattr("vlfoundry.eval.parity.run.check_layouts", lambda *_: [])
 
 
 def per_head_norm(self, x):
@@ -109,7 +109,7 @@ def test_pooling_before_the_end_token_is_seen(monkeypatch, one_rank):
     def before_end(hidden, mask):
         return hidden[torch.arange(len(hidden)), mask.long().sum(1) - 2]
 
-    for place in ("eval.parity.dual", "models.internvl.model"):
+    for place in ("vlfoundry.eval.parity.dual", "vlfoundry.models.internvl.model"):
         monkeypatch.setattr(f"{place}.at_end", before_end)
 
     wrong = misses(check_folder(GOLDEN / "internvl_14b"))
@@ -118,7 +118,7 @@ def test_pooling_before_the_end_token_is_seen(monkeypatch, one_rank):
 
 def test_padding_that_is_seen_is_seen(monkeypatch, one_rank):
     monkeypatch.setattr(
-        "models.internvl.model.matching_blocked",
+        "vlfoundry.models.internvl.model.matching_blocked",
         lambda queries, mask: torch.zeros(len(mask), 1, *[queries + mask.shape[1]] * 2).bool(),
     )
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from eval.parity import conversations
-from eval.parity.check import Check
-from eval.parity.conversations import check_conversations, is_conversations
+from vlfoundry.eval.parity import conversations
+from vlfoundry.eval.parity.check import Check
+from vlfoundry.eval.parity.conversations import check_conversations, is_conversations
 
 FOLDER = Path(__file__).parent / "golden" / "conversations"
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from eval.official import anls, charts, classification, retrieval
-from eval.parity.metrics import METRICS, check_metrics, is_metrics
-from infra.errors import DataError
+from vlfoundry.eval.official import anls, charts, classification, retrieval
+from vlfoundry.eval.parity.metrics import METRICS, check_metrics, is_metrics
+from vlfoundry.infra.errors import DataError
 
 GOLDEN = Path(__file__).parent / "golden" / "metrics"
 
@@ -46,37 +46,37 @@ def other_direction(scores, owner, cuts):
 
 
 MISTAKES = [
-    ("zeroshot_classification", "eval.official.classification.TOP5_CLASSES", 6),
-    ("zeroshot_classification", "eval.official.classification.TOP5_CLASSES", 4),
+    ("zeroshot_classification", "vlfoundry.eval.official.classification.TOP5_CLASSES", 6),
+    ("zeroshot_classification", "vlfoundry.eval.official.classification.TOP5_CLASSES", 4),
     (
         "zeroshot_classification",
-        "eval.official.classification.mean_per_class_recall",
+        "vlfoundry.eval.official.classification.mean_per_class_recall",
         lambda guess, truth: (guess == truth).mean(),
     ),
     (
         "multilabel_map",
-        "eval.parity.metrics.mean_average_precision",
+        "vlfoundry.eval.parity.metrics.mean_average_precision",
         average_without_empty_classes,
     ),
-    ("zeroshot_prompt_ensemble", "eval.official.classification.LOGIT_SCALE", 1 / 0.07),
-    ("retrieval", "eval.parity.metrics.retrieval_recall", other_direction),
-    ("vqa_answer_processor", "eval.official.vqa.MENDED", {}),
-    ("vqa_answer_processor", "eval.official.vqa.ARTICLES", {"a", "the", "and"}),
-    ("vqa_answer_processor", "eval.official.vqa.MARKS", "/-"),
-    ("vqa_accuracy", "eval.official.vqa.AGREEING", 2),
-    ("anls", "eval.parity.metrics.anls_infographics", anls.anls_stvqa),
-    ("anls", "eval.parity.metrics.anls_stvqa", anls.anls_infographics),
+    ("zeroshot_prompt_ensemble", "vlfoundry.eval.official.classification.LOGIT_SCALE", 1 / 0.07),
+    ("retrieval", "vlfoundry.eval.parity.metrics.retrieval_recall", other_direction),
+    ("vqa_answer_processor", "vlfoundry.eval.official.vqa.MENDED", {}),
+    ("vqa_answer_processor", "vlfoundry.eval.official.vqa.ARTICLES", {"a", "the", "and"}),
+    ("vqa_answer_processor", "vlfoundry.eval.official.vqa.MARKS", "/-"),
+    ("vqa_accuracy", "vlfoundry.eval.official.vqa.AGREEING", 2),
+    ("anls", "vlfoundry.eval.parity.metrics.anls_infographics", anls.anls_stvqa),
+    ("anls", "vlfoundry.eval.parity.metrics.anls_stvqa", anls.anls_infographics),
     (
         "relaxed_accuracy",
-        "eval.parity.metrics.relaxed_accuracy",
+        "vlfoundry.eval.parity.metrics.relaxed_accuracy",
         lambda said, targets, compat: charts.relaxed_accuracy(said, targets),
     ),
-    ("relaxed_accuracy", "eval.official.charts._number", lambda text: None),
-    ("pope", "eval.official.yes_no.NEGATIONS", {"No", "no", "not", "NO"}),
-    ("mme", "eval.official.yes_no.MME_LETTERS", 3),
-    ("mme", "eval.official.yes_no.mme_answer", lambda text: text.lower().strip()),
-    ("refcoco", "eval.official.boxes.IOU_THRESHOLD", 0.55),
-    ("refcoco", "eval.official.boxes.FRACTIONS_SUM_BELOW", 1),
+    ("relaxed_accuracy", "vlfoundry.eval.official.charts._number", lambda text: None),
+    ("pope", "vlfoundry.eval.official.yes_no.NEGATIONS", {"No", "no", "not", "NO"}),
+    ("mme", "vlfoundry.eval.official.yes_no.MME_LETTERS", 3),
+    ("mme", "vlfoundry.eval.official.yes_no.mme_answer", lambda text: text.lower().strip()),
+    ("refcoco", "vlfoundry.eval.official.boxes.IOU_THRESHOLD", 0.55),
+    ("refcoco", "vlfoundry.eval.official.boxes.FRACTIONS_SUM_BELOW", 1),
 ]
 
 

@@ -9,16 +9,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from eval.parity.run import check_folder
-from flows.cli import app
-from infra.devices import find_device
-from infra.errors import ConfigError
-from models.connector.config import ConnectorConfig
-from models.internvl.convert import export_model
-from models.internvl.load import save_model
-from models.internvl.model import build
-from models.tokenizer import train
 from tests.models_helpers import TEXTS, tiny_config
+from vlfoundry.eval.parity.run import check_folder
+from vlfoundry.flows.cli import app
+from vlfoundry.infra.devices import find_device
+from vlfoundry.infra.errors import ConfigError
+from vlfoundry.models.connector.config import ConnectorConfig
+from vlfoundry.models.internvl.convert import export_model
+from vlfoundry.models.internvl.load import save_model
+from vlfoundry.models.internvl.model import build
+from vlfoundry.models.tokenizer import train
 
 pytestmark = pytest.mark.skipif(
     find_device().kind != "cpu", reason="recorded numbers are fp32 on a CPU"

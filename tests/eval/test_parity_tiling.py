@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from eval.parity.tiling import check_tiling, is_tiling
-from infra.errors import DataError
-from models import tiling
+from vlfoundry.eval.parity.tiling import check_tiling, is_tiling
+from vlfoundry.infra.errors import DataError
+from vlfoundry.models import tiling
 
 OFFICIAL = Path(__file__).parents[1] / "models" / "golden" / "tiling" / "official"
 

@@ -7,18 +7,18 @@ import numpy as np
 import pytest
 import torch
 
-from eval.datasets import read_folder
-from eval.embedding import Setting, embed_pictures, embed_texts
-from eval.questions import replies
-from eval.ranks import run_team
-from eval.run import evaluate_folder
-from infra.errors import DataError, ModelError
-from models.internvl.config import InternVLConfig
-from models.internvl.load import Model, load_model, save_model
-from models.internvl.model import build
-from models.tokenizer import train
 from tests.eval_fakes import drawing, encoded, write_concept_set, write_pair_set
 from tests.models_helpers import TEXTS, tiny_config
+from vlfoundry.eval.datasets import read_folder
+from vlfoundry.eval.embedding import Setting, embed_pictures, embed_texts
+from vlfoundry.eval.questions import replies
+from vlfoundry.eval.ranks import run_team
+from vlfoundry.eval.run import evaluate_folder
+from vlfoundry.infra.errors import DataError, ModelError
+from vlfoundry.models.internvl.config import InternVLConfig
+from vlfoundry.models.internvl.load import Model, load_model, save_model
+from vlfoundry.models.internvl.model import build
+from vlfoundry.models.tokenizer import train
 
 PICTURES = 67
 """more than a batch, and no multiple of any number of ranks"""
@@ -71,9 +71,9 @@ def pair_set(folder: Path, pictures: int = PICTURES) -> Path:
 def test_every_number_of_ranks_gives_the_same_bytes(
     kind: str, suite: str, models: Path, place, tmp_path: Path, run_ranks, monkeypatch
 ) -> None:
-    monkeypatch.setattr("eval.embedding.IMAGE_BATCH", 16)
-    monkeypatch.setattr("eval.embedding.TEXT_BATCH", 7)
-    monkeypatch.setattr("eval.questions.BATCH", 5)
+    monkeypatch.setattr("vlfoundry.eval.embedding.IMAGE_BATCH", 16)
+    monkeypatch.setattr("vlfoundry.eval.embedding.TEXT_BATCH", 7)
+    monkeypatch.setattr("vlfoundry.eval.questions.BATCH", 5)
     data = pair_set(tmp_path / "data")
     made = []
     for profile in ("ranks: 1", "ranks: 3\ntensor: 3", "ranks: 4\npipeline: 2"):
@@ -98,7 +98,7 @@ def test_the_ranks_share_the_batches(models: Path, place, tmp_path: Path, run_ra
         return counted, embed_pictures(model, data, "retrieval")
 
     def count(self, number):
-        from infra.backend.ranks import this_rank
+        from vlfoundry.infra.backend.ranks import this_rank
 
         return number, this_rank().index
 
@@ -225,7 +225,8 @@ def test_a_model_and_what_it_reads_go_where_training_computes(models: Path, monk
     """A device called elsewhere, which computes here: all that a model is given went there."""
     moved: list[tuple[str, str]] = []
     monkeypatch.setattr(
-        "models.internvl.load.to_device", lambda value: moved.append(("model", "")) or value
+        "vlfoundry.models.internvl.load.to_device",
+        lambda value: moved.append(("model", "")) or value,
     )
     model = load_model(models / "internvl_g")
     assert moved == [("model", "")]

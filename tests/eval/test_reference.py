@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-from eval.datasets import read_concept_set
-from eval.ranking import best_rank
-from eval.reference import NearestPicture, squared_distances
-from eval.suites.zero_shot import accepted_answers
 from tests.eval_fakes import write_concept_set
 from tests.report_tree import REPOSITORY
+from vlfoundry.eval.datasets import read_concept_set
+from vlfoundry.eval.ranking import best_rank
+from vlfoundry.eval.reference import NearestPicture, squared_distances
+from vlfoundry.eval.suites.zero_shot import accepted_answers
 
 TRAIN = ("noto", "noto_v1", "fluent", "fluent_flat", "emojitwo", "fxemoji")
 

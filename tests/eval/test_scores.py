@@ -6,9 +6,9 @@ import sys
 import numpy as np
 import pytest
 
-from eval.metrics import METRICS, compute
-from eval.ranking import best_rank, chance_at, top_candidates
-from eval.scores import (
+from vlfoundry.eval.metrics import METRICS, compute
+from vlfoundry.eval.ranking import best_rank, chance_at, top_candidates
+from vlfoundry.eval.scores import (
     mean_score,
     read_items,
     read_scores,
@@ -16,8 +16,8 @@ from eval.scores import (
     write_items,
     write_scores,
 )
-from eval.stats import bootstrap_interval, wilson_interval
-from infra.errors import DataError
+from vlfoundry.eval.stats import bootstrap_interval, wilson_interval
+from vlfoundry.infra.errors import DataError
 
 
 def test_wilson_interval_of_a_textbook_case():
@@ -136,7 +136,7 @@ def test_chrf_agrees_with_a_hand_count():
 
 def test_a_metric_does_not_import_transformers():
     code = (
-        "import sys; from eval.metrics import compute;"
+        "import sys; from vlfoundry.eval.metrics import compute;"
         "compute('exact_match', predictions=['a'], references=[['a']]);"
         "heavy = {'torch', 'transformers'} & set(sys.modules); import transformers;"
         "sys.exit(str(heavy) if heavy else 0)"

@@ -7,14 +7,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from eval.datasets import read_concept_set, read_folder
-from eval.embedding import Setting
-from eval.questions import KINDS, ask
-from eval.reference import NearestPicture
-from eval.run import choose_languages, score_model
-from eval.scores import read_items
-from eval.suites import NEEDS, score_keys, suite_run, why_not
-from infra.errors import DataError, ModelError
 from tests.eval_fakes import (
     LANGUAGES,
     Constant,
@@ -26,6 +18,14 @@ from tests.eval_fakes import (
     write_concept_set,
     write_pair_set,
 )
+from vlfoundry.eval.datasets import read_concept_set, read_folder
+from vlfoundry.eval.embedding import Setting
+from vlfoundry.eval.questions import KINDS, ask
+from vlfoundry.eval.reference import NearestPicture
+from vlfoundry.eval.run import choose_languages, score_model
+from vlfoundry.eval.scores import read_items
+from vlfoundry.eval.suites import NEEDS, score_keys, suite_run, why_not
+from vlfoundry.infra.errors import DataError, ModelError
 
 SCENES = 40
 
@@ -33,7 +33,7 @@ SCENES = 40
 @pytest.fixture(autouse=True)
 def fewer_training_scenes(monkeypatch):
     """The reference answers of scenes cost most of the time here and need no large pool."""
-    monkeypatch.setattr("eval.questions.TRAINING_SCENES", 60)
+    monkeypatch.setattr("vlfoundry.eval.questions.TRAINING_SCENES", 60)
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +109,7 @@ def test_pictures_that_look_the_same_accept_either_answer(data, setting):
 
 
 def test_equal_names_are_one_answer(tmp_path, data, setting):
-    from eval.suites.zero_shot import accepted_answers
+    from vlfoundry.eval.suites.zero_shot import accepted_answers
 
     names = {concept: f"name {concept}" for concept in data.drawn}
     names["c09"] = names["c10"]

@@ -1,5 +1,6 @@
 """A fresh toy checkout for each test, and one Prefect server for all flow tests."""
 
+import contextlib
 import os
 import shutil
 import sys
@@ -60,20 +61,24 @@ def mark(monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 @pytest.fixture(scope="session")
-def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Our own embedded server, for the whole session; its URL is in the environment."""
-    from flows.server import prefect_environment, server
+def session_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """Our own embedded server, for the whole session: the settings of Prefect that lead to it."""
+    from vlfoundry.flows.server import prefect_environment, server
 
     root = tmp_path_factory.mktemp("server")
-    added = prefect_environment(root)
-    before = {name: os.environ.get(name) for name in (*added, "PREFECT_API_URL")}
-    os.environ.update(added)
-    with server(root) as running:
-        os.environ["PREFECT_API_URL"] = running.url
+    settings = prefect_environment(root)
+    with contextlib.ExitStack() as stack:
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in settings.items():
+                patch.setenv(name, value)
+            running = stack.enter_context(server(root))
         running.wait()
-        yield running.url
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        yield settings | {"PREFECT_API_URL": running.url}
+
+
+@pytest.fixture
+def prefect_server(session_server: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> str:
+    """The URL of that server, which is in the environment of this test and of no other."""
+    for name, value in session_server.items():
+        monkeypatch.setenv(name, value)
+    return session_server["PREFECT_API_URL"]

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flows.chat_check import PicturesAlone, check, find_limits
-from infra.errors import DataError
-from models.chat.examples import Conversations, in_order_of_numbers
-from models.chat.jsonl import MAX_LINE_BYTES, ChatFile, problems
-from models.tiling import Tiling
+from vlfoundry.flows.chat_check import PicturesAlone, check, find_limits
+from vlfoundry.infra.errors import DataError
+from vlfoundry.models.chat.examples import Conversations, in_order_of_numbers
+from vlfoundry.models.chat.jsonl import MAX_LINE_BYTES, ChatFile, problems
+from vlfoundry.models.tiling import Tiling
 
 ROOT = Path(__file__).parents[2]
 CASES = ROOT / "tests" / "cases"
@@ -49,7 +49,7 @@ def picture(path: Path, width: int = 30, height: int = 13) -> str:
 
 def command(*arguments: str | Path, cwd: Path | None = None, **environment: str):
     return subprocess.run(
-        [sys.executable, "-m", "flows.cli", "chat-check", *map(str, arguments)],
+        [sys.executable, "-m", "vlfoundry.flows.cli", "chat-check", *map(str, arguments)],
         cwd=cwd or ROOT, capture_output=True, text=True, errors="replace", timeout=60,
         env={**os.environ, **environment},
     )  # fmt: skip
@@ -182,7 +182,7 @@ def test_absolute_paths_where_the_root_says_so(tmp_path):
 
 
 def test_too_long_in_tiles_and_in_words(tmp_path):
-    from models.tokenizer import train
+    from vlfoundry.models.tokenizer import train
 
     names = [picture(tmp_path / f"{i}.png", 13 + i, 40) for i in range(3)]
     asked = {"from": "human", "value": "<image><image><image>\n" + "What? " * 30}

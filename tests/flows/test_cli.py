@@ -10,10 +10,11 @@ import pytest
 import typer.main
 from typer.testing import CliRunner
 
-from eval.suites import linear_probe
-from flows.cli import app
-from infra.errors import DataError
 from tests.cpu import least_cpu_s
+from tests.tiny import write_model
+from vlfoundry.eval.suites import linear_probe
+from vlfoundry.flows.cli import app
+from vlfoundry.infra.errors import DataError
 
 COMMANDS = (
     "run", "evaluate", "parity", "import", "export", "merge", "plan", "recipes", "report",
@@ -23,31 +24,31 @@ COMMANDS = (
 
 def vlfoundry(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "flows.cli", *arguments],
+        [sys.executable, "-m", "vlfoundry.flows.cli", *arguments],
         cwd=cwd, capture_output=True, text=True, check=False, timeout=60,
     )  # fmt: skip
 
 
-def test_help_takes_less_than_a_second_and_names_every_command() -> None:
+def test_help_takes_a_third_of_a_second_and_names_every_command() -> None:
     shown = vlfoundry("--help")
     assert shown.returncode == 0
     for command in COMMANDS:
         assert f"  {command} " in shown.stdout
-    assert least_cpu_s(lambda: vlfoundry("--help"), enough=1) < 1
+    assert least_cpu_s(lambda: vlfoundry("--help"), enough=0.3) < 0.3
 
 
 @pytest.mark.parametrize("module", ["torch", "prefect", "dvc", "pyarrow", "numpy", "gto"])
 def test_the_command_line_imports_nothing_heavy(module: str) -> None:
-    code = f"import sys, flows.cli; sys.exit({module!r} in sys.modules)"
+    code = f"import sys, vlfoundry.flows.cli; sys.exit({module!r} in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_outside_of_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_outside_of_a_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path.cwd()))
     refused = vlfoundry("status", cwd=tmp_path)
     assert refused.returncode == 2
     assert refused.stderr.startswith("vlfoundry: ")
-    assert "is not inside a VLFoundry checkout" in refused.stderr
+    assert "is not inside a VLFoundry project" in refused.stderr
 
 
 def test_chat_files_are_checked_before_they_are_learnt_from(tmp_path: Path) -> None:
@@ -88,10 +89,10 @@ def test_weights_in_and_out(tmp_path: Path) -> None:
 def test_a_wrong_suite_or_folder_does_not_wait_for_torch(
     tmp_path: Path, suite: str, data: str, message: str
 ) -> None:
-    (tmp_path / "config.json").write_text("{}")  # enough to be taken for a model folder
+    write_model(tmp_path, "internvl_c")
     words = ["evaluate", "--model", str(tmp_path), "--data", data, "--suite", suite]
     code = (
-        "import atexit, sys; from flows.cli import main\n"
+        "import atexit, sys; from vlfoundry.flows.cli import main\n"
         "heavy = {'torch', 'megatron'}\n"
         "atexit.register(lambda: print('heavy:', sorted(heavy & set(sys.modules))))\n"
         f"sys.argv = {['vlfoundry', *words, '--json', str(tmp_path / 'out.json')]!r}; main()"
@@ -106,7 +107,9 @@ def test_a_wrong_suite_or_folder_does_not_wait_for_torch(
 
 def test_an_address_is_handed_on_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[object] = []
-    monkeypatch.setattr("eval.run.evaluate_folder", lambda *words, **_: asked.append(words) or [])
+    monkeypatch.setattr(
+        "vlfoundry.eval.run.evaluate_folder", lambda *words, **_: asked.append(words) or []
+    )
     words = ["evaluate", "--model", "m", "--data", "s3://bucket//set", "--suite", "retrieval"]
     ended = CliRunner().invoke(app, [*words, "--json", str(tmp_path / "out.json")])
     assert ended.exit_code == 0, ended.output

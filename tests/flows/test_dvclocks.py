@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -10,13 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from flows import dvclocks
-from flows.dvclocks import RWLOCK, clear_stale
-from flows.graph import load_graph
-from infra.errors import DataError
-from tests.flows.toy import sh, steer, wait_until
+from tests.flows.toy import PARAMS_YAML, sh, steer, wait_until
+from vlfoundry.flows import dvclocks
+from vlfoundry.flows.dvclocks import RWLOCK, clear_stale
+from vlfoundry.flows.graph import load_graph
+from vlfoundry.infra.errors import DataError
 
 DVC = [sys.executable, "-m", "dvc"]
+VLFOUNDRY = [sys.executable, "-m", "vlfoundry.flows.cli"]
 
 
 def entry(pid: int) -> dict[str, object]:
@@ -53,6 +55,38 @@ def test_entries_of_processes_that_are_no_dvc_are_cleared(toy: Path) -> None:
     living.wait()
     zombie.wait()
     assert known == {"write": {"/other": entry(living.pid)}, "read": {out: [entry(living.pid)]}}
+
+
+def test_a_look_does_not_wait_for_what_runs(toy: Path) -> None:
+    sh(toy, *DVC, "repro", "--quiet", "train@b")
+    (toy / "params.yaml").write_text(PARAMS_YAML.replace("0.001", "0.002"))
+    steer(toy, "train-a", "pathlib.Path('work/started').touch(); time.sleep(60)")
+    other = subprocess.Popen([*DVC, "repro", "--quiet", "train@a"], cwd=toy)
+    wait_until((toy / "work/started").exists, "the start of the stage")
+    said: list[str] = []
+    graph = load_graph(toy, said.append, beside=True)
+    states = {node.name: graph.state(node.name) for node in graph.nodes}
+    again = subprocess.run(
+        [*VLFOUNDRY, "run", "--dry-run"], cwd=toy, capture_output=True, text=True, timeout=50
+    )
+    other.kill()
+    other.communicate()
+    assert (said, graph.running) == ([], {"train@a": other.pid})
+    assert states == {
+        "prepare": "up to date", "train@a": "running", "train@b": "stale", "score": "stale"
+    }  # fmt: skip
+    assert graph.reason("train@a") == f"process {other.pid} runs it now"
+    assert again.returncode == 0, again.stderr
+    assert re.search(r"^train@b +would run: changed deps", again.stdout, re.MULTILINE)
+
+
+def test_what_a_kill_left_of_the_file_is_not_waited_for(toy: Path) -> None:
+    (toy / RWLOCK).parent.mkdir(parents=True, exist_ok=True)
+    (toy / RWLOCK).touch()
+    began, said = time.monotonic(), list[str]()
+    assert len(load_graph(toy, said.append).nodes) == 4
+    assert said == []
+    assert time.monotonic() - began < dvclocks.PATIENCE_S / 2
 
 
 def test_another_dvc_is_waited_for(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from flows.graph import Graph, load_graph, order_lock
-from infra.errors import ConfigError, DataError
 from tests.flows.toy import sh
+from vlfoundry.flows.graph import Graph, load_graph, order_lock
+from vlfoundry.infra.errors import ConfigError, DataError
 
 
 def edges(graph: Graph) -> set[tuple[str, str]]:
@@ -33,7 +33,9 @@ def test_the_graph_is_what_dvc_dag_prints(toy: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_what_is_stale_follows_dvc_status(toy: Path) -> None:
-    assert load_graph(toy).stale == {"prepare", "train@a", "train@b", "score"}
+    graph = load_graph(toy)
+    assert graph.stale == {"prepare", "train@a", "train@b", "score"}
+    assert set(graph.changed.values()) == {"never run"}
     sh(toy, sys.executable, "-m", "dvc", "repro", "--quiet")
     assert load_graph(toy).stale == frozenset()
     (toy / "params.yaml").write_text("seed: 1\nstart: scratch\ntrain:\n  lr: 0.5\n")
@@ -53,9 +55,16 @@ def test_a_stage_brings_what_it_needs(toy: Path) -> None:
 
 
 def test_a_broken_pipeline_is_a_message(toy: Path) -> None:
-    (toy / "dvc.yaml").write_text("stages: {a: {cmd: [}}")
-    with pytest.raises(DataError, match="DVC cannot read the pipeline"):
-        load_graph(toy)
+    for text, where in (
+        ("stages:\n  a: {cmd: [}}", r"line 2, column 13"),
+        (
+            "stages: {a: {cmd: x, wat: 1}}",
+            r"extra keys not allowed @ data\['stages'\]\['a'\]\['wat'\]",
+        ),
+    ):
+        (toy / "dvc.yaml").write_text(text)
+        with pytest.raises(DataError, match=f"DVC cannot read the pipeline.*{where}"):
+            load_graph(toy)
 
 
 def test_the_lock_does_not_tell_in_which_order_stages_ended(toy: Path) -> None:

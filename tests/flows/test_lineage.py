@@ -9,12 +9,16 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from typer.testing import CliRunner
 
-from flows.lineage import lineage_lines, write_rows
-from flows.start import bring
-from infra.errors import DataError, UserError
-from infra.registry import register_model
 from tests.flows.toy import commit_all, make_toy, sh
+from vlfoundry.flows.cli import app
+from vlfoundry.flows.gc import states
+from vlfoundry.flows.lineage import lineage_lines, write_rows
+from vlfoundry.flows.start import bring
+from vlfoundry.infra.errors import DataError, UserError
+from vlfoundry.infra.registry import register_model
+from vlfoundry.infra.workfolder import KEY_FILE, key_of
 
 DVC_YAML = """\
 stages:
@@ -54,7 +58,8 @@ for path in inputs:
         file = pathlib.Path(path, "origin.json")
         starts[path] = json.loads(file.read_text()) if file.is_file() else None
 (out / "lineage.json").write_text(json.dumps(
-    {"run_key": f"key-of-{name}", "inputs": {path: "d" * 64 for path in inputs}, "starts": starts}))
+    {"run_key": f"key-of-{name}", "parameters": {"seed": len(name)},
+     "inputs": {path: "d" * 64 for path in inputs}, "starts": starts}))
 """
 
 
@@ -86,6 +91,28 @@ def test_the_way_back(run: Path, tmp_path: Path) -> None:
     assert lines[5:] == ["source files:", f"  {'data/raw.txt':34s} sha256 {'d' * 12}"]
     assert write_rows(run, version.ref, tmp_path / "rows.parquet") == 2
     assert pq.read_table(tmp_path / "rows.parquet")["caption"].to_pylist() == ["a cat", "a dog"]
+
+
+def test_state_that_made_a_registered_model_is_kept(run: Path) -> None:
+    """Of each step before it, as long as it is registered."""
+    version = register_model(run, Path("artifacts/contrastive/model"))
+    for number, key in enumerate(("key-of-shard", "key-of-others", "key-of-nobody")):
+        folder = run / "work/shard" / key[:12]
+        folder.mkdir(parents=True)
+        (folder / KEY_FILE).write_text(key)
+        os.utime(folder / KEY_FILE, (number, number))
+    found = {key_of(state.folder): state.kept for state in states(run)}
+    assert found["key-of-shard"] == "made what lies in artifacts/"
+    shutil.rmtree(run / "artifacts")
+    found = {key_of(state.folder): state.kept for state in states(run)}
+    assert found == {
+        "key-of-shard": f"of {version.ref}",
+        "key-of-others": None,
+        "key-of-nobody": "the last of its step",
+    }
+    shutil.rmtree(run / ".dvc/cache")
+    found = {key_of(state.folder): state.kept for state in states(run)}
+    assert "cannot be read here" in (found["key-of-others"] or "")
 
 
 def test_a_folder_of_the_working_tree(run: Path) -> None:
@@ -167,3 +194,23 @@ def test_rows_do_not_go_over_what_the_project_makes(run: Path, tmp_path: Path) -
     assert (tmp_path / "notes.txt").read_text() == "mine"
     for _ in range(2):  # rows of an earlier call may be replaced
         assert write_rows(run, "artifacts/contrastive/model", tmp_path / "rows.parquet") == 2
+
+
+def test_for_programs(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    register_model(run, Path("artifacts/contrastive/model"))
+    monkeypatch.chdir(run)
+    rows = tmp_path / "rows.parquet"
+    ended = CliRunner().invoke(app, ["lineage", "internvl_c", "--json", "--rows", str(rows)])
+    facts = json.loads(ended.stdout)
+    assert facts["format"] == "vlfoundry.lineage.v1"
+    assert facts["path"] == "artifacts/contrastive/model"
+    assert [(s["stage"], s["depth"], s["run_key"]) for s in facts["steps"]] == [
+        ("contrastive", 0, "key-of-contrastive"), ("shard", 1, "key-of-shard"),
+        ("filter", 2, "key-of-filter"), ("ingest", 2, "key-of-ingest"),
+    ]  # fmt: skip
+    assert facts["steps"][1]["before"] == ["filter", "ingest"]
+    assert facts["steps"][1]["parameters"] == {"seed": 5}
+    assert facts["sources"] == {"data/raw.txt": "d" * 64}
+    assert facts["rows"] == {"path": str(rows), "count": 2}
+    plain = CliRunner().invoke(app, ["lineage", "internvl_c", "--json"])
+    assert json.loads(plain.stdout)["rows"] is None

@@ -9,18 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from flows.lock import BusyError, run_lock
-from flows.workspace import Variation, workspace
-from infra.errors import ConfigError
-from infra.fingerprint import fingerprint
-from infra.git import GitError
 from tests.flows.toy import sh
+from vlfoundry.flows.lock import BusyError, run_lock
+from vlfoundry.flows.workspace import Variation, workspace
+from vlfoundry.infra.errors import ConfigError
+from vlfoundry.infra.fingerprint import fingerprint
+from vlfoundry.infra.git import GitError
 
 START = """
 import sys, time
 from pathlib import Path
-from flows.workspace import Variation, workspace
-from infra.errors import UserError
+from vlfoundry.flows.workspace import Variation, workspace
+from vlfoundry.infra.errors import UserError
 folder = Path(sys.argv[3]) if len(sys.argv) > 3 else None
 try:
     with workspace(Path(sys.argv[1]), Variation(overrides=(sys.argv[2],)), folder) as lock:
@@ -33,7 +33,7 @@ except UserError as error:
 KILLED = """
 import os, signal, subprocess, sys
 from pathlib import Path
-from flows.lock import run_lock
+from vlfoundry.flows.lock import run_lock
 with run_lock(Path(sys.argv[1])) as lock:
     subprocess.Popen(["sleep", sys.argv[2]], pass_fds=(lock.descriptor,))
     os.kill(os.getpid(), signal.SIGKILL)
@@ -123,7 +123,7 @@ def test_dvc_lock_survives_a_kill_while_sources_change(
     variation = Variation(overrides=("seed=3",))
     with workspace(toy, variation) as lock:
         (lock.root / "dvc.lock").write_text(of_the_run)
-    from infra import git as module
+    from vlfoundry.infra import git as module
 
     def dies(root: Path, *words: str, **options: tuple[int, ...]) -> str:
         said = module.git(root, *words, **options)
@@ -131,7 +131,7 @@ def test_dvc_lock_survives_a_kill_while_sources_change(
             raise GitError("killed behind the checkout")
         return said
 
-    monkeypatch.setattr("flows.workspace.git", dies)
+    monkeypatch.setattr("vlfoundry.flows.workspace.git", dies)
     with pytest.raises(GitError), workspace(toy, variation):
         pass
     assert (lock.root / "dvc.lock").read_text() == of_the_checkout
@@ -165,8 +165,8 @@ def test_checkouts_are_no_workspaces(toy: Path, tmp_path: Path) -> None:
         (toy, "is a checkout, not a workspace"),
         (tmp_path / "other", "is a checkout, not a workspace"),
         (tmp_path / "mine", "has branch 'mine' checked out"),
-        (toy / "work.py", "is inside of the checkout"),
-        (toy / "~" / "new", "is inside of the checkout"),
+        (toy / "work.py", "is inside of the project"),
+        (toy / "~" / "new", "is inside of the project"),
         (toy / "work" / "file", "is not a directory"),
     ):
         with pytest.raises(ConfigError, match=said), workspace(toy, Variation(), place):

@@ -5,12 +5,12 @@ import io
 
 import pytest
 
-import flows.launch
-from flows.parameters import check_parameters
-from flows.terminal import Terminal
-from infra.config import apply_overrides, load_params
-from infra.errors import ConfigError
+import vlfoundry.flows.launch
 from tests.tiny import ROOT
+from vlfoundry.flows.parameters import check_parameters
+from vlfoundry.flows.terminal import Terminal
+from vlfoundry.infra.config import apply_overrides, load_params
+from vlfoundry.infra.errors import ConfigError
 
 
 @pytest.fixture
@@ -54,9 +54,9 @@ def test_every_stage_is_asked(project, monkeypatch, old, new, message):
     def too_late(*_, **__):
         raise AssertionError("a server was started first")
 
-    monkeypatch.setattr(flows.launch, "server", too_late)
+    monkeypatch.setattr(vlfoundry.flows.launch, "server", too_late)
     with pytest.raises(ConfigError, match=message):
-        flows.launch.run_pipeline(project, terminal=Terminal(io.StringIO()))
+        vlfoundry.flows.launch.run_pipeline(project, terminal=Terminal(io.StringIO()))
 
 
 def numbers(node, path=()):
@@ -104,3 +104,13 @@ def test_the_launcher_is_looked_at_as_well(project, monkeypatch, text):
     monkeypatch.setenv("VLFOUNDRY_LAUNCHER", "nope")
     with pytest.raises(ConfigError, match="no launcher profile 'nope'"):
         check_parameters(project)
+
+
+def test_the_launcher_is_the_project_s_wherever_we_are(project, monkeypatch):
+    (project / "launchers").mkdir()
+    (project / "launchers/mine.yaml").write_text("ranks: 3\ntensor: 2\n")
+    monkeypatch.setenv("VLFOUNDRY_LAUNCHER", "mine")
+    with pytest.raises(ConfigError, match="launcher mine: 3 ranks cannot be shared"):
+        check_parameters(project)
+    (project / "launchers/mine.yaml").write_text("ranks: 3\n")
+    check_parameters(project)

@@ -9,12 +9,12 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from flows.cli import app
-from infra.decode import decode
-from infra.errors import UserError
-from models.internvl.folder import write_config
-from models.sight import PictureConfig
 from tests.models_helpers import tiny_config
+from vlfoundry.flows.cli import app
+from vlfoundry.infra.decode import decode
+from vlfoundry.infra.errors import UserError
+from vlfoundry.models.internvl.folder import write_config
+from vlfoundry.models.sight import PictureConfig
 
 ROOT = Path(__file__).parents[2]
 CASES = ROOT / "tests/cases"

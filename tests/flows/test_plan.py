@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from flows.plan import (
+from tests.cpu import least_cpu_s
+from vlfoundry.flows.plan import (
     DEFAULTS,
     command,
     find_job,
@@ -19,13 +20,12 @@ from flows.plan import (
     plan_lines,
     show_lines,
 )
-from flows.recipes import recipes, with_profile
-from infra.config import build, load_params
-from infra.errors import ConfigError
-from infra.train.config import TrainConfig
-from models.internvl.config import internvl
-from models.llama.config import llama
-from tests.cpu import least_cpu_s
+from vlfoundry.flows.recipes import recipes, with_profile
+from vlfoundry.infra.config import build, load_params
+from vlfoundry.infra.errors import ConfigError
+from vlfoundry.infra.train.config import TrainConfig
+from vlfoundry.models.internvl.config import internvl
+from vlfoundry.models.llama.config import llama
 
 ROOT = Path(__file__).parents[2]
 RECIPES = recipes(ROOT)
@@ -104,7 +104,7 @@ def test_every_recipe_builds_what_its_stage_reads(name):
     if stage == "retrieval":
         assert "none yet" in command(name, RECIPES[name])
         return
-    config = importlib.import_module(f"stages.{stage}").STAGE.config
+    config = importlib.import_module(f"vlfoundry.stages.{stage}").STAGE.config
     known = {field.name for field in dataclasses.fields(config)}
     built = build(config, {k: v for k, v in parameters(name).items() if k in known})
     assert build(TrainConfig, dataclasses.asdict(train_of(name)))
@@ -187,7 +187,7 @@ def test_cost_is_flops_over_what_the_machine_does():
 
 @pytest.mark.parametrize("stage", ["contrastive", "generative", "sft"])
 def test_defaults_of_the_planner_are_the_stages(stage):
-    module = importlib.import_module(f"stages.{stage}")
+    module = importlib.import_module(f"vlfoundry.stages.{stage}")
     options = getattr(module, f"{stage.capitalize()}StageConfig")
     fields = {field.name: field.default for field in dataclasses.fields(options)}
     assert DEFAULTS[stage] == {name: fields[name] for name in DEFAULTS[stage]}
@@ -234,7 +234,7 @@ def test_refusals_say_what_was_expected(ask, message):
 def test_a_recipe_with_an_unknown_key_is_refused(tmp_path):
     (tmp_path / "profiles").mkdir()
     (tmp_path / "profiles" / "._base.yaml").write_bytes(b"\0\5\x16\7 Mac OS X \xb0")
-    assert recipes(tmp_path) == {}
+    assert recipes(tmp_path) == recipes(ROOT)  # those that VLFoundry has
     (tmp_path / "profiles" / "wrong.yaml").write_text("recipe: {titel: x}\n")
     with pytest.raises(ConfigError, match="unknown key 'titel'; did you mean 'title'"):
         recipes(tmp_path)
@@ -249,7 +249,8 @@ def test_a_recipe_with_an_unknown_key_is_refused(tmp_path):
     ],
 )
 def test_planning_is_quick_and_needs_no_torch(arguments):
-    code = f"import sys; from flows.cli import app; app({arguments!r}, standalone_mode=False)"
+    code = "import sys; from vlfoundry.flows.cli import app"
+    code += f"; app({arguments!r}, standalone_mode=False)"
     code += "; sys.exit('torch' in sys.modules)"
 
     def ask() -> None:
@@ -263,7 +264,8 @@ def test_planning_is_quick_and_needs_no_torch(arguments):
 
 def test_what_plan_prints():
     done = subprocess.run(
-        [sys.executable, "-m", "flows.cli", "plan", "internvl-c", "--gpus", "64", "--memory", "80"],
+        [sys.executable, "-m", "vlfoundry.flows.cli", "plan", "internvl-c", "--gpus", "64",
+         "--memory", "80"],
         cwd=ROOT, capture_output=True, text=True, check=True,
     ).stdout  # fmt: skip
     assert "12,620,029,697 parameters" in done

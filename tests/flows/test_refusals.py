@@ -10,23 +10,22 @@ from pathlib import Path
 
 import pytest
 
-from flows.leftovers import clear_part_files
-from flows.plan import machine_of
-from infra.config import apply_overrides, load_params
-from infra.errors import ConfigError
-from infra.launch import LauncherProfile, host_and_port, load_profile
 from tests.flows.toy import processes_marked, sh, steer
 from tests.small_disk import LIBC, MS_RDONLY, fill, small_disk
+from vlfoundry.flows.leftovers import clear_part_files
+from vlfoundry.flows.plan import machine_of
+from vlfoundry.infra.config import apply_overrides, load_params
+from vlfoundry.infra.errors import ConfigError
+from vlfoundry.infra.launch import LauncherProfile, host_and_port, load_profile
 
-RUN = [sys.executable, "-m", "flows.cli"]
+RUN = [sys.executable, "-m", "vlfoundry.flows.cli"]
 MS_REMOUNT, MS_BIND = 32, 4096
 
 
 def vlfoundry(root: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    known = {k: v for k, v in os.environ.items() if k != "PREFECT_API_URL"}
     return subprocess.run(
         [*RUN, *words], cwd=root, capture_output=True, text=True, check=False, timeout=180,
-        env={**known, "PYTHONPATH": str(Path(__file__).parents[2]), **environment},
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), **environment},
     )  # fmt: skip
 
 
@@ -98,8 +97,8 @@ def test_prometheus_answers_over_ipv6(tmp_path: Path) -> None:
     import socket
     import urllib.request
 
-    from infra.train.telemetry import Telemetry
     from tests.infra.test_train_telemetry import WORK
+    from vlfoundry.infra.train.telemetry import Telemetry
 
     with socket.socket(socket.AF_INET6) as probe:
         try:

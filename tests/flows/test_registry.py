@@ -9,20 +9,20 @@ from pathlib import Path
 
 import pytest
 
-from flows.fetch import fetch
-from flows.launch import finish
-from flows.start import bring
-from infra.dvccache import cache_folder, md5_of, object_path
-from infra.errors import DataError, ModelError
-from infra.git import git
-from infra.registry import (
+from tests.flows.toy import PARAMS_YAML, commit_all, reproduce, sh
+from vlfoundry.flows.fetch import fetch
+from vlfoundry.flows.launch import finish
+from vlfoundry.flows.start import bring
+from vlfoundry.infra.dvccache import cache_folder, md5_of, object_path
+from vlfoundry.infra.errors import DataError, ModelError
+from vlfoundry.infra.git import git
+from vlfoundry.infra.registry import (
     find_version,
     list_models,
     register_model,
     register_passed,
     resolve_model,
 )
-from tests.flows.toy import PARAMS_YAML, commit_all, reproduce, sh
 
 MODEL = Path("artifacts/train/a")
 
@@ -147,7 +147,7 @@ def test_a_committed_run_is_registered_at_head(trained: Path) -> None:
 def test_models_and_register_on_the_command_line(trained: Path) -> None:
     def vlfoundry(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-m", "flows.cli", *arguments],
+            [sys.executable, "-m", "vlfoundry.flows.cli", *arguments],
             cwd=trained, capture_output=True, text=True, check=False,
             env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
         )  # fmt: skip

@@ -14,14 +14,14 @@ from pathlib import Path
 import psutil
 import pytest
 
-from flows.database import fault, set_aside
-from flows.server import server
 from tests.flows.toy import processes_marked, steer, wait_for_the_end, wait_until
+from vlfoundry.flows.database import fault, set_aside
+from vlfoundry.flows.server import server
 
-COMMAND = [sys.executable, "-m", "flows.cli", "run"]
+COMMAND = [sys.executable, "-m", "vlfoundry.flows.cli", "run"]
 WAITS = """
 sys.path.insert(0, os.environ["PYTHONPATH"])
-from infra.launch import die_with_parent
+from vlfoundry.infra.launch import die_with_parent
 die_with_parent()  # as every stage of ours
 while not pathlib.Path("work/go").exists():
     pathlib.Path("work/started").touch()
@@ -46,9 +46,8 @@ def of_guard(process: psutil.Process) -> bool:
 
 
 @pytest.fixture
-def start(toy: Path, mark: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable]:
+def start(toy: Path, mark: str) -> Iterator[Callable]:
     """Starts `vlfoundry run`, and returns when its first stage runs and waits for work/go."""
-    monkeypatch.delenv("PREFECT_API_URL", raising=False)
     steer(toy, "prepare", WAITS)
     steer(toy, "score", LAST)
     running: list[subprocess.Popen] = []
@@ -187,9 +186,9 @@ def test_a_run_with_a_damaged_database(toy: Path, start: Callable) -> None:
 
 LATE_HEARTBEAT = """
 import os, pathlib, sys
-from flows.server import prefect_environment
+from vlfoundry.flows.server import prefect_environment
 os.environ |= prefect_environment(pathlib.Path(sys.argv[1]))
-import flows.pipeline
+import vlfoundry.flows.pipeline
 from prefect.events import emit_event
 from prefect.events.clients import PrefectEventsClient
 from prefect.events.worker import EventsWorker

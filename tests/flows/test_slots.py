@@ -2,7 +2,7 @@
 
 import asyncio
 
-from flows.slots import Slots
+from vlfoundry.flows.slots import Slots
 
 
 def test_a_wide_task_is_alone_and_is_not_starved() -> None:

@@ -7,19 +7,26 @@ from pathlib import Path
 
 import pytest
 
-from eval.variants import MODELS
-from flows.start import FITS, bring, bring_with_profile, describe, new_profile, write_profile
-from flows.workspace import Variation
-from infra.config import load_params, to_dict
-from infra.errors import ConfigError, DataError, ModelError
-from infra.fingerprint import fingerprint
-from infra.registry import register_model
-from infra.stage import ORIGIN_FILE, parameters_of, read_origin
-from models.internvl.config import PARTS, internvl
-from models.internvl.folder import read_config
-from models.internvl.start import RULES, plan_start
 from tests.flows.toy import reproduce
 from tests.starts import CONFIG, make_folder
+from vlfoundry.eval.variants import MODELS
+from vlfoundry.flows.start import (
+    FITS,
+    bring,
+    bring_with_profile,
+    describe,
+    new_profile,
+    write_profile,
+)
+from vlfoundry.flows.workspace import Variation
+from vlfoundry.infra.config import load_params, to_dict
+from vlfoundry.infra.errors import ConfigError, DataError, ModelError
+from vlfoundry.infra.fingerprint import fingerprint
+from vlfoundry.infra.registry import register_model
+from vlfoundry.infra.stage import ORIGIN_FILE, parameters_of, read_origin
+from vlfoundry.models.internvl.config import PARTS, internvl
+from vlfoundry.models.internvl.folder import read_config
+from vlfoundry.models.internvl.start import RULES, plan_start
 
 ROOT = Path(__file__).parents[2]
 MODEL = Path("artifacts/train/a")
@@ -58,7 +65,7 @@ def test_a_registered_model_comes_whole_and_says_which_it_is(trained: Path) -> N
         bring(trained, "champion", trained / "data/start/x", kind="vision")
     with pytest.raises(DataError, match="artifacts/pretrain_text/model is not a folder that dvc"):
         bring(trained, "champion", trained / "data/start/x", stage="pretrain_text")
-    with pytest.raises(ModelError, match="registered names need a checkout"):
+    with pytest.raises(ModelError, match="registered names need a project"):
         bring(None, "champion", trained / "data/start/x")
     for cached in (trained / ".dvc/cache/files/md5").rglob("*"):
         if cached.is_file() and cached.read_bytes().startswith(b"train-a"):
@@ -175,7 +182,7 @@ def check_profile(root: Path, name: str, folder: Path) -> None:
     relative = folder.relative_to(root).as_posix()
     named = set()
     for stage_name in STAGES:
-        stage = importlib.import_module(f"stages.{stage_name}").STAGE
+        stage = importlib.import_module(f"vlfoundry.stages.{stage_name}").STAGE
         built = parameters_of(stage, params)
         for variant in stage.variants or (None,):
             bound = stage.bind(variant)
@@ -203,7 +210,7 @@ def test_a_profile_goes_on_from_its_folder(checkout: Path, kind: str) -> None:
 
 def test_a_profile_may_hold_what_params_yaml_does_not_mention(checkout: Path) -> None:
     """The 6B's: a language model of its own, drop path, a connector that is no pixel shuffle."""
-    from models.internvl.folder import write_config
+    from vlfoundry.models.internvl.folder import write_config
 
     folder = checkout / "data/start/big"
     write_config(folder, "chat_full", internvl("paper"))
@@ -249,8 +256,8 @@ class Run:
 @pytest.fixture
 def registered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     run = Run(tmp_path / "made")
-    monkeypatch.setattr("flows.start.find_version", lambda _root, _ref: run)
-    monkeypatch.setattr("flows.start.fetch_version", run.fetch)
+    monkeypatch.setattr("vlfoundry.flows.start.find_version", lambda _root, _ref: run)
+    monkeypatch.setattr("vlfoundry.flows.start.fetch_version", run.fetch)
     return run
 
 
@@ -278,6 +285,16 @@ def test_the_text_model_of_its_run_comes_with_a_champion(checkout: Path, registe
     other = checkout / "data/start/g"
     bring_with_profile(checkout, "champion", other, new_profile(checkout, "g", other))
     assert not (checkout / "data/start/g-text").exists()
+
+
+def test_a_profile_takes_no_name_that_there_is(checkout: Path) -> None:
+    folder = checkout / "data/start/x"
+    (checkout / "profiles").mkdir(exist_ok=True)
+    (checkout / "profiles/own.yaml").touch()
+    with pytest.raises(ConfigError, match=r"profiles/own\.yaml is there already"):
+        new_profile(checkout, "own", folder)
+    with pytest.raises(ConfigError, match="VLFoundry has a profile 'hour' already"):
+        new_profile(checkout, "hour", folder)
 
 
 def test_an_import_with_a_profile_leaves_all_or_nothing(checkout: Path, registered: Run) -> None:

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from flows.graph import load_graph
-from flows.launch import EXIT_FAILED, EXIT_REJECTED, finish
-from flows.terminal import Terminal
-from infra.dvccache import cache_folder
-from infra.registry import list_models
 from tests.flows.toy import DVC_YAML, commit_all, sh, steer
+from vlfoundry.flows.graph import load_graph
+from vlfoundry.flows.launch import EXIT_FAILED, EXIT_REJECTED, finish
+from vlfoundry.flows.terminal import Terminal
+from vlfoundry.infra.dvccache import cache_folder
+from vlfoundry.infra.registry import list_models
 
 GATE_YAML = (
     DVC_YAML
@@ -47,7 +47,7 @@ def judged(toy: Path) -> Path:
 
 def run(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "flows.cli", "run", *arguments],
+        [sys.executable, "-m", "vlfoundry.flows.cli", "run", *arguments],
         cwd=root, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
 
@@ -71,8 +71,8 @@ def test_a_gate_that_says_no(judged: Path, prefect_server: str) -> None:
 
 
 def test_the_state_that_automations_see(judged: Path, prefect_server: str) -> None:
-    from flows.pipeline import run_flow
-    from flows.walk import Run
+    from vlfoundry.flows.pipeline import run_flow
+    from vlfoundry.flows.walk import Run
 
     for passed, name in ((False, "Rejected"), (True, "Promoted")):
         decide(judged, passed=passed)
@@ -146,15 +146,15 @@ def test_a_damaged_object_of_the_cache_is_not_handed_out(
 
 
 def test_a_failed_registration_is_an_exit_code(judged: Path, monkeypatch, prefect_server) -> None:
-    import flows.launch
-    from infra.errors import DataError
+    import vlfoundry.flows.launch
+    from vlfoundry.infra.errors import DataError
 
     def refuse(root):
         raise DataError("not what dvc.lock says")
 
-    monkeypatch.setattr("infra.registry.register_passed", refuse)
+    monkeypatch.setattr("vlfoundry.infra.registry.register_passed", refuse)
     monkeypatch.chdir(judged)
     decide(judged, passed=True)
     shown = io.StringIO()
-    assert flows.launch.run_pipeline(judged, terminal=Terminal(shown)) == EXIT_FAILED
+    assert vlfoundry.flows.launch.run_pipeline(judged, terminal=Terminal(shown)) == EXIT_FAILED
     assert "NOT registered: not what dvc.lock says" in shown.getvalue().splitlines()[-1]

@@ -3,23 +3,24 @@
 import io
 import shutil
 import stat
+import sys
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-import flows.cli
-from flows.graph import load_graph
-from flows.launch import run_pipeline
-from flows.terminal import Terminal
-from flows.workspace import Variation, workspace
-from infra.config import load_params
-from infra.dvccache import cache_folder
-from infra.errors import ConfigError, ModelError
-from infra.project import find_root
-from infra.registry import resolve_model
-from tests.flows.toy import DVC_YAML, reproduce, sh
+import vlfoundry.flows.cli
+from tests.flows.toy import DVC_YAML, commit_all, reproduce, sh
 from tests.tiny import ROOT
+from vlfoundry.flows.graph import load_graph
+from vlfoundry.flows.launch import run_pipeline
+from vlfoundry.flows.terminal import Terminal
+from vlfoundry.flows.workspace import Variation, workspace
+from vlfoundry.infra.config import load_params
+from vlfoundry.infra.dvccache import cache_folder
+from vlfoundry.infra.errors import ConfigError, ModelError
+from vlfoundry.infra.project import find_root
+from vlfoundry.infra.registry import resolve_model
 
 
 def prepare(root: Path, variation: Variation, folder: Path | None = None) -> Path:
@@ -28,9 +29,15 @@ def prepare(root: Path, variation: Variation, folder: Path | None = None) -> Pat
         return lock.root
 
 
+def make_checkout(root: Path) -> None:
+    """Give a project code, which is then part of its runs."""
+    for name in ("stages", "vlfoundry/stages"):
+        (root / name).mkdir(parents=True)
+
+
 def test_profile_and_overrides_reach_params_yaml(toy: Path) -> None:
+    make_checkout(toy)
     (toy / "work.py").write_text((toy / "work.py").read_text() + "# not committed\n")
-    (toy / "stages").mkdir()
     (toy / "stages" / "new.py").write_text("# not even tracked\n")
     before = sh(toy, "git", "status", "--porcelain"), (toy / "params.yaml").read_text()
     variation = Variation(profile="base", overrides=("seed=7", "start=warm"))
@@ -78,8 +85,31 @@ def test_models_that_training_starts_from_come_along(toy: Path) -> None:
     assert (place / "data/start/last/more").is_file()
 
 
+def test_what_dvc_add_keeps_comes_along(toy: Path) -> None:
+    for name in ("data/raw/a.bin", "data/raw/deep/b.bin", "big rows.txt"):
+        (toy / name).parent.mkdir(parents=True, exist_ok=True)
+        (toy / name).write_text("first")
+    dvc = [sys.executable, "-m", "dvc", "add", "--quiet", "data/raw", "big rows.txt"]
+    sh(toy, *dvc)
+    commit_all(toy)
+    variation = Variation(overrides=("seed=7",))
+    place = prepare(toy, variation)
+    assert (place / "data/raw/deep/b.bin").samefile(toy / "data/raw/deep/b.bin")
+    assert (place / "big rows.txt").read_text() == "first"
+    (toy / "big rows.txt").unlink()
+    (toy / "big rows.txt").write_text("second, and longer")
+    assert prepare(toy, variation) == place
+    assert (place / "big rows.txt").read_text() == "second, and longer"
+    assert sh(place, "git", "status", "--porcelain") == " M params.yaml\n"
+    (toy / "big rows.txt").unlink()  # as in a fresh clone, before `dvc pull`
+    prepare(toy, variation)
+
+
 def test_mistakes_are_messages(toy: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"no profile 'big': expected one of \['base'\]"):
+    with pytest.raises(
+        ConfigError,
+        match=r"'big': expected one of \['base'\] \(files of profiles/\) or of .*'hour', ",
+    ):
         prepare(toy, Variation(profile="big"))
     with pytest.raises(ConfigError, match=r"'train\.lrr' does not exist; did you mean 'lr'"):
         prepare(toy, Variation(overrides=("train.lrr=1",)))
@@ -108,10 +138,10 @@ def test_secrets_stay_where_they_are(toy: Path) -> None:
         DVC_YAML.replace("[source.txt, work.py]", "[source.txt, work.py, data/chat]")
     )
     private = (".env", "notes/password.txt", "data/.env", "key.pem", "a b\n.txt", "data/chat/.env")
-    needed = ("data/chat/mine.jsonl", "profiles/mine.yaml", "infra/launchers/big.yaml", "raw.dvc")
+    needed = ("data/chat/mine.jsonl", "profiles/mine.yaml", "launchers/big.yaml", "raw.dvc")
     for name in (*private, *needed):
         (toy / name).parent.mkdir(parents=True, exist_ok=True)
-        (toy / name).write_text("secret")
+        (toy / name).write_text("outs: [] # secret")
         (toy / name).chmod(0o600)
     said: list[str] = []
     with workspace(toy, Variation(overrides=("seed=7",)), say=said.append) as lock:
@@ -145,7 +175,7 @@ def test_a_project_below_the_root_of_its_repository_is_refused_at_once(
         resolve_model("champion")
     before = sorted(path for path in outer.rglob("*") if ".git" not in path.parts)
     for command in (["run", "--set", "seed=2"], ["models"], ["register", "x"], ["lineage", "x"]):
-        ended = CliRunner().invoke(flows.cli.app, command)
+        ended = CliRunner().invoke(vlfoundry.flows.cli.app, command)
         assert isinstance(ended.exception, ConfigError), command
     assert sorted(path for path in outer.rglob("*") if ".git" not in path.parts) == before
     sh(outer / "inner", "git", "init", "--quiet")
@@ -183,9 +213,30 @@ def test_nothing_is_made_for_parameters_that_a_stage_refuses(tmp_path: Path) -> 
 
 
 def test_a_key_among_the_sources_is_no_source(toy: Path) -> None:
-    (toy / "stages").mkdir()
+    make_checkout(toy)
     (toy / "stages/id_rsa").write_text("secret")
     (toy / "stages/service.json").write_text("secret")
     (toy / "stages/new.py").write_text("# mine")
     place = prepare(toy, Variation(overrides=("seed=7",)))
     assert sorted(path.name for path in (place / "stages").iterdir()) == ["new.py"]
+
+
+def test_folders_of_code_are_the_users_own_where_there_is_none_of_ours(toy: Path) -> None:
+    for name in ("models/notes.py", "eval/mine.yaml", "profiles/mine.yaml", "launchers/mine.yaml"):
+        (toy / name).parent.mkdir(exist_ok=True)
+        (toy / name).write_text("")
+    place = prepare(toy, Variation(overrides=("seed=7",)))
+    assert not (place / "models").exists()
+    assert not (place / "eval").exists()
+    assert (place / "profiles/mine.yaml").is_file()
+    assert (place / "launchers/mine.yaml").is_file()
+
+
+@pytest.mark.parametrize("name", ["vlfoundry.py", "vlfoundry/__init__.py"])
+def test_a_project_must_not_hide_the_code(toy: Path, name: str) -> None:
+    (toy / name).parent.mkdir(exist_ok=True)
+    (toy / name).touch()
+    with pytest.raises(ConfigError, match="Python takes it for VLFoundry"):
+        find_root(toy)
+    (toy / "vlfoundry/stages").mkdir(parents=True)  # a checkout
+    assert find_root(toy) == toy

@@ -100,6 +100,14 @@ def wait_until(condition: Callable[[], object], what: str, limit_s: float = 120.
         time.sleep(0.1)
 
 
+def comes_to(look: Callable[[], object], wanted: object, limit_s: float = 30.0) -> None:
+    """Poll until `look()` is `wanted`: Prefect's server records tasks after it was told of them."""
+    deadline = time.monotonic() + limit_s
+    while look() != wanted and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert look() == wanted
+
+
 def processes_marked(mark: str) -> list[str]:
     """Command lines of all living processes that have `mark` in their environment."""
     found = []

@@ -2,8 +2,8 @@
 
 import pytest
 
-from infra.backend.layout import Layout, ModelFacts
-from infra.errors import LayoutError
+from vlfoundry.infra.backend.layout import Layout, ModelFacts
+from vlfoundry.infra.errors import LayoutError
 
 VISION = ModelFacts(name="vision", heads=25, width=3200, mlp_hidden=12800, pads_heads=True)
 TEXT = ModelFacts(name="text", heads=32, width=4096, mlp_hidden=11008, key_value_heads=8)
@@ -68,7 +68,7 @@ def test_world_size_is_the_product():
 
 def test_config_of_an_interleaved_layout_does_not_batch(run_ranks):
     def flags():
-        from infra.backend import transformer_config
+        from vlfoundry.infra.backend import transformer_config
 
         config = transformer_config(
             Layout(pipeline=2, virtual_pipeline=2),

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from infra.backend import Layout
+from vlfoundry.infra.backend import Layout
 
 
 @pytest.fixture(scope="module")
@@ -12,8 +12,8 @@ def single_gradients(run_ranks):
 
 
 def _gradients(layout, **options):
-    from infra.backend.parallel import parallel
     from tests import tower
+    from vlfoundry.infra.backend.parallel import parallel
 
     with parallel(layout):
         return tower.gradients(**options)
@@ -60,7 +60,7 @@ def test_adam_is_torch_adamw_bit_for_bit(run_ranks):
     def work():
         import torch
 
-        from infra.backend.adam import CpuFusedAdam
+        from vlfoundry.infra.backend.adam import CpuFusedAdam
 
         def train(optimizer_class, **options):
             generator = torch.Generator().manual_seed(0)
@@ -98,7 +98,7 @@ def test_random_states_fork_and_return(run_ranks):
         import torch
         from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
-        from infra.backend.parallel import parallel
+        from vlfoundry.infra.backend.parallel import parallel
 
         def draw():
             return torch.rand(3).tolist()
@@ -120,8 +120,8 @@ def test_recompute_draws_the_same_numbers_again(run_ranks):
         import torch
         from megatron.core.tensor_parallel import checkpoint, get_cuda_rng_tracker
 
-        from infra.backend import device_literals
-        from infra.backend.parallel import parallel
+        from vlfoundry.infra.backend import device_literals
+        from vlfoundry.infra.backend.parallel import parallel
 
         def noisy(x):
             with get_cuda_rng_tracker().fork():
@@ -141,7 +141,7 @@ def test_cuda_literals_mean_the_cpu_inside_only(run_ranks):
     def work():
         import torch
 
-        from infra.backend import device_literals, install
+        from vlfoundry.infra.backend import device_literals, install
 
         if install().kind == "cuda":
             return True

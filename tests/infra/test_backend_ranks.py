@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from infra.backend import ranks as ranks_module
-from infra.backend.ranks import RankError, stop_requests, this_rank
-from infra.errors import DataError
+from vlfoundry.infra.backend import ranks as ranks_module
+from vlfoundry.infra.backend.ranks import RankError, stop_requests, this_rank
+from vlfoundry.infra.errors import DataError
 
 
 def _is_alive(pid: int) -> bool:
@@ -44,8 +44,8 @@ def test_collectives_over_gloo(run_ranks):
     def work():
         import torch
 
-        from infra.backend import Layout
-        from infra.backend.parallel import parallel
+        from vlfoundry.infra.backend import Layout
+        from vlfoundry.infra.backend.parallel import parallel
 
         with parallel(Layout(data=2)):
             total = torch.tensor([float(this_rank().index + 1)])
@@ -61,8 +61,8 @@ def test_a_rank_joins_and_leaves_as_many_worlds_as_it_likes(run_ranks):
     def work():
         import torch
 
-        from infra.backend import Layout
-        from infra.backend.parallel import parallel
+        from vlfoundry.infra.backend import Layout
+        from vlfoundry.infra.backend.parallel import parallel
 
         sums = []
         for layout in (Layout(data=2), Layout(tensor=2), Layout(pipeline=2)) * 2:
@@ -86,8 +86,8 @@ def test_ranks_meet_without_a_resolver(run_ranks):
     def work():
         from torch.distributed import FileStore, distributed_c10d
 
-        from infra.backend import Layout
-        from infra.backend.parallel import parallel
+        from vlfoundry.infra.backend import Layout
+        from vlfoundry.infra.backend.parallel import parallel
 
         with parallel(Layout(data=2)):
             return isinstance(

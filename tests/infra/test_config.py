@@ -5,8 +5,8 @@ from typing import Literal
 
 import pytest
 
-from infra.config import apply_overrides, build, canonical_json, merge, to_dict
-from infra.errors import ConfigError
+from vlfoundry.infra.config import apply_overrides, build, canonical_json, merge, to_dict
+from vlfoundry.infra.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

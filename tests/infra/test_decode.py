@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from infra.decode import FORMATS, Encoded, decode, decode_rgba, picture_size, pixels
-from infra.errors import DataError
+from vlfoundry.infra.decode import FORMATS, Encoded, decode, decode_rgba, picture_size, pixels
+from vlfoundry.infra.errors import DataError
 
 CASES = Path(__file__).parents[1] / "cases"
 WIDTH, HEIGHT = 41, 23
@@ -287,8 +287,8 @@ def test_broken_exif_is_a_data_error_or_no_exif() -> None:
 
 MEASURE = """
 import pathlib, resource, sys
-from infra import decode
-from infra.errors import DataError
+from vlfoundry.infra import decode
+from vlfoundry.infra.errors import DataError
 decode.decode(pathlib.Path(sys.argv[1]).read_bytes())
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 data = pathlib.Path(sys.argv[2]).read_bytes()

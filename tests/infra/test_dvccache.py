@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from infra.dvccache import cache_folder, share_settings
-from infra.errors import ConfigError
+from vlfoundry.infra.dvccache import cache_folder, share_settings
+from vlfoundry.infra.errors import ConfigError
 
 
 @pytest.fixture

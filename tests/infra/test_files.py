@@ -6,16 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from infra.errors import UserError
-from infra.files import (
+from tests.small_disk import MS_RDONLY, fill, small_disk
+from vlfoundry.infra.errors import UserError
+from vlfoundry.infra.files import (
     LITTER,
     files_below,
     require_writable,
     require_writable_folder,
     write_atomic,
 )
-from infra.fingerprint import fingerprint
-from tests.small_disk import MS_RDONLY, fill, small_disk
+from vlfoundry.infra.fingerprint import fingerprint
 
 
 @pytest.mark.parametrize("name", ["new.json", "a/b/new.json", "old.json", "link.json"])

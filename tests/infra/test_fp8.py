@@ -2,10 +2,10 @@
 
 import pytest
 
-from infra.config import build
-from infra.errors import ConfigError
-from infra.fp8 import Fp8Config
-from infra.train.config import TrainConfig
+from vlfoundry.infra.config import build
+from vlfoundry.infra.errors import ConfigError
+from vlfoundry.infra.fp8 import Fp8Config
+from vlfoundry.infra.train.config import TrainConfig
 
 TRAIN = {"steps": 4, "batch_samples": 8, "lr": 1e-3}
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from infra.artwork import read_artwork
-from infra.errors import DataError
-from infra.images import (
+from vlfoundry.infra.artwork import read_artwork
+from vlfoundry.infra.errors import DataError
+from vlfoundry.infra.images import (
     AugmentConfig,
     augment,
     composite,

@@ -1,6 +1,7 @@
 """A request to stop is one line, also while modules are imported; an orphan ends in any case."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ SLOW = "import pathlib, time\npathlib.Path('importing').touch()\ntime.sleep(30)\
 STAGE = """
 {before}
 import dataclasses
-from infra.stage import Stage, main
+from vlfoundry.infra.stage import Stage, main
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     seed: int
@@ -23,6 +24,15 @@ def run(config, context):
     {inside}
 STAGE = Stage(name="toy", config=Config, inputs=(), outputs=(), run=run)
 raise SystemExit(main(STAGE))
+"""
+# What is raised in there is lost.
+DROPPED = """class Slow:
+        def __del__(self):
+            pathlib.Path('importing').touch()
+            time.sleep(1)
+    import pathlib, time
+    Slow()
+    time.sleep(30)
 """
 WORK = "import pathlib, time; pathlib.Path('importing').touch(); time.sleep(30)"
 
@@ -34,18 +44,19 @@ def project(root: Path, before: str, inside: str) -> None:
     (root / "stages/__init__.py").write_text((ROOT / "stages/__init__.py").read_text())
     (root / "stages/toy.py").write_text(STAGE.format(before=before, inside=inside))
     (root / "infra").symlink_to(ROOT / "infra")
+    shutil.copytree(ROOT / "vlfoundry", root / "vlfoundry", symlinks=True)
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize(
-    ("before", "inside"), [("import slow", "pass"), ("", "import slow"), ("", WORK)]
+    ("before", "inside"), [("import slow", "pass"), ("", "import slow"), ("", WORK), ("", DROPPED)]
 )
 def test_one_line_and_exit_code_130(
     tmp_path: Path, before: str, inside: str, signum: signal.Signals
 ) -> None:
     project(tmp_path, before, inside)
     process = subprocess.Popen(
-        [sys.executable, "-m", "stages.toy"], cwd=tmp_path, text=True,
+        [sys.executable, "-m", "vlfoundry.stages.toy"], cwd=tmp_path, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     while not (tmp_path / "importing").exists():
@@ -64,9 +75,9 @@ def test_an_orphan_that_cannot_end_is_ended(tmp_path: Path) -> None:
     code = f"""
 import os, sys, time, signal
 sys.path.insert(0, {str(ROOT)!r})
-from infra import interrupts
+from vlfoundry.infra import interrupts
 interrupts.ORPHAN_GRACE_S = 1
-from infra.launch import die_with_parent
+from vlfoundry.infra.launch import die_with_parent
 pid = os.fork()
 if pid == 0:
     die_with_parent()

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from infra.errors import ConfigError
-from infra.launch import PROFILES, LauncherProfile, load_profile, local_profile
+from vlfoundry.infra.errors import ConfigError
+from vlfoundry.infra.launch import SHIPPED, LauncherProfile, load_profile, local_profile
 
 
 def test_the_default_is_two_ranks_of_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -17,7 +17,7 @@ def test_the_default_is_two_ranks_of_one_thread(monkeypatch: pytest.MonkeyPatch)
     assert (profile.name, profile.ranks, profile.threads, profile.data) == ("local", 2, 1, 2)
 
 
-@pytest.mark.parametrize("path", sorted(PROFILES.glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_shipped_profile_loads(path: Path) -> None:
     assert load_profile(path.stem).name == path.stem
 
@@ -31,9 +31,38 @@ def test_the_environment_names_a_file(tmp_path: Path, monkeypatch: pytest.Monkey
         local_profile()
     monkeypatch.setenv("VLFOUNDRY_LAUNCHER", "nowhere")
     with pytest.raises(
-        ConfigError, match=r"no launcher profile 'nowhere'; expected one of \['local"
+        ConfigError,
+        match=r"no launcher profile 'nowhere'; expected one of \['local'\] \(which come with",
     ):
         local_profile()
+
+
+def test_a_launcher_of_the_project_goes_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stages run in the project; who asks from elsewhere says where it is."""
+    own = tmp_path / "launchers"
+    own.mkdir()
+    (own / "local.yaml").write_text("ranks: 3\n")
+    (own / "two nodes.yaml").write_text("ranks: 6\n")
+    monkeypatch.delenv("VLFOUNDRY_LAUNCHER", raising=False)
+    assert local_profile().ranks == 2
+    assert local_profile(tmp_path).ranks == 3
+    monkeypatch.chdir(tmp_path)
+    assert local_profile().ranks == 3
+    (tmp_path / "dvc.yaml").touch()
+    (tmp_path / ".dvc").mkdir()
+    monkeypatch.chdir(own)
+    assert local_profile().ranks == 3
+    monkeypatch.setenv("VLFOUNDRY_LAUNCHER", "two nodes")
+    assert (local_profile().name, local_profile().ranks) == ("two nodes", 6)
+    monkeypatch.setenv("VLFOUNDRY_LAUNCHER", "launchers/two nodes.yaml")
+    assert local_profile().ranks == 6
+    with pytest.raises(
+        ConfigError,
+        match=rf"expected one of \['local', 'two nodes'\] \(files of launchers/ in {tmp_path}\)",
+    ):
+        load_profile("three", tmp_path)
 
 
 def test_a_layout_that_does_not_divide_is_refused() -> None:
@@ -47,7 +76,7 @@ def test_a_layout_that_does_not_divide_is_refused() -> None:
 
 def test_a_stage_leaves_with_its_parent() -> None:
     stage = (
-        "import time; from infra.launch import die_with_parent; die_with_parent();"
+        "import time; from vlfoundry.infra.launch import die_with_parent; die_with_parent();"
         "print('ready', flush=True); time.sleep(300)"
     )
     parent = subprocess.Popen(

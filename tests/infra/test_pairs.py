@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from infra.errors import DataError
-from infra.images import encode_webp
-from infra.loader import ShardSet
-from infra.pairs import PairStream
-from infra.shards import Sample, write_shards
+from vlfoundry.infra.errors import DataError
+from vlfoundry.infra.images import encode_webp
+from vlfoundry.infra.loader import ShardSet
+from vlfoundry.infra.pairs import PairStream
+from vlfoundry.infra.shards import Sample, write_shards
 
 SIDE = 8
 CAPTIONS = {0: 5, 1: 1, 2: 2, 3: 4, 4: 3, 5: 5, 6: 2}

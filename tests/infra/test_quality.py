@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-from infra import noise
-from infra.artwork import read_artwork, read_concepts
-from infra.images import decode_rgba
-from infra.langid import tag_probability
-from infra.phash import colour_grid, connected, hamming, near, perceptual_hash
-from infra.quality import effective_side, text_strokes
+from vlfoundry.infra import noise
+from vlfoundry.infra.artwork import read_artwork, read_concepts
+from vlfoundry.infra.images import decode_rgba
+from vlfoundry.infra.langid import tag_probability
+from vlfoundry.infra.phash import colour_grid, connected, hamming, near, perceptual_hash
+from vlfoundry.infra.quality import effective_side, text_strokes
 
 
 @pytest.fixture(scope="module")

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from infra import scenes
-from infra.errors import DataError
-from infra.scenes import Drawing, Scene, box_iou, compose, conversation, parse_box
+from vlfoundry.infra import scenes
+from vlfoundry.infra.errors import DataError
+from vlfoundry.infra.scenes import Drawing, Scene, box_iou, compose, conversation, parse_box
 
 LANGUAGES = ("en", "zh", "ja", "ar", "it")
 

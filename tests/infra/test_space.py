@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from infra.errors import DataError
-from infra.space import free_bytes, no_space, require_space
 from tests.small_disk import fill, small_disk
+from vlfoundry.infra.errors import DataError
+from vlfoundry.infra.space import free_bytes, no_space, require_space
 
 
 def wrapped(cause: BaseException) -> BaseException:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import shutil
 import subprocess
 import sys
 import time
@@ -10,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from infra.config import to_dict
-from infra.errors import ConfigError, DataError
-from infra.fingerprint import fingerprint
-from infra.stage import (
+from vlfoundry.infra import workfolder
+from vlfoundry.infra.config import to_dict
+from vlfoundry.infra.errors import ConfigError, DataError
+from vlfoundry.infra.fingerprint import fingerprint
+from vlfoundry.infra.stage import (
     EXIT_INTERRUPTED,
     EXIT_USER_ERROR,
     ORIGIN_FILE,
@@ -57,7 +57,7 @@ TOY = Stage(
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("infra.stage._leave_with_parent", lambda: None)
+    monkeypatch.setattr("vlfoundry.infra.stage._leave_with_parent", lambda: None)
     (tmp_path / "stages").mkdir()
     (tmp_path / "stages/toy.py").write_text("")
     (tmp_path / "params.yaml").write_text("seed: 1\ntoy: {factor: 3}\nother: 5\n")
@@ -72,7 +72,7 @@ def test_a_stage_makes_its_output_its_lineage_and_its_record(project: Path) -> N
     assert lineage["parameters"] == to_dict(ToyConfig(seed=1, toy=ToyOptions(factor=3)))
     assert list(lineage["inputs"]) == ["in.txt"]
     assert list(lineage["outputs"]) == ["artifacts/toy/out.json"]
-    record = json.loads((project / "work/toy/record.json").read_text())
+    record = json.loads((only_state(project) / "record.json").read_text())
     assert record["run_key"] == lineage["run_key"]
 
 
@@ -83,41 +83,55 @@ def test_the_same_run_makes_the_same_bytes(project: Path) -> None:
     assert (project / "artifacts/toy/lineage.json").read_bytes() == first
 
 
-def test_state_survives_the_same_key_and_is_moved_aside_by_another(project: Path) -> None:
+def only_state(project: Path) -> Path:
+    (found,) = workfolder.folders(project / "work/toy")
+    return found
+
+
+def now(project: Path) -> Path:
+    found = workfolder.current(project, "toy")
+    assert found
+    return found
+
+
+def test_state_survives_the_same_key_and_another_has_its_own(project: Path) -> None:
     main(TOY, [])
     main(TOY, [])
-    assert (project / "work/toy/state").is_file()
+    first = only_state(project)
+    assert first.name == lineage_of(project)["run_key"][:12]
     assert [path.name for path in (project / "work").iterdir()] == ["toy"]
-    (project / "work/toy/state").write_text("of the first run")
+    (first / "state").write_text("of the first run")
     main(TOY, ["toy.factor=4"])
-    (old,) = (project / "work").glob("toy.old-*")
-    assert (old / "state").read_text() == "of the first run"
-    assert (project / "work/toy/state").read_text() == "kept"
+    assert (first / "state").read_text() == "of the first run"
+    assert (now(project) / "state").read_text() == "kept"
+    assert len(workfolder.folders(project / "work/toy")) == 2
 
 
 def test_no_run_deletes_the_state_of_another(project: Path, capsys: pytest.CaptureFixture) -> None:
     """Three changes one after another, and back to each: nothing is lost, each goes on."""
-    for factor in (3, 4, 5, 6):
+    for number, factor in enumerate((3, 4, 5, 6)):
         main(TOY, [f"toy.factor={factor}"])
-        (project / "work/toy/note").write_text(f"of factor {factor}")
-    assert len(list((project / "work").glob("toy.old-*"))) == 3
+        (now(project) / "note").write_text(f"of factor {factor}")
+        said = capsys.readouterr().out
+        assert (f"in {number} earlier run" in said) == (number > 0), said
     for factor in (5, 3, 4, 6):
-        capsys.readouterr()
         main(TOY, [f"toy.factor={factor}"])
-        assert "is of just this run: it goes on" in capsys.readouterr().out
-        assert (project / "work/toy/note").read_text() == f"of factor {factor}"
-    assert len(list((project / "work").glob("toy.old-*"))) == 3
+        assert "it starts anew" not in capsys.readouterr().out
+        assert (now(project) / "note").read_text() == f"of factor {factor}"
+    assert len(workfolder.folders(project / "work/toy")) == 4
 
 
-def test_a_work_folder_of_nobody_is_set_aside_as_well(project: Path) -> None:
-    for number in (1, 2):
-        work = project / "work/toy"
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
-        (work / "state").write_text(f"number {number}")
-        main(TOY, [])
-    kept = sorted((project / "work").glob("toy.old-unknown*"))
-    assert [(path / "state").read_text() for path in kept] == ["number 1", "number 2"]
+def test_a_folder_of_its_name_that_is_not_its_own_is_left_alone(project: Path, capsys) -> None:
+    main(TOY, [])
+    marker = now(project) / workfolder.KEY_FILE
+    key = marker.read_text()
+    marker.write_text(key[:12] + "f" * 52)
+    assert main(TOY, []) == EXIT_USER_ERROR
+    assert f"is that of {key[:12]}ffff" in capsys.readouterr().err
+    marker.unlink()
+    assert main(TOY, []) == EXIT_USER_ERROR
+    assert "is marked as nobody's; move it away and run again" in capsys.readouterr().err
+    assert (marker.parent / "state").read_text() == "kept"
 
 
 def test_a_dry_run_writes_nothing(project: Path, capsys: pytest.CaptureFixture) -> None:
@@ -217,10 +231,11 @@ def test_what_the_config_names_counts_as_an_input(starting: Path) -> None:
         "data/start/a": fingerprint(starting / "data/start/a"),
     }
     assert first["starts"] == {"data/start/a": None}
-    (starting / "work/toy/state").write_text("of the first run")
+    earlier = now(starting)
+    (earlier / "state").write_text("of the first run")
     assert main(STARTING, []) == 0
     assert lineage_of(starting) == first
-    assert (starting / "work/toy/state").is_file()  # resumed in place
+    assert now(starting) == earlier  # resumed in place
 
     (starting / "data/start/a/weights").write_text("other")
     (starting / "data/start/a" / ORIGIN_FILE).write_text('{"ref": "toy@v0.1.0"}')
@@ -228,8 +243,7 @@ def test_what_the_config_names_counts_as_an_input(starting: Path) -> None:
     second = lineage_of(starting)
     assert second["run_key"] != first["run_key"]
     assert second["starts"] == {"data/start/a": {"ref": "toy@v0.1.0"}}
-    (old,) = (starting / "work").glob("toy.old-*")
-    assert (old / "state").read_text() == "of the first run"
+    assert now(starting) != earlier
 
 
 def test_a_folder_that_is_not_there(starting: Path, capsys: pytest.CaptureFixture) -> None:
@@ -242,12 +256,12 @@ def test_a_folder_that_is_not_there(starting: Path, capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("/elsewhere/model", "expected a folder inside of the checkout"),
-        ("../model", "expected a folder inside of the checkout"),
-        ("..", "expected a folder inside of the checkout"),
-        (".", "expected a folder inside of the checkout"),
-        ("", "expected a folder inside of the checkout"),
-        ("s3://bucket/model", "expected a folder inside of the checkout"),
+        ("/elsewhere/model", "expected a folder inside of the project"),
+        ("../model", "expected a folder inside of the project"),
+        ("..", "expected a folder inside of the project"),
+        (".", "expected a folder inside of the project"),
+        ("", "expected a folder inside of the project"),
+        ("s3://bucket/model", "expected a folder inside of the project"),
         ("data/start/a/", "write it as 'data/start/a'"),
         ("data/x/../start/a", "write it as 'data/start/a'"),
     ],
@@ -274,7 +288,7 @@ def test_another_copy_is_waited_for(
         assert main(TOY, []) == 0
         assert time.monotonic() - began > 1
     assert "toy: waiting for another copy to end" in capsys.readouterr().out
-    monkeypatch.setattr("infra.stage.COPY_PATIENCE_S", 0.2)
+    monkeypatch.setattr("vlfoundry.infra.stage.COPY_PATIENCE_S", 0.2)
     with subprocess.Popen([*command, "5"], stdout=subprocess.PIPE) as other:
         assert other.stdout is not None
         other.stdout.readline()

@@ -8,13 +8,13 @@ import time
 
 import pytest
 
-from infra.backend.ranks import RankError
-from infra.errors import KilledError
-from infra.space import NoSpaceError
-from infra.train.checkpoint import best_checkpoint, newest
-from infra.train.config import TrainConfig
 from tests import tower
 from tests.small_disk import fill, small_disk
+from vlfoundry.infra.backend.ranks import RankError
+from vlfoundry.infra.errors import KilledError
+from vlfoundry.infra.space import NoSpaceError
+from vlfoundry.infra.train.checkpoint import best_checkpoint, newest
+from vlfoundry.infra.train.config import TrainConfig
 
 CONFIG = TrainConfig(
     steps=6, batch_samples=tower.BATCH, lr=1e-2, warmup_steps=2, save_every_steps=2
@@ -83,7 +83,7 @@ def test_what_is_not_finished_is_not_seen(run_ranks, tmp_path):
     def hang():
         import time
 
-        from infra.train import checkpoint
+        from vlfoundry.infra.train import checkpoint
 
         checkpoint.fingerprint = lambda path: time.sleep(60)
         return tower.train(tmp_path, CONFIG, kill=(0, 3))
@@ -99,7 +99,7 @@ def test_what_is_not_finished_is_not_seen(run_ranks, tmp_path):
 
 def test_a_writer_that_fails_ends_the_run(run_ranks, tmp_path):
     def fail():
-        from infra.train import checkpoint
+        from vlfoundry.infra.train import checkpoint
 
         def no_space(path):
             raise OSError("no space left on device")
@@ -114,8 +114,8 @@ def test_a_writer_that_fails_ends_the_run(run_ranks, tmp_path):
 
 def test_a_writer_that_is_killed_ends_the_run(run_ranks, tmp_path):
     def killed():
-        from infra.backend.ranks import this_rank
-        from infra.train import checkpoint
+        from vlfoundry.infra.backend.ranks import this_rank
+        from vlfoundry.infra.train import checkpoint
 
         def die(path):
             os.kill(os.getpid(), signal.SIGKILL)

@@ -8,11 +8,11 @@ import time
 import numpy as np
 import pytest
 
-from infra.backend import Layout
-from infra.backend.ranks import RankError
-from infra.errors import ConfigError, UserError
-from infra.train.config import TrainConfig
 from tests import tower
+from vlfoundry.infra.backend import Layout
+from vlfoundry.infra.backend.ranks import RankError
+from vlfoundry.infra.errors import ConfigError, UserError
+from vlfoundry.infra.train.config import TrainConfig
 
 CONFIG = TrainConfig(
     steps=6, batch_samples=tower.BATCH, lr=1e-2, warmup_steps=2, save_every_steps=2, eps=1e-8,
@@ -176,8 +176,8 @@ def test_times_stay_out_of_the_history(run_ranks, tmp_path):
 
 def test_loss_that_is_not_finite_is_an_error(run_ranks, tmp_path):
     def diverge():
-        from infra.backend.parallel import parallel
-        from infra.train.loop import fit
+        from vlfoundry.infra.backend.parallel import parallel
+        from vlfoundry.infra.train.loop import fit
 
         def objective(model, batch):
             loss, terms = tower.objective(model, batch)
@@ -205,10 +205,10 @@ def test_unknown_lr_scale_is_an_error(run_ranks, tmp_path):
 
 def test_parameter_groups(run_ranks):
     def groups():
-        from infra.backend import device_literals
-        from infra.backend.parallel import parallel
-        from infra.train.loop import wrap
-        from infra.train.optim import build_optimizer, set_step
+        from vlfoundry.infra.backend import device_literals
+        from vlfoundry.infra.backend.parallel import parallel
+        from vlfoundry.infra.train.loop import wrap
+        from vlfoundry.infra.train.optim import build_optimizer, set_step
 
         with parallel(Layout()), device_literals():
             optimizer = build_optimizer([wrap(tower.build())], CONFIG)

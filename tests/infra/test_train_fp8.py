@@ -6,11 +6,11 @@ import math
 
 import pytest
 
-from infra.backend import Layout
-from infra.backend.ranks import RankError
-from infra.fp8 import Fp8Config
-from infra.train.config import TrainConfig
 from tests import tower
+from vlfoundry.infra.backend import Layout
+from vlfoundry.infra.backend.ranks import RankError
+from vlfoundry.infra.fp8 import Fp8Config
+from vlfoundry.infra.train.config import TrainConfig
 
 DELAYED = Fp8Config(recipe="delayed", amax_history=3, first_layers=0, last_layers=0)
 CONFIG = TrainConfig(
@@ -91,7 +91,7 @@ def test_what_follows_is_a_run_in_higher_precision(run_ranks, tmp_path, fallen_b
     assert losses(fallen_back[0])[4:] != losses(whole[0][0])[4:]
 
     def leaves():
-        from infra.train import loop
+        from vlfoundry.infra.train import loop
 
         leave_at_4, begin_step = [], loop.Fp8Run.begin_step
 

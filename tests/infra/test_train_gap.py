@@ -2,11 +2,11 @@
 
 import pytest
 
-from infra.backend import Layout
-from infra.fp8 import Fp8Config
-from infra.train.config import TrainConfig
-from infra.train.gap import measure_gap, smoothed
 from tests import tower
+from vlfoundry.infra.backend import Layout
+from vlfoundry.infra.fp8 import Fp8Config
+from vlfoundry.infra.train.config import TrainConfig
+from vlfoundry.infra.train.gap import measure_gap, smoothed
 
 CONFIG = TrainConfig(
     steps=10, batch_samples=tower.BATCH, lr=1e-3, save_every_steps=10,

@@ -4,12 +4,12 @@ import math
 
 import pytest
 
-from infra.backend import Layout
-from infra.backend.ranks import RankError
-from infra.errors import UserError
-from infra.train.config import TrainConfig
-from infra.train.spikes import Account, why_bad
 from tests import tower
+from vlfoundry.infra.backend import Layout
+from vlfoundry.infra.backend.ranks import RankError
+from vlfoundry.infra.errors import UserError
+from vlfoundry.infra.train.config import TrainConfig
+from vlfoundry.infra.train.spikes import Account, why_bad
 
 BASE = {
     "steps": 7, "batch_samples": tower.BATCH, "lr": 1e-2, "warmup_steps": 2, "save_every_steps": 2,

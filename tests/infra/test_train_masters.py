@@ -5,10 +5,10 @@ import types
 import pytest
 import torch
 
-from infra.errors import ConfigError
-from infra.train.config import TrainConfig
-from infra.train.masters import MASTER, join, split, whole_masters
-from infra.train.optim import check_moments
+from vlfoundry.infra.errors import ConfigError
+from vlfoundry.infra.train.config import TrainConfig
+from vlfoundry.infra.train.masters import MASTER, join, split, whole_masters
+from vlfoundry.infra.train.optim import check_moments
 
 
 def test_a_master_is_put_together_as_it_was_taken_apart():

@@ -2,15 +2,15 @@
 
 import pytest
 
-from infra.train.mfu import Utilisation, counted_flops, gemm_rate
+from vlfoundry.infra.train.mfu import Utilisation, counted_flops, gemm_rate
 
 
 def test_counted_flops_are_those_of_the_formula() -> None:
     """Forward 24 W^2 a token and layer and 4 T W of attention; backward twice that."""
     import torch
 
-    from models.internvit.config import InternViTConfig
-    from models.internvit.model import InternViT
+    from vlfoundry.models.internvit.config import InternViTConfig
+    from vlfoundry.models.internvit.model import InternViT
 
     width, depth, side = 64, 2, 4
     config = InternViTConfig(

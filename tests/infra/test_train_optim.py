@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from infra.backend import Layout
-from infra.errors import ConfigError
-from infra.train.config import TrainConfig
-from infra.train.optim import lr_at
 from tests import tower
+from vlfoundry.infra.backend import Layout
+from vlfoundry.infra.errors import ConfigError
+from vlfoundry.infra.train.config import TrainConfig
+from vlfoundry.infra.train.optim import lr_at
 
 LAYOUTS = [Layout(), Layout(data=2), Layout(tensor=2)]
 
@@ -34,8 +34,8 @@ def test_layer_decay_of_one_tower(run_ranks):
     """Spec 5.3 with L = 2: embeddings 0.9^3, blocks 0.9^2 and 0.9, the rest 1."""
 
     def factors():
-        from infra.backend.parallel import parallel
-        from infra.train.optim import lr_factors
+        from vlfoundry.infra.backend.parallel import parallel
+        from vlfoundry.infra.train.optim import lr_factors
 
         config = TrainConfig(
             steps=1, batch_samples=8, lr=1.0, layer_decay={"": 0.9},
@@ -53,12 +53,12 @@ def test_layer_decay_of_one_tower(run_ranks):
 
 def test_layer_decay_of_two_towers(run_ranks):
     def factors():
-        from infra.backend.parallel import parallel
-        from infra.config import build
-        from infra.train.optim import lr_factors
-        from models.internvl.config import InternVLConfig
-        from models.internvl.model import build as build_model
         from tests.tiny import PARAMS
+        from vlfoundry.infra.backend.parallel import parallel
+        from vlfoundry.infra.config import build
+        from vlfoundry.infra.train.optim import lr_factors
+        from vlfoundry.models.internvl.config import InternVLConfig
+        from vlfoundry.models.internvl.model import build as build_model
 
         config = TrainConfig(
             steps=1, batch_samples=8, lr=1.0, layer_decay={"vision": 0.9, "text": 0.8}
@@ -86,8 +86,8 @@ def plain(run_ranks):
     def compute():
         import torch
 
-        from infra.backend.parallel import parallel
-        from infra.train.weights import gather_weights
+        from vlfoundry.infra.backend.parallel import parallel
+        from vlfoundry.infra.train.weights import gather_weights
 
         with parallel(Layout()):
             model = tower.build()

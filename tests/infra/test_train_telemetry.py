@@ -8,11 +8,11 @@ import urllib.request
 
 import pytest
 
-from infra.backend import Layout
-from infra.errors import ConfigError
-from infra.train.config import TrainConfig
-from infra.train.telemetry import PHASES, Stopwatch, Telemetry, Work, check_sinks
 from tests import tower
+from vlfoundry.infra.backend import Layout
+from vlfoundry.infra.errors import ConfigError
+from vlfoundry.infra.train.config import TrainConfig
+from vlfoundry.infra.train.telemetry import PHASES, Stopwatch, Telemetry, Work, check_sinks
 
 CONFIG = TrainConfig(steps=6, batch_samples=tower.BATCH, lr=1e-3, save_every_steps=3)
 WORK = Work(samples=8, flops=2e9, peak_flops_per_s=1e10, peak_is="made up")
@@ -56,8 +56,8 @@ def test_a_run_tells_everybody(run_ranks, tmp_path):
     port, answers = free_port(), []
 
     def run():
-        from infra.backend.parallel import parallel
-        from infra.train.loop import fit
+        from vlfoundry.infra.backend.parallel import parallel
+        from vlfoundry.infra.train.loop import fit
 
         def batch_at(step: int):
             if step == 4:

@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 
-from infra.backend import Layout
-from infra.errors import ModelError
 from tests import tower
+from vlfoundry.infra.backend import Layout
+from vlfoundry.infra.errors import ModelError
 
 
 def _write(layout, path):
-    from infra.backend.parallel import parallel
-    from infra.train.weights import gather_weights, write_safetensors
+    from vlfoundry.infra.backend.parallel import parallel
+    from vlfoundry.infra.train.weights import gather_weights, write_safetensors
 
     with parallel(layout):
         whole = gather_weights(tower.build())
@@ -47,8 +47,8 @@ def test_loads_in_another_layout(run_ranks, tmp_path):
     def read_and_write(layout, source, target):
         import torch
 
-        from infra.backend.parallel import parallel
-        from infra.train.weights import gather_weights, load_weights, write_safetensors
+        from vlfoundry.infra.backend.parallel import parallel
+        from vlfoundry.infra.train.weights import gather_weights, load_weights, write_safetensors
 
         with parallel(layout):
             model = tower.build()
@@ -82,8 +82,8 @@ def test_wrong_weights_are_named(run_ranks, change, message):
     def load():
         import torch
 
-        from infra.backend.parallel import parallel
-        from infra.train.weights import gather_weights, load_weights
+        from vlfoundry.infra.backend.parallel import parallel
+        from vlfoundry.infra.train.weights import gather_weights, load_weights
 
         with parallel(Layout()):
             model = tower.build()
@@ -104,8 +104,8 @@ def test_wrong_weights_are_named(run_ranks, change, message):
 
 def test_missing_file_is_named(run_ranks, tmp_path):
     def load():
-        from infra.backend.parallel import parallel
-        from infra.train.weights import load_weights
+        from vlfoundry.infra.backend.parallel import parallel
+        from vlfoundry.infra.train.weights import load_weights
 
         with parallel(Layout()):
             load_weights(tower.build(), tmp_path / "nothing.safetensors")

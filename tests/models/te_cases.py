@@ -11,22 +11,22 @@ import numpy as np
 import pytest
 import torch
 
-import infra.backend
-from infra.backend import Layout, install
-from infra.backend.parallel import parallel
-from infra.backend.ranks import run_ranks
-from infra.fp8 import Fp8Config
-from infra.train.checkpoint import newest
-from infra.train.config import TrainConfig
-from infra.train.loop import fit
-from infra.train.mfu import FlopCounter
-from infra.train.weights import gather_weights, pieces
-from models.common.config import LoraConfig
-from models.internvit.config import InternViTConfig
-from models.internvl.model import build
-from models.objectives.next_token import TextObjective
+import vlfoundry.infra.backend
 from tests.models import test_layouts as layouts
 from tests.models_helpers import pixels, tiny_config
+from vlfoundry.infra.backend import Layout, install
+from vlfoundry.infra.backend.parallel import parallel
+from vlfoundry.infra.backend.ranks import run_ranks
+from vlfoundry.infra.fp8 import Fp8Config
+from vlfoundry.infra.train.checkpoint import newest
+from vlfoundry.infra.train.config import TrainConfig
+from vlfoundry.infra.train.loop import fit
+from vlfoundry.infra.train.mfu import FlopCounter
+from vlfoundry.infra.train.weights import gather_weights, pieces
+from vlfoundry.models.common.config import LoraConfig
+from vlfoundry.models.internvit.config import InternViTConfig
+from vlfoundry.models.internvl.model import build
+from vlfoundry.models.objectives.next_token import TextObjective
 
 LORA = LoraConfig(rank=3, alpha=6.0, dropout=0.0, linears=("qkv", "fc2"))
 ADAPTED = tiny_config().with_lora(vision=LORA, text=LORA, language=LORA)
@@ -37,7 +37,7 @@ NORMS = dataclasses.replace(
 
 def use(spec: str) -> None:
     """Let `build` make models of this spec from now on, in this process."""
-    infra.backend._installed = dataclasses.replace(install(), layer_spec=spec)
+    vlfoundry.infra.backend._installed = dataclasses.replace(install(), layer_spec=spec)
 
 
 def shapes_and_cuts(spec: str, kind: str, config, layout: Layout):

@@ -5,11 +5,11 @@ import itertools
 import pytest
 import torch
 
-from models.common.beam import beam_search
-from models.common.canonical import initialise
-from models.common.config import DecoderConfig
-from models.common.generate import causal_blocked, greedy
-from models.llama.model import Llama
+from vlfoundry.models.common.beam import beam_search
+from vlfoundry.models.common.canonical import initialise
+from vlfoundry.models.common.config import DecoderConfig
+from vlfoundry.models.common.generate import causal_blocked, greedy
+from vlfoundry.models.llama.model import Llama
 
 VOCAB, STEPS, END = 5, 3, 2
 

@@ -8,16 +8,18 @@ import numpy as np
 import pytest
 import torch
 
-import infra.backend
-from infra.backend import Layout
-from infra.backend.ranks import run_ranks
+import vlfoundry.infra.backend
 from tests.models import test_layouts
 from tests.models.test_layouts import LAYOUTS, alone, curve, gradients
+from vlfoundry.infra.backend import Layout
+from vlfoundry.infra.backend.ranks import run_ranks
 
 
 def in_bf16(fn, *args):
     """A rank that was given a device whose precision is bf16."""
-    infra.backend._installed = dataclasses.replace(infra.backend.install(), precision="bf16")
+    vlfoundry.infra.backend._installed = dataclasses.replace(
+        vlfoundry.infra.backend.install(), precision="bf16"
+    )
     return fn(*args)
 
 

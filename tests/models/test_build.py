@@ -3,19 +3,19 @@
 import pytest
 import torch
 
-from infra.errors import ConfigError, LayoutError, ModelError
-from models.common.canonical import initialise
-from models.internvit.config import FLAVOURS as VIT_FLAVOURS
-from models.internvit.config import InternViTConfig, internvit
-from models.internvit.model import InternViT
-from models.internvl.config import FLAVOURS as INTERNVL_FLAVOURS
-from models.internvl.config import PARTS, internvl
-from models.internvl.freeze import freeze
-from models.internvl.model import build
-from models.llama.config import FLAVOURS as LLAMA_FLAVOURS
-from models.llama.config import llama
-from models.llama.model import Llama
 from tests.models_helpers import chat_batch, count, on_meta, pixels, texts, tiny_config
+from vlfoundry.infra.errors import ConfigError, LayoutError, ModelError
+from vlfoundry.models.common.canonical import initialise
+from vlfoundry.models.internvit.config import FLAVOURS as VIT_FLAVOURS
+from vlfoundry.models.internvit.config import InternViTConfig, internvit
+from vlfoundry.models.internvit.model import InternViT
+from vlfoundry.models.internvl.config import FLAVOURS as INTERNVL_FLAVOURS
+from vlfoundry.models.internvl.config import PARTS, internvl
+from vlfoundry.models.internvl.freeze import freeze
+from vlfoundry.models.internvl.model import build
+from vlfoundry.models.llama.config import FLAVOURS as LLAMA_FLAVOURS
+from vlfoundry.models.llama.config import llama
+from vlfoundry.models.llama.model import Llama
 
 
 def vision_tower(config: InternViTConfig) -> InternViT:

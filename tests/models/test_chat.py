@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from infra.errors import ConfigError, DataError, ModelError
-from models.chat.labels import padded, row
-from models.chat.templates import (
+from vlfoundry.infra.errors import ConfigError, DataError, ModelError
+from vlfoundry.models.chat.labels import padded, row
+from vlfoundry.models.chat.templates import (
     TEMPLATES,
     Message,
     generation_prompt,
@@ -14,8 +14,12 @@ from models.chat.templates import (
     prompt,
     with_image_tokens,
 )
-from models.chat.tokenizer import ByteLevelTokenizer, ChatTokenizer, SentencePieceTokenizer
-from models.internvl.prompts import IGNORE
+from vlfoundry.models.chat.tokenizer import (
+    ByteLevelTokenizer,
+    ChatTokenizer,
+    SentencePieceTokenizer,
+)
+from vlfoundry.models.internvl.prompts import IGNORE
 
 FOLDER = Path(__file__).parents[1] / "eval" / "golden" / "conversations"
 TAGS = ("<|im_start|>", "<|im_end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")

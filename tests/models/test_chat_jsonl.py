@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from infra.errors import DataError
-from models.chat.jsonl import problems, read
+from vlfoundry.infra.errors import DataError
+from vlfoundry.models.chat.jsonl import problems, read
 
 ANSWER = {"from": "gpt", "value": "A cat."}
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from infra.errors import ConfigError, DataError
-from models.chat.visual import frame_indices, frame_lines, image_lines
+from vlfoundry.infra.errors import ConfigError, DataError
+from vlfoundry.models.chat.visual import frame_indices, frame_lines, image_lines
 
 
 def test_the_middle_of_equal_intervals() -> None:

@@ -5,15 +5,15 @@ import io
 import pytest
 from sentencepiece import SentencePieceTrainer
 
-from models.chat.control import GROUNDING, control_tokens, written_out
-from models.chat.dialogue import TemplateDialogue
-from models.chat.labels import IGNORE
-from models.chat.official import official_tokenizer
-from models.chat.templates import IMG_CONTEXT, TEMPLATES, Message
-from models.chat.tokenizer import SentencePieceTokenizer
-from models.tokenizer import EOS_ID, IMG_CONTEXT_ID, Tokenizer, train
 from tests.models.test_chat import KINDS, tokenizer
 from tests.official_text import PIECES, write_template, write_tokenizer
+from vlfoundry.models.chat.control import GROUNDING, control_tokens, written_out
+from vlfoundry.models.chat.dialogue import TemplateDialogue
+from vlfoundry.models.chat.labels import IGNORE
+from vlfoundry.models.chat.official import official_tokenizer
+from vlfoundry.models.chat.templates import IMG_CONTEXT, TEMPLATES, Message
+from vlfoundry.models.chat.tokenizer import SentencePieceTokenizer
+from vlfoundry.models.tokenizer import EOS_ID, IMG_CONTEXT_ID, Tokenizer, train
 
 ODD = "a </s> b<pad><IMG_CONTEXT></img> <|im_end|><|end|> <s>c <ref>d</ref><box>[[1, 2]]</box>"
 PICTURE_TOKENS = 7

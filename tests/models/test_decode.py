@@ -3,19 +3,19 @@
 import pytest
 import torch
 
-from infra.backend import Layout
-from infra.backend.parallel import parallel
-from models.common import decode
-from models.common.attention import key_value_cache
-from models.common.beam import beam_search
-from models.common.canonical import initialise
-from models.common.config import DecoderConfig, LoraConfig, RopeScaling
-from models.common.generate import causal_blocked, greedy
-from models.internvl.model import build
-from models.llama.model import Llama
-from models.qllama.config import QLlamaConfig
-from models.qllama.model import QLlama
 from tests.models_helpers import tiny_config
+from vlfoundry.infra.backend import Layout
+from vlfoundry.infra.backend.parallel import parallel
+from vlfoundry.models.common import decode
+from vlfoundry.models.common.attention import key_value_cache
+from vlfoundry.models.common.beam import beam_search
+from vlfoundry.models.common.canonical import initialise
+from vlfoundry.models.common.config import DecoderConfig, LoraConfig, RopeScaling
+from vlfoundry.models.common.generate import causal_blocked, greedy
+from vlfoundry.models.internvl.model import build
+from vlfoundry.models.llama.model import Llama
+from vlfoundry.models.qllama.config import QLlamaConfig
+from vlfoundry.models.qllama.model import QLlama
 
 NEW = 6
 SHAPES = {

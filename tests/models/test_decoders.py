@@ -4,16 +4,16 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from infra.errors import ConfigError
-from infra.train.weights import load_weights, pieces
-from models.common.config import DecoderConfig, RopeScaling
-from models.common.generate import greedy
-from models.common.hf_decoder import decoder_keys
-from models.common.keymap import join_all
-from models.llama.config import llama
-from models.llama.hf import config_from_official, config_to_official, rope_parameters
-from models.llama.model import Llama
 from tests.models_helpers import count, on_meta
+from vlfoundry.infra.errors import ConfigError
+from vlfoundry.infra.train.weights import load_weights, pieces
+from vlfoundry.models.common.config import DecoderConfig, RopeScaling
+from vlfoundry.models.common.generate import greedy
+from vlfoundry.models.common.hf_decoder import decoder_keys
+from vlfoundry.models.common.keymap import join_all
+from vlfoundry.models.llama.config import llama
+from vlfoundry.models.llama.hf import config_from_official, config_to_official, rope_parameters
+from vlfoundry.models.llama.model import Llama
 
 SIZES = {
     "vocab_size": 61,

@@ -10,21 +10,6 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
-from infra.backend import Layout, device_literals
-from infra.backend.parallel import parallel
-from infra.backend.ranks import run_ranks
-from infra.fp8 import MULTIPLE, Fp8Config
-from infra.train.fp8 import Fp8Run
-from infra.train.loop import wrap
-from infra.train.step import Engine
-from infra.train.weights import gather_weights
-from models.common.config import LoraConfig
-from models.common.float8 import E4M3, E5M2, LARGEST, pad_tokens, round_, rounded_in_blocks
-from models.common.fp8 import DelayedScales, Fp8Product
-from models.internvl.config import InternVLConfig
-from models.internvl.model import build
-from models.objectives.contrastive import Contrastive
-from models.objectives.generative import Generative
 from tests.models.test_layouts import (
     SAMPLES,
     batch_of,
@@ -32,6 +17,28 @@ from tests.models.test_layouts import (
     share,
 )
 from tests.models_helpers import pixels
+from vlfoundry.infra.backend import Layout, device_literals
+from vlfoundry.infra.backend.parallel import parallel
+from vlfoundry.infra.backend.ranks import run_ranks
+from vlfoundry.infra.fp8 import MULTIPLE, Fp8Config
+from vlfoundry.infra.train.fp8 import Fp8Run
+from vlfoundry.infra.train.loop import wrap
+from vlfoundry.infra.train.step import Engine
+from vlfoundry.infra.train.weights import gather_weights
+from vlfoundry.models.common.config import LoraConfig
+from vlfoundry.models.common.float8 import (
+    E4M3,
+    E5M2,
+    LARGEST,
+    pad_tokens,
+    round_,
+    rounded_in_blocks,
+)
+from vlfoundry.models.common.fp8 import DelayedScales, Fp8Product
+from vlfoundry.models.internvl.config import InternVLConfig
+from vlfoundry.models.internvl.model import build
+from vlfoundry.models.objectives.contrastive import Contrastive
+from vlfoundry.models.objectives.generative import Generative
 
 GOLDEN = np.load(Path(__file__).parent / "golden/fp8/te.npz")
 RECIPES = tuple(MULTIPLE)

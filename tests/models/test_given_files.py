@@ -10,16 +10,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from flows.cli import main
-from infra.errors import ModelError, UserError
-from models.chat.official import official_tokenizer
-from models.common.config import DecoderConfig
-from models.internvl.convert import export_model, import_model
-from models.internvl.load import load_model, read_weights, save_model
-from models.internvl.model import build
-from models.tokenizer import train
 from tests.models_helpers import TEXTS, tiny_config
 from tests.official_text import write_tokenizer
+from vlfoundry.flows.cli import main
+from vlfoundry.infra.errors import ModelError, UserError
+from vlfoundry.models.chat.official import official_tokenizer
+from vlfoundry.models.common.config import DecoderConfig
+from vlfoundry.models.internvl.convert import export_model, import_model
+from vlfoundry.models.internvl.load import load_model, read_weights, save_model
+from vlfoundry.models.internvl.model import build
+from vlfoundry.models.tokenizer import train
 
 CASES = Path(__file__).parents[1] / "cases"
 CHAT = CASES / "config-options-ignored" / "weights_chat"

@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from infra.train.weights import load_weights
-from models.internvit.hf import config_from_official, from_official
-from models.internvit.model import InternViT
+from vlfoundry.infra.train.weights import load_weights
+from vlfoundry.models.internvit.hf import config_from_official, from_official
+from vlfoundry.models.internvit.model import InternViT
 
 FOLDER = Path(__file__).parent / "golden"
 

@@ -5,17 +5,17 @@ import dataclasses
 import pytest
 import torch
 
-from infra.errors import ModelError
-from infra.train.weights import pieces
-from models.common.config import DecoderConfig
-from models.common.keymap import Key, check_names, join_all, one, split_all
-from models.connector.config import ConnectorConfig
-from models.internvit.config import internvit
-from models.internvit.hf import keys as vision_keys
-from models.internvl.config import internvl
-from models.internvl.hf import keys, llava_keys, native_keys
-from models.internvl.model import build
 from tests.models_helpers import tiny_config
+from vlfoundry.infra.errors import ModelError
+from vlfoundry.infra.train.weights import pieces
+from vlfoundry.models.common.config import DecoderConfig
+from vlfoundry.models.common.keymap import Key, check_names, join_all, one, split_all
+from vlfoundry.models.connector.config import ConnectorConfig
+from vlfoundry.models.internvit.config import internvit
+from vlfoundry.models.internvit.hf import keys as vision_keys
+from vlfoundry.models.internvl.config import internvl
+from vlfoundry.models.internvl.hf import keys, llava_keys, native_keys
+from vlfoundry.models.internvl.model import build
 
 KINDS = ("vision", "internvl_c", "internvl_g", "chat_simple")
 

@@ -10,24 +10,24 @@ import numpy as np
 import pytest
 import torch
 
-from infra.backend import Layout, device_literals
-from infra.backend.parallel import parallel
-from infra.backend.ranks import run_ranks
-from infra.errors import LayoutError
-from infra.train.config import TrainConfig
-from infra.train.loop import fit, wrap
-from infra.train.step import Engine, pack, unpack
-from infra.train.weights import Piece, gather_weights, pieces
-from models.common.packing import pack_rows
-from models.common.parallel import data_group
-from models.internvl.config import InternVLConfig
-from models.internvl.cut import check_layout, cut
-from models.internvl.freeze import freeze
-from models.internvl.model import build
-from models.objectives.contrastive import Contrastive, ContrastiveConfig
-from models.objectives.generative import Generative
-from models.objectives.next_token import ChatObjective, NextTokenConfig, TextObjective
 from tests.models_helpers import chat_batch, pixels, stage2_batch, texts, tiny_config
+from vlfoundry.infra.backend import Layout, device_literals
+from vlfoundry.infra.backend.parallel import parallel
+from vlfoundry.infra.backend.ranks import run_ranks
+from vlfoundry.infra.errors import LayoutError
+from vlfoundry.infra.train.config import TrainConfig
+from vlfoundry.infra.train.loop import fit, wrap
+from vlfoundry.infra.train.step import Engine, pack, unpack
+from vlfoundry.infra.train.weights import Piece, gather_weights, pieces
+from vlfoundry.models.common.packing import pack_rows
+from vlfoundry.models.common.parallel import data_group
+from vlfoundry.models.internvl.config import InternVLConfig
+from vlfoundry.models.internvl.cut import check_layout, cut
+from vlfoundry.models.internvl.freeze import freeze
+from vlfoundry.models.internvl.model import build
+from vlfoundry.models.objectives.contrastive import Contrastive, ContrastiveConfig
+from vlfoundry.models.objectives.generative import Generative
+from vlfoundry.models.objectives.next_token import ChatObjective, NextTokenConfig, TextObjective
 
 SAMPLES = 8
 LAYOUTS = {

@@ -7,15 +7,16 @@ import numpy as np
 import pytest
 import torch
 
-from infra.errors import ModelError
-from models.chat.control import GROUNDING
-from models.common.config import DecoderConfig
-from models.internvl.config import PARTS, InternVLConfig
-from models.internvl.load import load_model, load_parts, read_config, save_model
-from models.internvl.model import build
-from models.internvl.prompts import IGNORE, caption_prompt, caption_rows, labelled_rows
-from models.preprocess import MEAN, STD, normalise, over_background
-from models.tokenizer import (
+from tests.models_helpers import TEXTS, tiny_config
+from vlfoundry.infra.errors import ModelError
+from vlfoundry.models.chat.control import GROUNDING
+from vlfoundry.models.common.config import DecoderConfig
+from vlfoundry.models.internvl.config import PARTS, InternVLConfig
+from vlfoundry.models.internvl.load import load_model, load_parts, read_config, save_model
+from vlfoundry.models.internvl.model import build
+from vlfoundry.models.internvl.prompts import IGNORE, caption_prompt, caption_rows, labelled_rows
+from vlfoundry.models.preprocess import MEAN, STD, normalise, over_background
+from vlfoundry.models.tokenizer import (
     BOS_ID,
     EOS_ID,
     IMG_CONTEXT_ID,
@@ -24,7 +25,6 @@ from models.tokenizer import (
     Tokenizer,
     train,
 )
-from tests.models_helpers import TEXTS, tiny_config
 
 
 @pytest.fixture(scope="module")

@@ -16,28 +16,28 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from infra.backend import Layout
-from infra.backend.parallel import parallel
-from infra.backend.ranks import run_ranks, this_rank
-from infra.errors import ConfigError, ModelError
-from infra.train.config import TrainConfig
-from infra.train.loop import fit
-from infra.train.weights import gather_weights, load_weights
-from models.common.canonical import initialise, set_rule
-from models.common.config import LoraConfig
-from models.common.linear import ColumnLinear, RowLinear
-from models.common.lora import Lora
-from models.common.parallel import process_groups, stack_config, tensor_group
-from models.internvl.config import PARTS, InternVLConfig
-from models.internvl.convert import export_model, import_model, merge_model
-from models.internvl.freeze import freeze
-from models.internvl.load import load_parts, read_config, read_weights, save_model
-from models.internvl.lora import adapters
-from models.internvl.model import InternVL, build
-from models.objectives.next_token import ChatObjective, NextTokenConfig
-from models.tokenizer import train
 from tests.models.test_parallel import loss_of
 from tests.models_helpers import TEXTS, chat_batch, pixels, texts, three_tasks, tiny_config
+from vlfoundry.infra.backend import Layout
+from vlfoundry.infra.backend.parallel import parallel
+from vlfoundry.infra.backend.ranks import run_ranks, this_rank
+from vlfoundry.infra.errors import ConfigError, ModelError
+from vlfoundry.infra.train.config import TrainConfig
+from vlfoundry.infra.train.loop import fit
+from vlfoundry.infra.train.weights import gather_weights, load_weights
+from vlfoundry.models.common.canonical import initialise, set_rule
+from vlfoundry.models.common.config import LoraConfig
+from vlfoundry.models.common.linear import ColumnLinear, RowLinear
+from vlfoundry.models.common.lora import Lora
+from vlfoundry.models.common.parallel import process_groups, stack_config, tensor_group
+from vlfoundry.models.internvl.config import PARTS, InternVLConfig
+from vlfoundry.models.internvl.convert import export_model, import_model, merge_model
+from vlfoundry.models.internvl.freeze import freeze
+from vlfoundry.models.internvl.load import load_parts, read_config, read_weights, save_model
+from vlfoundry.models.internvl.lora import adapters
+from vlfoundry.models.internvl.model import InternVL, build
+from vlfoundry.models.objectives.next_token import ChatObjective, NextTokenConfig
+from vlfoundry.models.tokenizer import train
 
 GOLDEN = Path(__file__).parents[1] / "eval" / "golden"
 LORA = LoraConfig(rank=3, alpha=6.0, dropout=0.0)

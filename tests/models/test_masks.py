@@ -2,9 +2,9 @@
 
 import torch
 
-from models.internvl.model import build
-from models.qllama.masks import contrastive_blocked, generative_blocked, matching_blocked
 from tests.models_helpers import pixels, texts, three_tasks, tiny_config
+from vlfoundry.models.internvl.model import build
+from vlfoundry.models.qllama.masks import contrastive_blocked, generative_blocked, matching_blocked
 
 # Two queries, three text tokens of which the last is padding; rows look at columns; 1: sees.
 TABLES = {

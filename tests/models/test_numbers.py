@@ -10,17 +10,17 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from infra.train.config import TrainConfig
-from models.internvit.config import DESIGN_SEARCH, internvit
-from models.internvit.model import InternViT
-from models.internvl.config import internvl
-from models.internvl.freeze import freeze
-from models.internvl.model import build
-from models.llama.config import llama
-from models.llama.model import Llama
-from models.qllama.layers import QueryCrossAttention
-from models.tiling import candidate_grids, tokens_per_tile
 from tests.models_helpers import count, on_meta
+from vlfoundry.infra.train.config import TrainConfig
+from vlfoundry.models.internvit.config import DESIGN_SEARCH, internvit
+from vlfoundry.models.internvit.model import InternViT
+from vlfoundry.models.internvl.config import internvl
+from vlfoundry.models.internvl.freeze import freeze
+from vlfoundry.models.internvl.model import build
+from vlfoundry.models.llama.config import llama
+from vlfoundry.models.llama.model import Llama
+from vlfoundry.models.qllama.layers import QueryCrossAttention
+from vlfoundry.models.tiling import candidate_grids, tokens_per_tile
 
 # name, parameters, tensors; None: not published
 VISION = [

@@ -6,28 +6,33 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from infra.errors import ConfigError
-from models.common.config import DecoderConfig
-from models.internvit.config import internvit
-from models.internvl.config import InternVLConfig
-from models.internvl.freeze import freeze
-from models.internvl.model import build
-from models.objectives.contrastive import (
+from tests.models_helpers import pixels, stage2_batch, texts, tiny_config
+from vlfoundry.infra.errors import ConfigError
+from vlfoundry.models.common.config import DecoderConfig
+from vlfoundry.models.internvit.config import internvit
+from vlfoundry.models.internvl.config import InternVLConfig
+from vlfoundry.models.internvl.freeze import freeze
+from vlfoundry.models.internvl.model import build
+from vlfoundry.models.objectives.contrastive import (
     Contrastive,
     ContrastiveConfig,
     distinct_texts,
     info_nce,
     share_right,
 )
-from models.objectives.generative import (
+from vlfoundry.models.objectives.generative import (
     Generative,
     GenerativeConfig,
     hard_negatives,
     random_negatives,
 )
-from models.objectives.next_token import IGNORE, NextTokenConfig, next_token, token_weights
-from models.objectives.retrieval import RetrievalConfig
-from tests.models_helpers import pixels, stage2_batch, texts, tiny_config
+from vlfoundry.models.objectives.next_token import (
+    IGNORE,
+    NextTokenConfig,
+    next_token,
+    token_weights,
+)
+from vlfoundry.models.objectives.retrieval import RetrievalConfig
 
 
 def test_contrastive_starts_near_ln_batch_and_learns():

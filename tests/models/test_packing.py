@@ -7,28 +7,28 @@ import pytest
 import torch
 from torch import Tensor
 
-from infra.errors import ModelError
-from models.chat.examples import Example, packed
-from models.common.attention import SDPAttention
-from models.common.config import DecoderConfig
-from models.common.packing import (
+from tests.models_helpers import VOCAB, pixels, texts, tiny_config
+from vlfoundry.infra.errors import ModelError
+from vlfoundry.models.chat.examples import Example, packed
+from vlfoundry.models.common.attention import SDPAttention
+from vlfoundry.models.common.config import DecoderConfig
+from vlfoundry.models.common.packing import (
     pack_rows,
     packed_positions,
     sample_of_token,
     split_packs,
 )
-from models.internvl.config import InternVLConfig
-from models.internvl.model import InternVL, build
-from models.internvl.prompts import IGNORE, labelled_rows
-from models.objectives.common import Batch
-from models.objectives.next_token import (
+from vlfoundry.models.internvl.config import InternVLConfig
+from vlfoundry.models.internvl.model import InternVL, build
+from vlfoundry.models.internvl.prompts import IGNORE, labelled_rows
+from vlfoundry.models.objectives.common import Batch
+from vlfoundry.models.objectives.next_token import (
     ChatObjective,
     NextTokenConfig,
     TextObjective,
     token_weights,
 )
-from models.tokenizer import IMG_CONTEXT_ID
-from tests.models_helpers import VOCAB, pixels, texts, tiny_config
+from vlfoundry.models.tokenizer import IMG_CONTEXT_ID
 
 REL = 1e-5
 LENGTHS = {"all different": (3, 9, 5, 1, 7), "some alike": (4, 9, 4, 2, 9, 4)}

@@ -6,18 +6,18 @@ import numpy as np
 import pytest
 import torch
 
-from infra.backend import Layout
-from infra.backend.parallel import parallel
-from infra.backend.ranks import run_ranks
-from infra.train.weights import gather_weights
-from models.common.config import RopeScaling
-from models.common.parallel import data_group
-from models.internvl.config import PARTS
-from models.internvl.model import build
-from models.objectives.contrastive import Contrastive
-from models.objectives.generative import Generative
-from models.objectives.next_token import ChatObjective, NextTokenConfig, TextObjective
 from tests.models_helpers import chat_batch, pixels, stage2_batch, texts, tiny_config
+from vlfoundry.infra.backend import Layout
+from vlfoundry.infra.backend.parallel import parallel
+from vlfoundry.infra.backend.ranks import run_ranks
+from vlfoundry.infra.train.weights import gather_weights
+from vlfoundry.models.common.config import RopeScaling
+from vlfoundry.models.common.parallel import data_group
+from vlfoundry.models.internvl.config import PARTS
+from vlfoundry.models.internvl.model import build
+from vlfoundry.models.objectives.contrastive import Contrastive
+from vlfoundry.models.objectives.generative import Generative
+from vlfoundry.models.objectives.next_token import ChatObjective, NextTokenConfig, TextObjective
 
 # A bias on keys shifts all scores of a query alike, so its gradient is zero but for rounding.
 ZERO_GRADIENT = ("norm_k.bias", "linear_k.bias")

@@ -5,40 +5,40 @@ import dataclasses
 import pytest
 import torch
 
-from infra.backend import Layout
-from infra.backend.parallel import parallel
-from infra.train.config import TrainConfig
-from infra.train.mfu import counted_flops
-from models.common.config import DecoderConfig, LoraConfig
-from models.connector.config import ConnectorConfig
-from models.internvit.config import DESIGN_SEARCH, InternViTConfig, internvit
-from models.internvl.config import FLAVOURS, PARTS, InternVLConfig, internvl
-from models.internvl.freeze import freeze
-from models.internvl.model import build
-from models.objectives.contrastive import Contrastive
-from models.objectives.generative import Generative, GenerativeConfig
-from models.objectives.next_token import ChatObjective, TextObjective
-from models.objectives.retrieval import Retrieval
-from models.plan.activations import (
+from tests.models_helpers import on_meta, pixels, tiny_config
+from vlfoundry.infra.backend import Layout
+from vlfoundry.infra.backend.parallel import parallel
+from vlfoundry.infra.train.config import TrainConfig
+from vlfoundry.infra.train.mfu import counted_flops
+from vlfoundry.models.common.config import DecoderConfig, LoraConfig
+from vlfoundry.models.connector.config import ConnectorConfig
+from vlfoundry.models.internvit.config import DESIGN_SEARCH, InternViTConfig, internvit
+from vlfoundry.models.internvl.config import FLAVOURS, PARTS, InternVLConfig, internvl
+from vlfoundry.models.internvl.freeze import freeze
+from vlfoundry.models.internvl.model import build
+from vlfoundry.models.objectives.contrastive import Contrastive
+from vlfoundry.models.objectives.generative import Generative, GenerativeConfig
+from vlfoundry.models.objectives.next_token import ChatObjective, TextObjective
+from vlfoundry.models.objectives.retrieval import Retrieval
+from vlfoundry.models.plan.activations import (
     Kept,
     around_bytes,
     behind_bytes,
     input_bytes,
     pass_bytes,
 )
-from models.plan.compute import pass_flops, patch_flops, sample_flops
-from models.plan.memory import (
+from vlfoundry.models.plan.compute import pass_flops, patch_flops, sample_flops
+from vlfoundry.models.plan.memory import (
     gradient_elements,
     memory,
     optimizer_bytes,
     rank_weights,
     step_seconds,
 )
-from models.plan.search import Machine, search
-from models.plan.weights import weights
-from models.plan.workload import Workload
-from models.qllama.config import QLlamaConfig
-from tests.models_helpers import on_meta, pixels, tiny_config
+from vlfoundry.models.plan.search import Machine, search
+from vlfoundry.models.plan.weights import weights
+from vlfoundry.models.plan.workload import Workload
+from vlfoundry.models.qllama.config import QLlamaConfig
 
 BATCH, TEXT = 4, 24
 ROW_TOLERANCE = 0.04
@@ -318,9 +318,9 @@ def test_parameters_gradients_and_optimizer_are_megatrons(run_ranks, layout, obj
     work = workload(objective, config, trained=(trained,))
 
     def measure():
-        from infra.backend import device_literals
-        from infra.train.loop import wrap
-        from infra.train.optim import build_optimizer
+        from vlfoundry.infra.backend import device_literals
+        from vlfoundry.infra.train.loop import wrap
+        from vlfoundry.infra.train.optim import build_optimizer
 
         with parallel(layout), device_literals():
             model = build(work.kind, config)

@@ -16,12 +16,12 @@ from transformers import (
     Qwen2Config,
 )
 
-from infra.errors import ModelError
-from models.internvl.convert import export_model, import_model
-from models.internvl.load import read_config, read_weights, save_model
-from models.internvl.model import build
-from models.tokenizer import train
 from tests.models_helpers import TEXTS, tiny_config
+from vlfoundry.infra.errors import ModelError
+from vlfoundry.models.internvl.convert import export_model, import_model
+from vlfoundry.models.internvl.load import read_config, read_weights, save_model
+from vlfoundry.models.internvl.model import build
+from vlfoundry.models.tokenizer import train
 
 CASES = Path(__file__).parents[1] / "cases"
 TIED = CASES / "tied-head-stored"

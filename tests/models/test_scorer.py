@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from models.scorer.adamw import AdamW
-from models.scorer.model import Scorer, ScorerConfig
+from vlfoundry.models.scorer.adamw import AdamW
+from vlfoundry.models.scorer.model import Scorer, ScorerConfig
 
 
 def test_the_small_adamw_is_torchs():

@@ -8,23 +8,23 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from infra.errors import ConfigError
-from infra.geometry import crop, squeeze
-from models.chat.examples import Conversations
-from models.internvl.config import FLAVOURS, InternVLConfig
-from models.internvl.folder import read_config, write_config
-from models.internvl.hf_pictures import (
+from tests.models_helpers import TEXTS, tiny_config
+from vlfoundry.infra.errors import ConfigError
+from vlfoundry.infra.geometry import crop, squeeze
+from vlfoundry.models.chat.examples import Conversations
+from vlfoundry.models.internvl.config import FLAVOURS, InternVLConfig
+from vlfoundry.models.internvl.folder import read_config, write_config
+from vlfoundry.models.internvl.hf_pictures import (
     pictures_from_llava,
     pictures_from_official,
     pictures_to_llava,
     pictures_to_official,
 )
-from models.internvl.load import Model
-from models.internvl.model import build
-from models.sight import TASKS, PictureConfig, Sight
-from models.tiling import Tiling, picture_size, tile
-from models.tokenizer import train
-from tests.models_helpers import TEXTS, tiny_config
+from vlfoundry.models.internvl.load import Model
+from vlfoundry.models.internvl.model import build
+from vlfoundry.models.sight import TASKS, PictureConfig, Sight
+from vlfoundry.models.tiling import Tiling, picture_size, tile
+from vlfoundry.models.tokenizer import train
 
 CASES = Path(__file__).parents[1] / "cases"
 SIDE = 28
@@ -100,7 +100,7 @@ def asked(tokenizer, monkeypatch):
 def test_a_chat_model_is_asked_on_what_it_is_trained_on(
     pictures: PictureConfig, data: bytes, asked, tokenizer, tmp_path: Path
 ) -> None:
-    from models.preprocess import normalise
+    from vlfoundry.models.preprocess import normalise
 
     (tmp_path / "it.png").write_bytes(data)
     talk = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "It."}]

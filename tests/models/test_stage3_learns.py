@@ -4,16 +4,16 @@ import numpy as np
 import pytest
 import torch
 
-from infra.scenes import KINDS, Drawing, compose, conversation
-from models import tokenizer as tokenizers
-from models.chat.examples import Example, padded
-from models.chat.labels import IGNORE
-from models.common.config import DecoderConfig
-from models.internvit.config import InternViTConfig
-from models.internvl.model import build
-from models.objectives.next_token import ChatObjective
-from models.preprocess import normalise
 from tests.models_helpers import tiny_config
+from vlfoundry.infra.scenes import KINDS, Drawing, compose, conversation
+from vlfoundry.models import tokenizer as tokenizers
+from vlfoundry.models.chat.examples import Example, padded
+from vlfoundry.models.chat.labels import IGNORE
+from vlfoundry.models.common.config import DecoderConfig
+from vlfoundry.models.internvit.config import InternViTConfig
+from vlfoundry.models.internvl.model import build
+from vlfoundry.models.objectives.next_token import ChatObjective
+from vlfoundry.models.preprocess import normalise
 
 SIDE_PX, SCENES, STEPS = 24, 64, 600
 NAMES = {

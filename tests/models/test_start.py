@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from infra.errors import ModelError
-from models.common.config import DecoderConfig, LoraConfig
-from models.connector.config import ConnectorConfig
-from models.internvl.config import PARTS, InternVLConfig
-from models.internvl.start import RULES, Start, plan_start
-from models.plan.weights import weights
-from models.qllama.config import QLlamaConfig
 from tests.starts import CONFIG, make_folder
+from vlfoundry.infra.errors import ModelError
+from vlfoundry.models.common.config import DecoderConfig, LoraConfig
+from vlfoundry.models.connector.config import ConnectorConfig
+from vlfoundry.models.internvl.config import PARTS, InternVLConfig
+from vlfoundry.models.internvl.start import RULES, Start, plan_start
+from vlfoundry.models.plan.weights import weights
+from vlfoundry.models.qllama.config import QLlamaConfig
 
 CONTRAST = {"clip_projector", "text_projection", "logit_scale"}
 QUERIES = {

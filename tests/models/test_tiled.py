@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch.nn.functional import logsigmoid, normalize
 
-from infra.backend import Layout
-from infra.backend.parallel import parallel
-from models.common.parallel import data_group
-from models.objectives.contrastive import ContrastiveConfig, info_nce, sigmoid_loss
-from models.objectives.tiled import TILE_COLUMNS, softplus_sum, two_way_logsumexp
+from vlfoundry.infra.backend import Layout
+from vlfoundry.infra.backend.parallel import parallel
+from vlfoundry.models.common.parallel import data_group
+from vlfoundry.models.objectives.contrastive import ContrastiveConfig, info_nce, sigmoid_loss
+from vlfoundry.models.objectives.tiled import TILE_COLUMNS, softplus_sum, two_way_logsumexp
 
 WIDTH = 6
 SCALE = 2.0

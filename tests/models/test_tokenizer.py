@@ -1,6 +1,6 @@
 """Our own tokenizer: whole characters, whatever the script."""
 
-from models.tokenizer import SPECIAL_TOKENS, train, wide_characters
+from vlfoundry.models.tokenizer import SPECIAL_TOKENS, train, wide_characters
 
 TEXTS = [
     "red apple", "white heart suit", "赤い林檎", "白いハート", "红苹果", "白心",

@@ -7,13 +7,13 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
-from models.common.config import DecoderConfig, RopeScaling
-from models.connector.config import ConnectorConfig
-from models.internvl.convert import export_model, import_model
-from models.internvl.load import read_weights, save_model
-from models.internvl.model import build
-from models.tokenizer import IMG_CONTEXT_ID, train
 from tests.models_helpers import TEXTS, pixels, tiny_config
+from vlfoundry.models.common.config import DecoderConfig, RopeScaling
+from vlfoundry.models.connector.config import ConnectorConfig
+from vlfoundry.models.internvl.convert import export_model, import_model
+from vlfoundry.models.internvl.load import read_weights, save_model
+from vlfoundry.models.internvl.model import build
+from vlfoundry.models.tokenizer import IMG_CONTEXT_ID, train
 
 LLAMA = DecoderConfig(
     vocab_size=320,

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from infra.config import build
-from infra.stage import Context
+from vlfoundry.infra.config import build
+from vlfoundry.infra.stage import Context
 
 ROOT = Path(__file__).parents[2]
 FUNNEL = ("ingest", "bootstrap", "filter", "dedup", "decontaminate", "shard")
@@ -36,17 +36,17 @@ TRAINING = (
 )
 TRAINING_IMPORTS = (
     "fsspec.implementations.local",
-    "infra.backend.parallel",
-    "infra.train.session",
+    "vlfoundry.infra.backend.parallel",
+    "vlfoundry.infra.train.session",
     "megatron.core.dist_checkpointing.strategies.fully_parallel",
     "megatron.core.distributed",
     "megatron.core.models.backends",
     "megatron.core.transformer.multi_token_prediction",
-    "models.internvl.load",
-    "models.objectives.contrastive",
-    "models.objectives.generative",
-    "models.objectives.next_token",
-    "models.preprocess",
+    "vlfoundry.models.internvl.load",
+    "vlfoundry.models.objectives.contrastive",
+    "vlfoundry.models.objectives.generative",
+    "vlfoundry.models.objectives.next_token",
+    "vlfoundry.models.preprocess",
     "safetensors.torch",
     "tokenizers",
     "torch._dynamo",
@@ -78,7 +78,7 @@ def funnel(made_once) -> Path:
     def make(root: Path) -> None:
         (root / "data").symlink_to(ROOT / "data")
         for name in FUNNEL:
-            run_stage(importlib.import_module(f"stages.{name}").STAGE, root)
+            run_stage(importlib.import_module(f"vlfoundry.stages.{name}").STAGE, root)
 
     return made_once("funnel", make)
 

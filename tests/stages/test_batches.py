@@ -90,7 +90,7 @@ def test_packed_conversations_of_several_tiles_are_learnt_as_padded_ones_are(
 
 
 def test_groups_are_the_same_numbers_on_every_rank_and_those_without_stand_alone() -> None:
-    from stages.generative import groups
+    from vlfoundry.stages.generative import groups
 
     metas = [{"concept": c} for c in ("sun", "cat", "sun")] + [{}, {"concept": ""}, {}]
     positions = [(0, 3), (0, 1), (1, 9), (0, 5), (0, 6), (1, 5)]

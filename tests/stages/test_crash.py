@@ -17,7 +17,7 @@ def test_a_kill_does_not_change_a_bit(
 ) -> None:
     """`make accept SUBJECT=engine` kills 25 times."""
     target = Target(
-        root=shutil.copytree(trained, tmp_path / "project"),
+        root=shutil.copytree(trained, tmp_path / "project", symlinks=True),
         stage=stage, variant=variant, start=start_fork,
     )  # fmt: skip
     target.clear()

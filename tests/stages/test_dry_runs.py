@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flows.recipes import find_recipe, recipes, with_profile
-from infra.config import build, load_params, to_dict
-from infra.stage import Context
-from models.common.config import DecoderConfig
-from models.internvl.config import InternVLConfig
+from vlfoundry.flows.recipes import find_recipe, recipes, with_profile
+from vlfoundry.infra.config import build, load_params, to_dict
+from vlfoundry.infra.stage import Context
+from vlfoundry.models.common.config import DecoderConfig
+from vlfoundry.models.internvl.config import InternVLConfig
 
 ROOT = Path(__file__).parents[2]
 PROFILES = sorted(path.stem for path in (ROOT / "profiles").glob("*.yaml"))
@@ -66,8 +66,8 @@ def small(config: InternVLConfig) -> InternVLConfig:
 @pytest.fixture(scope="module")
 def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards of drawings, and a chat file with a photo."""
-    from infra.shards import write_shards
     from tests.tiny import drawings_with_captions
+    from vlfoundry.infra.shards import write_shards
 
     root = tmp_path_factory.mktemp("material")
     samples = [s for s in drawings_with_captions(3) if s.meta["kind"] == "name"]
@@ -96,10 +96,10 @@ def tiny_params(profile: str, stage: str) -> dict[str, Any]:
 
 def make_starts(root: Path, stage: str, config: Any, folders: tuple[str, ...]) -> None:
     """What the stage starts from: models with fresh weights and one tokenizer."""
-    from models import tokenizer as tokenizers
-    from models.internvl.load import save_model
-    from models.internvl.model import build as build_model
-    from models.internvl.start import RULES
+    from vlfoundry.models import tokenizer as tokenizers
+    from vlfoundry.models.internvl.load import save_model
+    from vlfoundry.models.internvl.model import build as build_model
+    from vlfoundry.models.internvl.start import RULES
 
     tokenizer = tokenizers.train(["a photo", "what is it?", "una foto"], 400)
     kinds = {
@@ -118,12 +118,12 @@ def dry_run(root: Path, profile: str, stage: str) -> list[dict[str, Any]]:
     """First and last batch of a run: shapes, and gradients that are numbers."""
     import torch
 
-    from infra.backend import Layout
-    from infra.backend.parallel import parallel
-    from infra.train.session import Place
+    from vlfoundry.infra.backend import Layout
+    from vlfoundry.infra.backend.parallel import parallel
+    from vlfoundry.infra.train.session import Place
 
     name, _, variant = stage.partition("@")
-    module = importlib.import_module(f"stages.{name}")
+    module = importlib.import_module(f"vlfoundry.stages.{name}")
     params = tiny_params(profile, stage)
     config = build(module.Config, {key: params[key] for key in module.STAGE.parameters})
     context = Context(module.STAGE.bind(variant or None), root, "key")
@@ -179,7 +179,7 @@ def test_one_batch_at_true_size(
     elif stage == "generative":
         assert first["pixels"] == (2, 3, side, side)
     else:
-        from models.tiling import plan
+        from vlfoundry.models.tiling import plan
 
         tiles = plan(*PHOTO_PX, model.pictures.tiling(side)).tiles
         assert first["pixels"] == (2 * tiles, 3, side, side)
@@ -192,10 +192,10 @@ def test_one_batch_of_a_recipe_without_a_stage(profile: str, warm, run_ranks) ->
     def work() -> float:
         import torch
 
-        from infra.backend import Layout
-        from infra.backend.parallel import parallel
-        from models.internvl.model import build as build_model
-        from models.objectives.retrieval import Retrieval
+        from vlfoundry.infra.backend import Layout
+        from vlfoundry.infra.backend.parallel import parallel
+        from vlfoundry.models.internvl.model import build as build_model
+        from vlfoundry.models.objectives.retrieval import Retrieval
 
         ids = torch.arange(2 * 5).view(2, 5) + 7
         texts = {f"{name}_ids": ids for name in ("negative", "positive", "summary")}
@@ -216,7 +216,7 @@ def test_one_batch_of_a_recipe_without_a_stage(profile: str, warm, run_ranks) ->
 @pytest.mark.parametrize("profile", ["default", *PROFILES])
 def test_every_patch_can_be_kept(profile: str) -> None:
     """FLIP leaves out patches of the pictures that are trained on, everywhere alike."""
-    from stages.contrastive import kept_patches
+    from vlfoundry.stages.contrastive import kept_patches
 
     params = resolved(profile)
     recipe = None if profile == "default" else find_recipe(ROOT, profile)

@@ -8,18 +8,19 @@ from pathlib import Path
 
 import pytest
 
-from eval.datasets import read_concept_set
-from eval.questions import KINDS, ask
-from eval.run import evaluate_folder
-from eval.scores import read_document, read_scores
-from eval.suites import NEEDS
-from eval.variants import MODELS
-from infra.config import build
-from infra.errors import ConfigError, DataError, ModelError, UserError
-from infra.stage import Context
-from infra.tables import write_table
-from stages.evaluate import STAGE, Config
 from tests.eval_fakes import LANGUAGES, Guesser, Oracle, write_concept_set
+from tests.tiny import write_model
+from vlfoundry.eval.datasets import read_concept_set
+from vlfoundry.eval.questions import KINDS, ask
+from vlfoundry.eval.run import evaluate_folder
+from vlfoundry.eval.scores import read_document, read_scores
+from vlfoundry.eval.suites import NEEDS
+from vlfoundry.eval.variants import MODELS
+from vlfoundry.infra.config import build
+from vlfoundry.infra.errors import ConfigError, DataError, ModelError, UserError
+from vlfoundry.infra.stage import Context
+from vlfoundry.infra.tables import write_table
+from vlfoundry.stages.evaluate import STAGE, Config
 
 SCENES = 30
 EARLIER = "data/start/earlier"
@@ -28,7 +29,7 @@ EARLIER = "data/start/earlier"
 @pytest.fixture(autouse=True)
 def fewer_training_scenes(monkeypatch):
     """The reference answers of scenes cost most of the time here and need no large pool."""
-    monkeypatch.setattr("eval.questions.TRAINING_SCENES", 60)
+    monkeypatch.setattr("vlfoundry.eval.questions.TRAINING_SCENES", 60)
 
 
 @pytest.fixture
@@ -62,7 +63,7 @@ def models(monkeypatch, root):
         return Oracle(data, asked, kind)
 
     module = types.SimpleNamespace(load_model=load_model)
-    monkeypatch.setitem(sys.modules, "models.internvl.load", module)
+    monkeypatch.setitem(sys.modules, "vlfoundry.models.internvl.load", module)
 
 
 def config(**changes):
@@ -94,7 +95,7 @@ def test_every_suite_is_scored_or_has_a_reason(root, models, variant):
 
 
 def test_outputs_are_the_same_bytes_each_time(root, models):
-    from infra.fingerprint import fingerprint
+    from vlfoundry.infra.fingerprint import fingerprint
 
     first = fingerprint(run(root, "internvl_g").parent)
     assert fingerprint(run(root, "internvl_g").parent) == first
@@ -137,9 +138,11 @@ def test_the_source_under_test_must_not_have_been_trained_on(root, models):
 
 @pytest.fixture
 def resolved(monkeypatch, models, root):
-    import infra.registry
+    """What is named is looked at as it lies there, before any model is loaded."""
+    import vlfoundry.infra.registry
 
-    monkeypatch.setattr(infra.registry, "resolve_model", lambda ref: root / MODELS[ref])
+    write_model(root / MODELS["internvl_c"], "internvl_c")
+    monkeypatch.setattr(vlfoundry.infra.registry, "resolve_model", lambda ref: root / MODELS[ref])
 
 
 def test_any_folder_can_be_scored(root, resolved, tmp_path, models):
@@ -179,7 +182,7 @@ def test_scores_that_cannot_be_stored_after_all_are_said(root, resolved, monkeyp
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("eval.run.write_scores", full)
+    monkeypatch.setattr("vlfoundry.eval.run.write_scores", full)
     out = tmp_path / "x.json"
     with pytest.raises(UserError, match=r"cannot write the scores to .*x\.json: no space left"):
         evaluate_folder("internvl_c", root / "data", "zero_shot", out, log=said.append)
@@ -195,11 +198,11 @@ def test_a_place_that_cannot_be_written_is_said_before_the_model_is_read(
     (tmp_path / "file").touch()
     (tmp_path / "locked").mkdir()
     (tmp_path / "locked" / "x.items").touch()
-    import infra.registry
+    import vlfoundry.infra.registry
 
     def too_late(ref):
         raise AssertionError("the model was looked for first")
 
-    monkeypatch.setattr(infra.registry, "resolve_model", too_late)
+    monkeypatch.setattr(vlfoundry.infra.registry, "resolve_model", too_late)
     with pytest.raises(UserError, match=r"(is a directory; name a file|is not a directory)"):
         evaluate_folder("internvl_c", root / "data", "zero_shot", tmp_path / place)

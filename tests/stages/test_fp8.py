@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from infra.config import load_params
-from infra.train.gap import smoothed
 from tests.tiny import PARAMS, ROOT, make_project, run_stage, start_fork, write_params
+from vlfoundry.infra import workfolder
+from vlfoundry.infra.config import load_params
+from vlfoundry.infra.train.gap import smoothed
 
 STEPS = 20
 EVERYWHERE = {"first_layers": 0, "last_layers": 0}
@@ -48,9 +49,11 @@ def test_it_learns_as_in_fp32(project: Path) -> None:
     found = trained_with(project, fp8=EVERYWHERE)
     assert found != plain
     assert smoothed(found) == pytest.approx(smoothed(plain), rel=0.01)
-    record = json.loads((project / "work/contrastive/record.json").read_text("utf-8"))
+    state = workfolder.current(project, "contrastive")
+    assert state
+    record = json.loads((state / "record.json").read_text("utf-8"))
     assert record["left_fp8_at"] is None
-    told = (project / "work/contrastive/steps.jsonl").read_text("utf-8").splitlines()
+    told = (state / "steps.jsonl").read_text("utf-8").splitlines()
     assert sum("fp8_lost_at" in line for line in told) == STEPS // 10
 
 

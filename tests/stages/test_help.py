@@ -1,13 +1,17 @@
 """Every stage says what it reads, writes and can be told."""
 
 import dataclasses
+import functools
 import importlib
+import subprocess
+import sys
 import typing
 from collections.abc import Iterator
 
 import pytest
 
-from infra.stage import EXIT_USER_ERROR, main
+from tests.cpu import least_cpu_s
+from vlfoundry.infra.stage import EXIT_USER_ERROR, main
 
 STAGES = (
     "ingest", "bootstrap", "filter", "dedup", "decontaminate", "shard", "pretrain_text",
@@ -25,7 +29,7 @@ def leaves(config: type, prefix: str = "") -> Iterator[str]:
 
 @pytest.mark.parametrize("name", STAGES)
 def test_help(name: str, capsys: pytest.CaptureFixture) -> None:
-    stage = importlib.import_module(f"stages.{name}").STAGE
+    stage = importlib.import_module(f"vlfoundry.stages.{name}").STAGE
     assert main(stage, ["--help"]) == 0
     shown = capsys.readouterr().out
     for path in (*stage.inputs, *stage.outputs, *stage.variants):
@@ -35,8 +39,15 @@ def test_help(name: str, capsys: pytest.CaptureFixture) -> None:
     assert "memory at" not in shown  # no default is shown as an address
 
 
+@pytest.mark.parametrize("name", STAGES)
+def test_help_does_not_wait_for_torch(name: str) -> None:
+    command = [sys.executable, "-m", f"vlfoundry.stages.{name}", "--help"]
+    run = functools.partial(subprocess.run, command, check=True, stdout=subprocess.DEVNULL)
+    assert least_cpu_s(run, enough=1) < 1
+
+
 def test_docstrings_of_parameters_are_shown(capsys: pytest.CaptureFixture) -> None:
-    from stages import contrastive, ingest
+    from vlfoundry.stages import contrastive, ingest
 
     main(contrastive.STAGE, ["-h"])
     assert "  model.text.width: int = 128\n      channels of a token\n" in capsys.readouterr().out
@@ -47,7 +58,7 @@ def test_docstrings_of_parameters_are_shown(capsys: pytest.CaptureFixture) -> No
 
 
 def test_another_option_is_refused(capsys: pytest.CaptureFixture) -> None:
-    from stages import ingest
+    from vlfoundry.stages import ingest
 
     assert main(ingest.STAGE, ["--halp"]) == EXIT_USER_ERROR
     assert "got '--halp', expected --dry-run, --help or key=value" in capsys.readouterr().err

@@ -7,15 +7,15 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from infra.artwork import Concept, keyword_caption, read_artwork, read_concepts
-from infra.config import build
-from infra.errors import ConfigError, DataError
-from infra.fingerprint import fingerprint
-from infra.images import decode_rgba
-from infra.phash import colour_grid
-from infra.quality import effective_side
-from infra.tables import read_table
-from stages.ingest import STAGE, Config, choose_classes, identical_pairs
+from vlfoundry.infra.artwork import Concept, keyword_caption, read_artwork, read_concepts
+from vlfoundry.infra.config import build
+from vlfoundry.infra.errors import ConfigError, DataError
+from vlfoundry.infra.fingerprint import fingerprint
+from vlfoundry.infra.images import decode_rgba
+from vlfoundry.infra.phash import colour_grid
+from vlfoundry.infra.quality import effective_side
+from vlfoundry.infra.tables import read_table
+from vlfoundry.stages.ingest import STAGE, Config, choose_classes, identical_pairs
 
 OUT = "artifacts/ingest"
 

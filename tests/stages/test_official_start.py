@@ -4,21 +4,21 @@ import copy
 import json
 from pathlib import Path
 
-from flows.recipes import with_profile
-from flows.start import bring, new_profile, write_profile
-from infra.config import load_params
 from tests.official_text import ROWS, write_template, write_tokenizer
 from tests.tiny import PARAMS, ROOT, make_project, run_stage, write_params
+from vlfoundry.flows.recipes import with_profile
+from vlfoundry.flows.start import bring, new_profile, write_profile
+from vlfoundry.infra.config import load_params
 
 
 def publish(folder: Path) -> None:
     """A chat model as it is published: InternVL-Chat on InternLM2, with random weights."""
-    from infra.config import build as build_config
-    from models.internvl.config import InternVLConfig
-    from models.internvl.convert import export_model
-    from models.internvl.load import save_model
-    from models.internvl.model import build
-    from models.tokenizer import train
+    from vlfoundry.infra.config import build as build_config
+    from vlfoundry.models.internvl.config import InternVLConfig
+    from vlfoundry.models.internvl.convert import export_model
+    from vlfoundry.models.internvl.load import save_model
+    from vlfoundry.models.internvl.model import build
+    from vlfoundry.models.tokenizer import train
 
     model = copy.deepcopy(PARAMS["model"])
     model["text"]["vocab_size"] = ROWS
@@ -33,7 +33,7 @@ def publish(folder: Path) -> None:
 def test_official_weights_train_on_and_go_back(warm, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
-    from models.internvl.convert import export_model
+    from vlfoundry.models.internvl.convert import export_model
 
     publish(tmp_path / "published")
     params = copy.deepcopy(PARAMS)

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from infra.config import build as build_config
 from tests.official_text import ROWS, write_template, write_tokenizer
 from tests.tiny import PARAMS, make_project, run_stage
+from vlfoundry.infra.config import build as build_config
 
 TALK = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A square."}]
 STAGES = {
@@ -35,10 +35,10 @@ def parameters() -> dict:
 
 def save_start(root: Path, params: dict, tokenizer: str, template: str) -> Path:
     """A text model with an official tokenizer, where stage 1 takes its text tower from."""
-    from models.chat.official import official_tokenizer
-    from models.internvl.config import InternVLConfig
-    from models.internvl.load import save_model
-    from models.internvl.model import build
+    from vlfoundry.models.chat.official import official_tokenizer
+    from vlfoundry.models.internvl.config import InternVLConfig
+    from vlfoundry.models.internvl.load import save_model
+    from vlfoundry.models.internvl.model import build
 
     write_tokenizer(root / "published", tokenizer)
     write_template(root / "published", template)
@@ -57,7 +57,7 @@ def save_start(root: Path, params: dict, tokenizer: str, template: str) -> Path:
     ],
 )
 def test_stages_go_on_with_an_official_tokenizer(tokenizer, template, folders, warm, tmp_path):
-    from models.internvl.load import load_model
+    from vlfoundry.models.internvl.load import load_model
 
     params = parameters()
     root = make_project(tmp_path / "project", params)

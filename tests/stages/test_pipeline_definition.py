@@ -1,25 +1,24 @@
-"""dvc.yaml and stages/ say the same, and params.yaml and profiles/ hold what stages read.
-
-`dvc.yaml` is written by hand so that it can be read; these tests say what to add or remove there.
-"""
+"""dvc.yaml, as DVC reads it, says what stages/ does, and params.yaml and profiles/ hold what stages
+read."""
 
 import dataclasses
-import functools
 import importlib
 import os
 import shutil
-from collections.abc import Set
+from collections.abc import Iterable, Set
 from pathlib import Path
 
 import pytest
 
-from flows.graph import load_graph
-from flows.recipes import with_profile
-from flows.workspace import Variation, yaml_text
-from infra.config import load_params
-from infra.git import git
-from infra.runkey import PACKAGES, import_closure
-from infra.stage import Bound, parameters_of
+from vlfoundry.flows.definition import render
+from vlfoundry.flows.graph import load_graph
+from vlfoundry.flows.recipes import with_profile
+from vlfoundry.flows.stamps import CODE
+from vlfoundry.flows.workspace import Variation, yaml_text
+from vlfoundry.infra.code import STEP_FILES, step_file
+from vlfoundry.infra.config import load_params
+from vlfoundry.infra.git import git
+from vlfoundry.infra.stage import Bound, Plot, parameters_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -31,11 +30,15 @@ class Node:
     cmd: str
     params: tuple[str, ...]
     data: frozenset[str]
-    """dependencies outside our packages"""
+    """dependencies but for code and parameters"""
     code: frozenset[str]
-    """dependencies inside them"""
+    """the files that say what code it has"""
     outs: frozenset[str]
     """outputs, metrics and plots included"""
+    metrics: frozenset[str]
+    plots: frozenset[Plot]
+    always: bool
+    """whether it always runs"""
 
 
 def read_nodes(root: Path = ROOT) -> dict[str, Node]:
@@ -54,15 +57,21 @@ def read_nodes(root: Path = ROOT) -> dict[str, Node]:
                 for dep in stage.deps
                 if not isinstance(dep, ParamsDependency)
             }
-            code = {path for path in paths if path.partition("/")[0] in PACKAGES}
+            code = {path for path in paths if path.startswith(STEP_FILES)}
+            relative = {
+                out: Path(os.path.relpath(out.fs_path, root)).as_posix() for out in stage.outs
+            }
             nodes[stage.name] = Node(
                 cmd=stage.cmd,
                 params=tuple(key for dep in params for key in dep.params),
                 data=frozenset(paths - code),
                 code=frozenset(code),
-                outs=frozenset(
-                    Path(os.path.relpath(out.fs_path, root)).as_posix() for out in stage.outs
+                outs=frozenset(relative.values()),
+                metrics=frozenset(path for out, path in relative.items() if out.metric),
+                plots=frozenset(
+                    Plot(path=path, **out.plot) for out, path in relative.items() if out.plot
                 ),
+                always=stage.always_changed,
             )
     return nodes
 
@@ -72,14 +81,20 @@ def modules() -> list[str]:
 
 
 def bound_stages() -> dict[str, Bound]:
-    stages = [importlib.import_module(f"stages.{name}").STAGE for name in modules()]
+    stages = [importlib.import_module(f"vlfoundry.stages.{name}").STAGE for name in modules()]
     bound = [stage.bind(variant) for stage in stages for variant in stage.variants or (None,)]
     return {one.address: one for one in bound}
 
 
 @pytest.fixture(scope="module")
-def nodes() -> dict[str, Node]:
+def all_nodes() -> dict[str, Node]:
     return read_nodes()
+
+
+@pytest.fixture(scope="module")
+def nodes(all_nodes: dict[str, Node]) -> dict[str, Node]:
+    """Without the step `code`."""
+    return {name: node for name, node in all_nodes.items() if name != CODE}
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +117,7 @@ def fail_with(problems: dict[str, list[str]]) -> None:
 
 def test_every_module_is_a_stage_of_its_name() -> None:
     for name in modules():
-        assert importlib.import_module(f"stages.{name}").STAGE.name == name
+        assert importlib.import_module(f"vlfoundry.stages.{name}").STAGE.name == name
 
 
 def test_every_stage_is_in_the_pipeline(nodes, stages) -> None:
@@ -111,7 +126,7 @@ def test_every_stage_is_in_the_pipeline(nodes, stages) -> None:
 
 def test_commands(nodes, stages) -> None:
     expected = {
-        name: f"exec python -m stages.{one.stage.name}"
+        name: f"exec python -m vlfoundry.stages.{one.stage.name}"
         + (f" variant={one.variant}" if one.variant else "")
         for name, one in stages.items()
     }
@@ -190,7 +205,8 @@ def test_edges_follow_the_parameters(
         shutil.copyfile(ROOT / name, tmp_path / name)
     (tmp_path / "params.yaml").write_text(yaml_text(params), encoding="utf-8")
     git(tmp_path, "init", "--quiet")
-    fail_with(data_problems(read_nodes(tmp_path), stages, params))
+    found = {name: node for name, node in read_nodes(tmp_path).items() if name != CODE}
+    fail_with(data_problems(found, stages, params))
     graph = load_graph(tmp_path)
     assert {name: graph.node(name).upstream for name in upstream} == upstream
     needed = graph.needed_for(("contrastive",))
@@ -206,6 +222,27 @@ def test_outputs(nodes, stages) -> None:
     )
 
 
+def test_metrics_and_plots(nodes, stages) -> None:
+    """Both are outputs, and no output is both."""
+    for name, one in stages.items():
+        plotted = tuple(plot.path for plot in one.plots)
+        assert {*one.metrics, *plotted} <= set(one.outputs), name
+        assert len({*one.metrics, *plotted}) == len(one.metrics) + len(plotted), name
+    fail_with(
+        {
+            name: differences("metrics", set(stages[name].metrics), node.metrics)
+            + differences("plots", shown(stages[name].plots), shown(node.plots))
+            for name, node in nodes.items()
+        }
+    )
+
+
+def shown(plots: Iterable[Plot]) -> set[str]:
+    """As dvc.yaml has them."""
+    facts = [dataclasses.asdict(plot) for plot in plots]
+    return {f"{plot.pop('path')}: {plot}" for plot in facts}
+
+
 def test_what_is_read_is_made_by_a_stage_or_shipped(nodes) -> None:
     made = [Path(out) for node in nodes.values() for out in node.outs]
     orphans = [
@@ -218,36 +255,16 @@ def test_what_is_read_is_made_by_a_stage_or_shipped(nodes) -> None:
     assert not orphans, "\n".join(orphans)
 
 
-def test_sources(nodes, stages) -> None:
-    """Every source that a stage may reach is a dependency, and no other."""
-    fail_with(
-        {
-            name: source_problems(
-                sources(stages[name].stage.name),
-                node.code,
-            )
-            for name, node in nodes.items()
-        }
-    )
+def test_it_is_rendered_from_the_stages() -> None:
+    assert render() == (ROOT / "dvc.yaml").read_text("utf-8"), "run `vlfoundry graph --write`"
 
 
-@functools.cache
-def sources(stage: str) -> frozenset[str]:
-    return frozenset(path.as_posix() for path in import_closure(f"stages.{stage}", ROOT))
-
-
-def source_problems(closure: Set[str], deps: Set[str]) -> list[str]:
-    def covers(dep: str, path: str) -> bool:
-        return Path(path).is_relative_to(dep)
-
-    bare = {path for path in closure if not any(covers(dep, path) for dep in deps)}
-    needless = {dep for dep in deps if not any(covers(dep, path) for path in closure)}
-    twice = {inner for inner in deps for outer in deps if inner != outer and covers(outer, inner)}
-    return [
-        *(f"add to deps: {path} (or its folder)" for path in sorted(bare)),
-        *(f"remove from deps: {dep} (no source of it is reached)" for dep in sorted(needless)),
-        *(f"remove from deps: {dep} (its folder is there)" for dep in sorted(twice)),
-    ]
+def test_the_code_of_every_stage_is_said_by_the_step_that_always_runs(all_nodes, stages) -> None:
+    assert all_nodes[CODE].outs == {step_file(name) for name in stages}
+    assert [name for name, node in all_nodes.items() if node.always] == [CODE]
+    assert {name: {step_file(name)} for name in stages} == {
+        name: node.code for name, node in all_nodes.items() if name != CODE
+    }
 
 
 def test_what_the_messages_say() -> None:
@@ -256,19 +273,12 @@ def test_what_the_messages_say() -> None:
         "add to params: seed",
         "remove from params: gate",
     ]
-    closure = {"infra/a.py", "infra/train/b.py", "models/c.py"}
-    assert source_problems(closure, {"infra/a.py", "infra/train", "models"}) == []
-    assert source_problems(closure, {"infra/train", "infra/train/b.py", "eval", "models/c.py"}) == [
-        "add to deps: infra/a.py (or its folder)",
-        "remove from deps: eval (no source of it is reached)",
-        "remove from deps: infra/train/b.py (its folder is there)",
-    ]
     with pytest.raises(pytest.fail.Exception, match="  gate: add to params: seed"):
         fail_with({"gate": ["add to params: seed"]})
 
 
 def test_params_hold_what_stages_read_and_nothing_else(stages) -> None:
-    read = {key for one in stages.values() for key in one.stage.parameters}
+    read = {key for one in stages.values() for key in one.stage.parameters} | {CODE}
     problems = differences("params.yaml", read, set(load_params(ROOT / "params.yaml")))
     assert not problems, "\n".join(problems)
 

@@ -4,15 +4,15 @@ import re
 
 import pytest
 
-from infra.config import build
-from infra.errors import ConfigError
-from infra.loader import ShardSet
-from infra.scenes import conversation, imagine, parse_box
-from infra.shards import Sample, write_shards
-from infra.train.config import TrainConfig
-from infra.train.session import Place
-from stages.pretrain_text import Config, PretrainTextConfig, imagined, job, spoken_names
 from tests.tiny import PARAMS
+from vlfoundry.infra.config import build
+from vlfoundry.infra.errors import ConfigError
+from vlfoundry.infra.loader import ShardSet
+from vlfoundry.infra.scenes import conversation, imagine, parse_box
+from vlfoundry.infra.shards import Sample, write_shards
+from vlfoundry.infra.train.config import TrainConfig
+from vlfoundry.infra.train.session import Place
+from vlfoundry.stages.pretrain_text import Config, PretrainTextConfig, imagined, job, spoken_names
 
 TRAIN = TrainConfig(steps=1, batch_samples=8, lr=1e-3)
 NAMES = [("en", "sun"), ("zh", "太阳"), ("it", "sole")]

@@ -9,12 +9,12 @@ import subprocess
 
 import pytest
 
-from eval.report import charts, collect, page
-from infra.config import build
-from infra.fingerprint import fingerprint
-from infra.stage import Context
-from stages.report import OUT, STAGE, Config
 from tests.report_tree import CLASSES, build_tree
+from vlfoundry.eval.report import charts, collect, page
+from vlfoundry.infra.config import build
+from vlfoundry.infra.fingerprint import fingerprint
+from vlfoundry.infra.stage import Context
+from vlfoundry.stages.report import OUT, STAGE, Config
 
 MAX_PAGE_BYTES = 3_000_000
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -46,7 +46,7 @@ def test_funnel_counts_add_up(root):
 
 
 def test_precision_and_recall_are_those_of_a_hand_count(tmp_path):
-    from infra.tables import write_table
+    from vlfoundry.infra.tables import write_table
 
     noise = ["shuffled", "shuffled", "overlay", "", "", "duplicate"]
     write_table(
@@ -265,7 +265,7 @@ def test_charts_say_what_guessing_costs_and_where_the_mixture_changes(tmp_path):
 
 
 def test_prefect_is_given_no_link_that_a_browser_would_refuse(tmp_path):
-    from flows.artifacts import report_markdown
+    from vlfoundry.flows.artifacts import report_markdown
 
     text = report_markdown(tmp_path)
     assert "file:" not in text

@@ -5,14 +5,14 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from infra.errors import ConfigError, DataError
-from infra.images import encode_webp
-from infra.loader import ShardSet
-from infra.scenes import background_names, caption_question, conversation, parse_box
-from infra.shards import Sample, write_shards
-from infra.train.config import TrainConfig
-from models.common.config import LoraConfig
-from stages.sft import SceneQuestions, SftStageConfig
+from vlfoundry.infra.errors import ConfigError, DataError
+from vlfoundry.infra.images import encode_webp
+from vlfoundry.infra.loader import ShardSet
+from vlfoundry.infra.scenes import background_names, caption_question, conversation, parse_box
+from vlfoundry.infra.shards import Sample, write_shards
+from vlfoundry.infra.train.config import TrainConfig
+from vlfoundry.models.common.config import LoraConfig
+from vlfoundry.stages.sft import SceneQuestions, SftStageConfig
 
 LANGUAGES = ("en", "zh", "ar")
 NAMES = {

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from stages.evaluate import STAGE
+from vlfoundry.stages.evaluate import STAGE
 
 SHOW = f"""
-import stages.{STAGE.name}
+import vlfoundry.stages.{STAGE.name}
 import numpy as np
 from threadpoolctl import threadpool_info
 np.ones((8, 8)) @ np.ones((8, 8))

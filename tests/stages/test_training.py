@@ -13,8 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from infra.config import load_params
-from infra.stage import EXIT_INTERRUPTED
 from tests.tiny import (
     LIMIT_S,
     PARAMS,
@@ -27,6 +25,9 @@ from tests.tiny import (
     start_process,
     write_params,
 )
+from vlfoundry.infra import workfolder
+from vlfoundry.infra.config import load_params
+from vlfoundry.infra.stage import EXIT_INTERRUPTED
 
 MADE_FOLDERS = tuple(
     f"artifacts/{stage}" for stage in ("pretrain_text", "contrastive", "generative", "sft")
@@ -59,7 +60,13 @@ def steps(root: Path, folder: str) -> list[dict[str, float]]:
 
 
 def record(root: Path) -> dict:
-    return json.loads((root / "work/contrastive/record.json").read_text("utf-8"))
+    return json.loads((state(root, "contrastive") / "record.json").read_text("utf-8"))
+
+
+def state(root: Path, address: str) -> Path:
+    found = workfolder.current(root, address)
+    assert found
+    return found
 
 
 # --- what the stages make
@@ -69,12 +76,21 @@ def record(root: Path) -> dict:
 def test_a_stage_makes_a_model_a_history_and_its_lineage(trained: Path, folder: str) -> None:
     kind, inputs = MADE[folder]
     made = artifacts(trained, folder)
-    assert set(made) == {f"model/{name}" for name in MODEL_FILES} | {"history.json", "lineage.json"}
+    beside = {"history.json", "loss.json", "lineage.json"}
+    assert set(made) == {f"model/{name}" for name in MODEL_FILES} | beside
     place = trained / "artifacts" / folder
     assert json.loads((place / "model/config.json").read_text("utf-8"))["kind"] == kind
     stage, _, variant = folder.partition("/")
     asked = PARAMS[stage]["train"][variant] if variant else PARAMS[stage]["train"]
-    assert [row["step"] for row in steps(trained, folder)] == list(range(asked["steps"]))
+    rows = steps(trained, folder)
+    assert [row["step"] for row in rows] == list(range(asked["steps"]))
+    curve = json.loads((place / "loss.json").read_text("utf-8"))
+    assert curve == [{"step": row["step"], "loss": row["loss"]} for row in rows]
+    name = folder.replace("/", "-")
+    rates = json.loads((trained / f"work/throughput/{name}.json").read_text("utf-8"))
+    noted = json.loads((state(trained, name) / "record.json").read_text("utf-8"))
+    assert rates == noted["throughput"]
+    assert rates["samples_per_s"] > 0
     lineage = json.loads((place / "lineage.json").read_text("utf-8"))
     assert set(lineage["inputs"]) == inputs
     assert lineage["outputs"][f"artifacts/{folder}/history.json"] == made["history.json"]
@@ -99,7 +115,7 @@ def test_stage_2_leaves_stage_1_as_it_was(trained: Path) -> None:
 
 
 def test_stage_2_learns_what_is_new(trained: Path) -> None:
-    from models.internvl.load import load_model
+    from vlfoundry.models.internvl.load import load_model
 
     folder = trained / "artifacts/generative/model"
     untrained = load_model(folder, untrained_seed=PARAMS["seed"]).module.state_dict()
@@ -110,7 +126,7 @@ def test_stage_2_learns_what_is_new(trained: Path) -> None:
 
 @pytest.mark.parametrize("folder", ["contrastive", "generative"])
 def test_what_a_stage_made_embeds(trained: Path, folder: str) -> None:
-    from models.internvl.load import load_model
+    from vlfoundry.models.internvl.load import load_model
 
     model = load_model(trained / "artifacts" / folder / "model")
     pictures = np.random.default_rng(0).integers(0, 256, (3, 40, 40, 3), np.uint8)
@@ -121,8 +137,8 @@ def test_what_a_stage_made_embeds(trained: Path, folder: str) -> None:
 
 @pytest.mark.parametrize("folder", ["generative", "sft/simple", "sft/full"])
 def test_what_a_stage_made_writes(trained: Path, folder: str) -> None:
-    from models.internvl.load import load_model
-    from models.internvl.prompts import caption_prompt
+    from vlfoundry.models.internvl.load import load_model
+    from vlfoundry.models.internvl.prompts import caption_prompt
 
     model = load_model(trained / "artifacts" / folder / "model")
     pictures = np.zeros((2, 32, 32, 3), np.uint8)
@@ -134,7 +150,7 @@ def test_what_a_stage_made_writes(trained: Path, folder: str) -> None:
 
 def test_adapters_are_learnt_beside_a_base_that_stays(trained: Path, tmp_path: Path) -> None:
     """Stage 3 with LoRA; `full` goes on with the adapters that `simple` made."""
-    from models.internvl.load import load_model
+    from vlfoundry.models.internvl.load import load_model
 
     root = copied(trained, tmp_path / "lora", without=("work", "artifacts/sft"))
     params = copy.deepcopy(PARAMS)
@@ -197,13 +213,13 @@ def copied(root: Path, target: Path, without: tuple[str, ...] = ()) -> Path:
     def left_out(folder: str, names: list[str]) -> set[str]:
         return {n for n in names if Path(folder, n).relative_to(root).as_posix() in without}
 
-    shutil.copytree(root, target, ignore=left_out)
+    shutil.copytree(root, target, ignore=left_out, symlinks=True)
     return target
 
 
 def until_a_checkpoint(root: Path, running: Running) -> Running:
     deadline = time.monotonic() + LIMIT_S
-    while not list(root.glob("work/contrastive/checkpoints/step-*")):
+    while not list(root.glob("work/contrastive/*/checkpoints/step-*")):
         assert running.collect() is None, f"it ended too early:\n{running.output}"
         assert time.monotonic() < deadline, "it made no checkpoint"
         time.sleep(0.005)
@@ -224,7 +240,7 @@ def test_killed_and_unchanged_it_resumes_killed_and_changed_it_starts_clean(
     assert 2 <= done < STEPS
     assert f"going on after step {done} of {STEPS}" in resumed
     assert "Warning" not in resumed
-    assert not list(ready.glob("work/contrastive.*"))
+    assert len(workfolder.folders(ready / "work/contrastive")) == 1
     assert artifacts(ready, "contrastive") == artifacts(trained, "contrastive")
 
     params = copy.deepcopy(PARAMS)
@@ -232,14 +248,21 @@ def test_killed_and_unchanged_it_resumes_killed_and_changed_it_starts_clean(
     write_params(changed, params)
     never_killed = copied(changed, tmp_path / "never_killed", without=("work",))
     output = run_stage(changed, "contrastive")
-    assert "parameters, inputs or sources changed: the old run lies in contrastive.old-" in output
+    assert "others than in 1 earlier run below work/contrastive: it starts anew" in output
     assert "going on after step" not in output
     assert record(changed)["resumed_from"] == 0
-    assert list(changed.glob("work/contrastive.old-*/checkpoints/step-*"))
+    (_, earlier) = workfolder.folders(changed / "work/contrastive")
+    assert list(earlier.glob("checkpoints/step-*"))
     assert steps(changed, "contrastive")[0]["lr"] == 2.0e-3
     run_stage(never_killed, "contrastive")
     assert artifacts(changed, "contrastive") == artifacts(never_killed, "contrastive")
     assert artifacts(changed, "contrastive") != artifacts(trained, "contrastive")
+
+    write_params(changed, PARAMS)  # changed back, it goes on where it was killed
+    assert f"going on after step {done} of {STEPS}" in run_stage(changed, "contrastive")
+    assert record(changed)["resumed_from"] == done
+    assert state(changed, "contrastive") == earlier
+    assert artifacts(changed, "contrastive") == artifacts(trained, "contrastive")
 
 
 def to_the_terminal(running: Running) -> None:

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from models.common.kernels.rows import block_of, deal, inner_dtype, inner_type
+from vlfoundry.models.common.kernels.rows import block_of, deal, inner_dtype, inner_type
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from models.common.kernels.rows import inner_type, parts_of
+from vlfoundry.models.common.kernels.rows import inner_type, parts_of
 
 BLOCKS = {"ROWS": 64, "COLUMNS": 64, "CHANNELS": 32}
 """pairs, and channels at a time, that one program holds"""

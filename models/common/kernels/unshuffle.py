@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from models.common.kernels.rows import block_of, deal, inner_dtype, inner_type, parts_of
+from vlfoundry.models.common.kernels.rows import block_of, deal, inner_dtype, inner_type, parts_of
 
 COLUMN_BLOCK = 1024
 """columns of the sums over rows that one program makes"""

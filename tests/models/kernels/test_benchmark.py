@@ -3,8 +3,8 @@
 import math
 
 from benchmarks.gpu_kernels import Sizes, measure
-from models.common import kernels
 from tests.models.kernels.helpers import DEVICE
+from vlfoundry.models.common import kernels
 
 
 def test_every_kernel_is_measured_beside_plain_pytorch(monkeypatch):

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from models.common import kernels
-from models.common.kernels import pairs
-from models.objectives.contrastive import ContrastiveConfig, info_nce, sigmoid_loss
-from models.objectives.tiled import softplus_sum, two_way_logsumexp
 from tests.models.kernels.helpers import DEVICE, assert_as_exact, leaves
+from vlfoundry.models.common import kernels
+from vlfoundry.models.common.kernels import pairs
+from vlfoundry.models.objectives.contrastive import ContrastiveConfig, info_nce, sigmoid_loss
+from vlfoundry.models.objectives.tiled import softplus_sum, two_way_logsumexp
 
 SIZES = [(5, 7, 3), (20, 50, 9)]
 

@@ -4,16 +4,16 @@ import dataclasses
 
 import torch
 
-from infra.backend import Layout, device_literals
-from infra.backend.parallel import parallel
-from infra.train.weights import gather_weights
-from models.common import kernels
-from models.common.kernels import norms, residual, unshuffle
-from models.common.parallel import tensor_group
-from models.connector.config import ConnectorConfig
-from models.internvl.model import build
 from tests.models.kernels.helpers import DEVICE
 from tests.models_helpers import pixels, tiny_config
+from vlfoundry.infra.backend import Layout, device_literals
+from vlfoundry.infra.backend.parallel import parallel
+from vlfoundry.infra.train.weights import gather_weights
+from vlfoundry.models.common import kernels
+from vlfoundry.models.common.kernels import norms, residual, unshuffle
+from vlfoundry.models.common.parallel import tensor_group
+from vlfoundry.models.connector.config import ConnectorConfig
+from vlfoundry.models.internvl.model import build
 
 SAMPLES = 2
 

@@ -1,0 +1,5 @@
+"""`python -m vlfoundry.flows.cli`."""
+
+from vlfoundry.flows.cli.app import main
+
+main()
