@@ -53,6 +53,6 @@ wheel: setup ## build dist/vlfoundry-*.whl, which installs without a checkout
 lock: setup ## resolve requirements/*.lock again from pyproject.toml, keeping versions that still fit
 	@scripts/lock.sh
 
-clean: ## remove what runs made here (outputs, state, caches); the environment stays
-	rm -rf artifacts work build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+clean: ## remove what was built here and what tools cached; runs and the environment stay (vlfoundry gc frees what runs left)
+	rm -rf build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

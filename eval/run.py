@@ -137,14 +137,30 @@ def choose_languages(
     available = data.languages
     if asked:
         refuse_missing_languages(data.folder, asked, available)
-        return tuple(dict.fromkeys(asked))
+        chosen = tuple(dict.fromkeys(asked))
+        _tell_of_gaps(data, chosen, log)
+        return chosen
     chosen = tuple(lang for lang in LANGUAGES if lang in available) or tuple(sorted(available))
     if not chosen:
         raise DataError(f"{data.folder} has no text in any language, so there is nothing to score")
     left_out = [lang for lang in LANGUAGES if lang not in chosen]
     if left_out:
         log(f"{data.folder} has nothing in {left_out}; scoring {list(chosen)}")
+    _tell_of_gaps(data, chosen, log)
     return chosen
+
+
+def _tell_of_gaps(data: DataFolder, languages: Sequence[str], log: Callable[[str], None]) -> None:
+    """Say of each language how many pictures of a pair set have no caption in it."""
+    if not isinstance(data, PairSet):
+        return
+    for lang in languages:
+        without = sum(lang not in dict(picture.captions) for picture in data.pictures)
+        if without:
+            log(
+                f"{data.folder}: {without} of {len(data)} pictures have no caption in {lang!r}, "
+                "and are left out where one is needed"
+            )
 
 
 def model_facts(model: Model, folder: Path) -> dict[str, Any]:

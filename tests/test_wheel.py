@@ -18,11 +18,12 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("eval", "flows", "infra", "models", "stages")
 BUILT_FROM = (*FOLDERS, "vlfoundry", "data", "profiles", "LICENSE", "README.md", "pyproject.toml",
-              "params.yaml", "dvc.yaml")  # fmt: skip
+              "params.yaml", "dvc.yaml", "MANIFEST.in")  # fmt: skip
 JUNK = (
     "data/mine.parquet", "data/start/last/config.json", "data/start/last/weights.yaml",
     "data/chat/mine.jsonl", "data/chat/mine.yaml", "profiles/._base.yaml", "flows/left.pyc",
     "flows/__pycache__/x.py", "infra/launchers/.#local.yaml", "models/notes.txt", "eval/key.json",
+    "tests/test_mine.py",
 )  # fmt: skip
 """what may lie in a checkout in which somebody works"""
 THROUGH = {
@@ -112,6 +113,7 @@ def test_an_sdist_gives_the_same_wheel(tree: Path, wheel: Path, tmp_path: Path) 
     with tarfile.open(sdist) as archive:
         archive.extractall(tmp_path / "from", filter="data")
     (place,) = (tmp_path / "from").iterdir()
+    assert not (place / "tests").exists()
     again = build_wheel(place, tmp_path / "again")
     one, other = zipfile.ZipFile(wheel), zipfile.ZipFile(again)
     assert packed(wheel) == packed(again)

@@ -127,6 +127,13 @@ def test_retrieval_uses_keywords_without_the_name(data, setting):
     assert len(scores) == 2 * 3 * 2 + 3
 
 
+def choose_said(data, languages):
+    """What is said where these languages are asked for."""
+    said = []
+    assert choose_languages(data, languages, log=said.append) == tuple(languages)
+    return said
+
+
 def test_retrieval_on_a_pair_set_with_several_captions(tmp_path):
     rows = [
         {
@@ -141,8 +148,12 @@ def test_retrieval_on_a_pair_set_with_several_captions(tmp_path):
         for i in range(12)
     ]
     data = read_folder(write_pair_set(tmp_path, rows))
-    languages = choose_languages(data, None, log=lambda _: None)
+    said = []
+    languages = choose_languages(data, None, log=said.append)
     assert languages == ("en", "it")
+    assert said[1:] == choose_said(data, ["it"])
+    assert "6 of 12 pictures have no caption in 'it'" in said[1]
+    assert choose_said(data, ["en"]) == []
     setting = Setting(languages=languages, seed=0, items_dir=tmp_path / "items")
     scores = by_key(suite_run("retrieval")(Oracle(data), data, setting))
     assert scores["retrieval/image_to_text_r1/en"].n == 12
