@@ -115,9 +115,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An InternVL-C as a run has it, whose weights are what they were at the start."""
     code = """
 import sys
-from vlfoundry.infra.config import build, load_params
+from vlfoundry.infra.core.config import build, load_params
 from vlfoundry.models.internvl.config import InternVLConfig
-from vlfoundry.models.internvl.load import save_model
+from vlfoundry.models.internvl.predict import save_model
 from vlfoundry.models.internvl.model import build as build_model
 from vlfoundry.models.tokenizer import train
 config = build(InternVLConfig, load_params("params.yaml")["model"])
@@ -495,7 +495,7 @@ import sys
 from pathlib import Path
 import numpy as np
 from vlfoundry.models.chat.examples import Conversations
-from vlfoundry.models.tiling import Tiling
+from vlfoundry.models.preprocess.tiling import Tiling
 from vlfoundry.flows.chat_check import PicturesAlone
 talk = Conversations(Path(sys.argv[1]), None, PicturesAlone(), tiling=Tiling(tile_px=28),
                      tile_tokens=2, max_tokens=999)
@@ -592,11 +592,11 @@ def _refused_run(bench: Bench) -> None:
     first = started(project, *varied)
     output = wait_for(project, "▶ ")
     place = Path(re.findall(r"workspace: (.+)", output)[0])
-    held = {n: (place / n).read_bytes() for n in ("params.yaml", "infra/progress.py")}
+    held = {n: (place / n).read_bytes() for n in ("params.yaml", "infra/core/progress.py")}
     params = project / "params.yaml"
     params.write_text(params.read_text().replace("classes: 40", "classes: 41"))
-    (project / "infra/progress.py").write_text(
-        (project / "infra/progress.py").read_text() + "\n# changed\n"
+    (project / "infra/core/progress.py").write_text(
+        (project / "infra/core/progress.py").read_text() + "\n# changed\n"
     )
     second = command(vlfoundry(project, "run", *varied), project)
     assert second.code == 2, second

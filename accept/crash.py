@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 
 from tests.tiny import ROOT, Running, Start, artifacts, make_project, run_stage, start_process
-from vlfoundry.infra.config import load_params
-from vlfoundry.infra.workfolder import folders, home
+from vlfoundry.infra.core.config import load_params
+from vlfoundry.infra.core.workfolder import folders, home
 
 STAGE = "contrastive"
 STEPS = 24

@@ -18,7 +18,7 @@ from accept.meter import measure
 from benchmarks.harness import commit
 from tests.models.test_bf16 import CELLS, gradients_point_where_those_of_fp32_do
 from tests.tiny import write_params
-from vlfoundry.infra.config import load_params
+from vlfoundry.infra.core.config import load_params
 
 pytestmark = pytest.mark.accept
 

@@ -9,7 +9,7 @@ import pytest
 from accept.clone import fresh_clone
 from accept.meter import Measured, measure
 from accept.pipeline import LANGUAGES, Record
-from vlfoundry.eval.scores import Score, read_items, read_scores
+from vlfoundry.eval.compare.scores import Score, read_items, read_scores
 from vlfoundry.eval.variants import MODELS, scores_file
 
 pytestmark = pytest.mark.accept

@@ -34,7 +34,7 @@ time.time = _jump
 REGISTER = """
 import sys
 from pathlib import Path
-from vlfoundry.infra.registry import register_model
+from vlfoundry.infra.registry.gto import register_model
 print(register_model(Path.cwd(), Path(sys.argv[1]), promote="champion").ref)
 """
 

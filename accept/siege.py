@@ -16,8 +16,8 @@ import psutil
 
 from accept.clone import fresh_clone
 from vlfoundry.flows.launch import EXIT_REJECTED
-from vlfoundry.infra.config import canonical_json, load_params
-from vlfoundry.infra.fingerprint import fingerprint
+from vlfoundry.infra.core.config import canonical_json, load_params
+from vlfoundry.infra.core.fingerprint import fingerprint
 
 RUN_LIMIT_S = 20 * 60.0
 LEAVE_LIMIT_S = 20.0

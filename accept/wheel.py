@@ -275,7 +275,7 @@ def test_another_loss_makes_its_steps_stale(site: Site, team: Path, first: Measu
 
 
 def test_an_older_version_refuses_a_newer_project(site: Site, team: Path, first: Measured) -> None:
-    path = site.source / "infra/project.py"
+    path = site.source / "infra/core/project.py"
     newer = re.sub(
         r"^PROJECT_FORMAT = (\d+)", lambda m: f"PROJECT_FORMAT = {int(m[1]) + 1}",
         path.read_text("utf-8"), flags=re.MULTILINE,

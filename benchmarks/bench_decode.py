@@ -13,8 +13,8 @@ from benchmarks.harness import Case, LeftOut, benchmark
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from vlfoundry.models.llama.config import LlamaConfig
-    from vlfoundry.models.llama.model import Llama
+    from vlfoundry.models.families.llama.config import LlamaConfig
+    from vlfoundry.models.families.llama.model import Llama
 
 SEED = 64
 PROMPT_TOKENS, NEW_TOKENS = 64, 64
@@ -30,7 +30,7 @@ def decode() -> Iterator[LeftOut | tuple[Case, ...]]:
     """New tokens a CPU-second."""
     import torch
 
-    from vlfoundry.models.llama.config import LlamaConfig
+    from vlfoundry.models.families.llama.config import LlamaConfig
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -47,9 +47,9 @@ def decode() -> Iterator[LeftOut | tuple[Case, ...]]:
 def _cases(config: "LlamaConfig", batch: int) -> Iterator[LeftOut | tuple[Case, ...]]:
     import torch
 
-    from vlfoundry.models.common.canonical import initialise
-    from vlfoundry.models.common.generate import greedy
-    from vlfoundry.models.llama.model import Llama
+    from vlfoundry.models.decoder.generate import greedy
+    from vlfoundry.models.families.llama.model import Llama
+    from vlfoundry.models.layers.canonical import initialise
 
     model = Llama(config).eval()
     initialise(model, SEED)
@@ -98,9 +98,9 @@ def _transformers(model: "Llama", ids: "Tensor", label: str, shared: dict) -> Ca
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from vlfoundry.models.common.hf_decoder import decoder_keys
-    from vlfoundry.models.common.keymap import split_all
-    from vlfoundry.models.llama.hf import config_to_official
+    from vlfoundry.models.decoder.hf_keys import decoder_keys
+    from vlfoundry.models.families.llama.hf import config_to_official
+    from vlfoundry.models.official.keymap import split_all
 
     config = model.decoder_config
     peer: Any = LlamaForCausalLM(LlamaConfig(**config_to_official(config))).eval()

@@ -41,10 +41,10 @@ def packing() -> Iterator[Case | LeftOut]:
 def _cases(name: str, rows: list[list[int]]) -> Iterator[Case]:
     import torch
 
-    from vlfoundry.models.common.config import DecoderConfig
-    from vlfoundry.models.common.packing import pack_rows
     from vlfoundry.models.internvl.config import InternVLConfig
     from vlfoundry.models.internvl.model import build
+    from vlfoundry.models.layers.config import DecoderConfig
+    from vlfoundry.models.layers.packing import pack_rows
     from vlfoundry.models.objectives.next_token import TextObjective
     from vlfoundry.models.tokenizer import pad
 

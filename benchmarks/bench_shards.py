@@ -31,7 +31,7 @@ def shards() -> Iterator[LeftOut | tuple[Case, ...]]:
     """Samples a second out of a warm page cache."""
     import numpy as np
 
-    from vlfoundry.infra.shards import Sample, write_shards
+    from vlfoundry.infra.data.shards.write import Sample, write_shards
 
     noise = np.random.default_rng(SEED)
     with tempfile.TemporaryDirectory(prefix="vlfoundry-bench-") as folder:
@@ -80,7 +80,7 @@ def _webdataset(folder: Path) -> Iterator[Case]:
 
 
 def _ours(folder: str) -> Iterator[Case]:
-    from vlfoundry.infra.loader import SampleStream, ShardSet, global_order
+    from vlfoundry.infra.data.shards.read import SampleStream, ShardSet, global_order
 
     ours = ShardSet(folder)
     order = global_order(SAMPLES, SEED, 0).tolist()

@@ -16,7 +16,7 @@ from benchmarks.harness import Case, benchmark
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from vlfoundry.models.tiling import Tiling
+    from vlfoundry.models.preprocess.tiling import Tiling
 
 SEED = 448
 # Width and height (px) of usual web pictures (0.2 to 1.2 MP) and of photographs (2 to 6 MP).
@@ -36,7 +36,7 @@ def tiling() -> Iterator[tuple[Case, ...]]:
     """Pictures a CPU-second on one thread."""
     import torch
 
-    from vlfoundry.models.tiling import Tiling
+    from vlfoundry.models.preprocess.tiling import Tiling
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -48,8 +48,8 @@ def tiling() -> Iterator[tuple[Case, ...]]:
 
 
 def _cases(name: str, files: Sequence[bytes], config: "Tiling") -> Iterator[tuple[Case, ...]]:
-    from vlfoundry.models.preprocess import normalise
-    from vlfoundry.models.tiling import tile
+    from vlfoundry.models.preprocess.normalize import normalise
+    from vlfoundry.models.preprocess.tiling import tile
 
     def case(label: str, work: Callable[[bytes], object], **more: Any) -> Case:
         return Case(
@@ -90,7 +90,7 @@ def _official_tiles(data: bytes, config: "Tiling") -> Sequence:
     """Pillow images, cut one by one with the resize of the Pillow that is installed."""
     from PIL import Image
 
-    from vlfoundry.models.tiling import plan
+    from vlfoundry.models.preprocess.tiling import plan
 
     image = Image.open(io.BytesIO(data), formats=("JPEG",)).convert("RGB")
     layout = plan(*image.size, config)
@@ -105,7 +105,7 @@ def _official(data: bytes, config: "Tiling") -> "Tensor":
     """float32 [N, 3, S, S]"""
     import torch
 
-    from vlfoundry.models.preprocess import standardise
+    from vlfoundry.models.preprocess.normalize import standardise
 
     planes = []
     for one in _official_tiles(data, config):
@@ -118,7 +118,7 @@ def _levels(data: bytes, config: "Tiling") -> int:
     """Largest difference between our tiles and Pillow 11.3's, in 8-bit levels."""
     from PIL import Image
 
-    from vlfoundry.models.tiling import pillow_resize, plan, tile
+    from vlfoundry.models.preprocess.tiling import pillow_resize, plan, tile
 
     image = Image.open(io.BytesIO(data), formats=("JPEG",)).convert("RGB")
     layout = plan(*image.size, config)

@@ -82,10 +82,10 @@ def _in_turns(config: "InternViTConfig") -> Iterator[LeftOut | tuple[Case, ...]]
 def _ours(config: "InternViTConfig") -> tuple["nn.Module", Mapping[str, "Tensor"]]:
     """Our encoder, and its weights under their official names."""
     from vlfoundry.infra.train.weights import gather_weights
-    from vlfoundry.models.common.canonical import initialise
-    from vlfoundry.models.common.keymap import split_all
     from vlfoundry.models.internvit.hf import keys
     from vlfoundry.models.internvit.model import InternViT
+    from vlfoundry.models.layers.canonical import initialise
+    from vlfoundry.models.official.keymap import split_all
 
     model = InternViT(config)
     initialise(model, seed=0)

@@ -110,7 +110,7 @@ def works(device: str, sizes: Sizes) -> Iterator[Work]:
 
 
 def _residuals(leaf: Callable[..., Any], sizes: Sizes, width: int) -> Iterator[Work]:
-    from vlfoundry.models.common.kernels.residual import scaled_residual
+    from vlfoundry.models.kernels.residual import scaled_residual
 
     shape = (sizes.tokens, sizes.batch, width)
 
@@ -139,7 +139,7 @@ def _residuals(leaf: Callable[..., Any], sizes: Sizes, width: int) -> Iterator[W
 
 def _heads(leaf: Callable[..., Any], sizes: Sizes, width: int) -> Work:
     """Queries and keys as they lie in the projection."""
-    from vlfoundry.models.common.kernels.norms import query_key_norm
+    from vlfoundry.models.kernels.norms import query_key_norm
 
     def cut(mixed):
         query, key, _ = mixed.split(sizes.head_size, 3)
@@ -169,8 +169,8 @@ def _heads(leaf: Callable[..., Any], sizes: Sizes, width: int) -> Work:
 def _shuffle(leaf: Callable[..., Any], sizes: Sizes, width: int) -> Work:
     from torch.nn.functional import layer_norm
 
-    from vlfoundry.models.common.kernels.unshuffle import shuffled_norm
     from vlfoundry.models.connector.model import pixel_shuffle
+    from vlfoundry.models.kernels.unshuffle import shuffled_norm
 
     side = math.isqrt(sizes.tokens - 1)
 
@@ -193,7 +193,7 @@ def _shuffle(leaf: Callable[..., Any], sizes: Sizes, width: int) -> Work:
 
 def _loss(embeddings: list[Any]) -> Work:
     """What is plain here holds all logits."""
-    from vlfoundry.models.common import kernels
+    from vlfoundry.models import kernels
     from vlfoundry.models.objectives.tiled import two_way_logsumexp
 
     def plain(rows, columns):

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import ROOT, commit, machine
-from vlfoundry.eval.scores import Score, read_scores
+from vlfoundry.eval.compare.scores import Score, read_scores
 from vlfoundry.eval.variants import MODELS, scores_file
-from vlfoundry.infra.errors import DataError, UserError
-from vlfoundry.infra.files import require_writable
+from vlfoundry.infra.core.errors import DataError, UserError
+from vlfoundry.infra.core.files import require_writable
 
 FORMAT = "vlfoundry.spread.v1"
 OUT = ROOT / "benchmarks" / "results" / "spread.json"

@@ -11,13 +11,13 @@ from typing import Protocol
 
 import numpy as np
 
-from vlfoundry.eval.datasets import ConceptSet, DataFolder, Picture
-from vlfoundry.eval.embedding import Model, Setting, in_batches
+from vlfoundry.eval.context import Model, Setting, in_batches
+from vlfoundry.eval.datasets.folders import ConceptSet, DataFolder, Picture
 from vlfoundry.eval.reference import squared_distances
-from vlfoundry.infra.decode import Picture as Shown
-from vlfoundry.infra.errors import DataError
-from vlfoundry.infra.scenes import Drawing, compose, conversation
-from vlfoundry.infra.streams import Stream, stream_seed
+from vlfoundry.infra.core.errors import DataError
+from vlfoundry.infra.core.streams import Stream, stream_seed
+from vlfoundry.infra.data.images.decode import Picture as Shown
+from vlfoundry.infra.data.synthetic.scenes import Drawing, compose, conversation
 
 SCENE_PX = 64
 BATCH = 50
@@ -117,7 +117,7 @@ def nearest_answers(questions: Sequence[Question], kind: str, setting: Setting) 
     """
     if setting.train is None:
         return []
-    from vlfoundry.infra.images import hog_features
+    from vlfoundry.infra.data.images.bulk import hog_features
 
     known = ask(
         setting.train,

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlfoundry.eval.embedding import Model
+from vlfoundry.eval.context import Model
 
 PATIENCE = datetime.timedelta(days=30)
 """for which the others wait while rank 0 computes what needs no model"""
@@ -33,7 +33,7 @@ def run_team(work: Work) -> Any:
         ConfigError: there is no such launcher profile.
     """
     from vlfoundry.infra.backend.ranks import run_ranks
-    from vlfoundry.infra.launch import local_profile
+    from vlfoundry.infra.launch.profile import local_profile
 
     profile = local_profile()
     return run_ranks(_be_rank, work, ranks=profile.ranks, threads=profile.threads)[0]
@@ -102,7 +102,7 @@ class Team:
         self._tell("close", [()] * self._ranks)
 
     def _load(self, folder: Path, untrained_seed: int | None) -> Model:
-        from vlfoundry.models.internvl.load import load_model
+        from vlfoundry.models.internvl.predict import load_model
 
         self._model = None  # two at once may not fit
         self._model = load_model(folder, untrained_seed=untrained_seed)

@@ -8,8 +8,8 @@ from functools import cached_property
 
 import numpy as np
 
-from vlfoundry.eval.datasets import ConceptSet
-from vlfoundry.eval.pictures import decode_squares
+from vlfoundry.eval.datasets.folders import ConceptSet
+from vlfoundry.eval.datasets.pictures import decode_squares
 
 SIDE_PX = 64
 BATCH = 256
@@ -17,7 +17,7 @@ BATCH = 256
 
 def picture_features(data: ConceptSet) -> np.ndarray:
     """Features of all pictures, on white: float32 [N, F]."""
-    from vlfoundry.infra.images import hog_features
+    from vlfoundry.infra.data.images.bulk import hog_features
 
     shown, which = data.files
     parts = []

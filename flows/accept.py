@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from vlfoundry.flows.stamps import changes
-from vlfoundry.infra import code
-from vlfoundry.infra.code import ACCEPTED, Code, Declaration
-from vlfoundry.infra.config import to_dict
-from vlfoundry.infra.errors import ConfigError, DataError
-from vlfoundry.infra.files import write_atomic
-from vlfoundry.infra.git import git
-from vlfoundry.infra.stage import CODE_FILE
+from vlfoundry.infra.core import code
+from vlfoundry.infra.core.code import ACCEPTED, Code, Declaration
+from vlfoundry.infra.core.config import to_dict
+from vlfoundry.infra.core.errors import ConfigError, DataError
+from vlfoundry.infra.core.files import write_atomic
+from vlfoundry.infra.core.git import git
+from vlfoundry.infra.core.stage import CODE_FILE
 
 SHORT = 12
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlfoundry.infra.errors import ConfigError
-from vlfoundry.infra.project import DEFINITION
+from vlfoundry.infra.core.errors import ConfigError
+from vlfoundry.infra.core.project import DEFINITION
 
 ANY = "*"
 """stands for variants that only DVC can tell, for parameters say them"""

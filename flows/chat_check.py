@@ -5,15 +5,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlfoundry.infra.config import PARAMS_FILE, load_params
-from vlfoundry.infra.errors import ConfigError, DataError, ModelError
-from vlfoundry.infra.stage import parameters_of
+from vlfoundry.infra.core.config import PARAMS_FILE, load_params
+from vlfoundry.infra.core.errors import ConfigError, DataError, ModelError
+from vlfoundry.infra.core.stage import parameters_of
 from vlfoundry.models.chat.dialogue import Dialogue
 from vlfoundry.models.chat.examples import Conversations
 from vlfoundry.models.chat.jsonl import A_CHAT_FILE, Problem, Sample
 from vlfoundry.models.chat.templates import IMAGE, Message
 from vlfoundry.models.internvl.config import InternVLConfig
-from vlfoundry.models.tiling import Tiling
+from vlfoundry.models.preprocess.tiling import Tiling
 
 NOTES_SHOWN = 3
 """of each file; they are no mistakes"""
@@ -211,7 +211,7 @@ def find_limits(
 
 
 def _of_model(model: str) -> tuple[str, InternVLConfig, Dialogue]:
-    from vlfoundry.infra.registry import resolve_model
+    from vlfoundry.infra.registry.gto import resolve_model
     from vlfoundry.models.internvl.config import PARTS
     from vlfoundry.models.internvl.folder import read_config
 
@@ -223,6 +223,6 @@ def _of_model(model: str) -> tuple[str, InternVLConfig, Dialogue]:
 
 
 def _tokenizer(folder: Path) -> Dialogue:
-    from vlfoundry.models.internvl.load import load_tokenizer
+    from vlfoundry.models.internvl.predict import load_tokenizer
 
     return load_tokenizer(folder).dialogue

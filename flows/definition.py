@@ -1,7 +1,7 @@
 """dvc.yaml, rendered from the STAGE of each module of `stages/`.
 
 The first step, `code`, always runs and says what the code of each other one means
-(`infra/code.py`); so no source file is listed.
+(`infra/core/code.py`); so no source file is listed.
 """
 
 import dataclasses
@@ -16,12 +16,12 @@ from typing import Any
 
 from vlfoundry.flows.recipes import TEMPLATE
 from vlfoundry.flows.stamps import CODE, COMMAND
-from vlfoundry.infra import code
-from vlfoundry.infra.config import load_params
-from vlfoundry.infra.errors import DataError
-from vlfoundry.infra.files import write_atomic
-from vlfoundry.infra.project import DEFINITION, PROJECT_FORMAT
-from vlfoundry.infra.stage import Stage, parameters_of
+from vlfoundry.infra.core import code
+from vlfoundry.infra.core.config import load_params
+from vlfoundry.infra.core.errors import DataError
+from vlfoundry.infra.core.files import write_atomic
+from vlfoundry.infra.core.project import DEFINITION, PROJECT_FORMAT
+from vlfoundry.infra.core.stage import Stage, parameters_of
 
 HEAD = """\
 # The pipeline, as DVC reads it. Rendered from the STAGE of each module of vlfoundry.stages: in the

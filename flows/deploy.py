@@ -17,7 +17,7 @@ from vlfoundry.flows.graph import load_graph
 from vlfoundry.flows.kept import connect
 from vlfoundry.flows.parameters import check_parameters
 from vlfoundry.flows.workspace import Variation
-from vlfoundry.infra.errors import ConfigError
+from vlfoundry.infra.core.errors import ConfigError
 
 BANNED = "/%&<>"
 """characters that Prefect has in no name"""

@@ -26,8 +26,8 @@ from vlfoundry.flows.terminal import Terminal
 from vlfoundry.flows.turn import turn
 from vlfoundry.flows.walk import Run
 from vlfoundry.flows.workspace import Variation
-from vlfoundry.infra.errors import UserError
-from vlfoundry.infra.project import find_root
+from vlfoundry.infra.core.errors import UserError
+from vlfoundry.infra.core.project import find_root
 
 ENDINGS = (CancelledRun, FailedRun)
 Override = Annotated[str, Field(pattern=r"^[^=\s]+=")]

@@ -13,10 +13,10 @@ from vlfoundry.flows.graph import Graph, load_graph
 from vlfoundry.flows.inputs import check_inputs
 from vlfoundry.flows.parameters import check_parameters
 from vlfoundry.flows.workspace import KEPT_FILES, Variation, workspace_folder, yaml_text
-from vlfoundry.infra.code import STEP_FILES
-from vlfoundry.infra.config import PARAMS_FILE
-from vlfoundry.infra.dvccache import share_settings
-from vlfoundry.infra.errors import DataError
+from vlfoundry.infra.core.code import STEP_FILES
+from vlfoundry.infra.core.config import PARAMS_FILE
+from vlfoundry.infra.core.dvccache import share_settings
+from vlfoundry.infra.core.errors import DataError
 
 OWN = (".git", ".dvc", "work", "artifacts", PARAMS_FILE, *KEPT_FILES)
 """what a workspace does not share with the project that it is made from"""

@@ -12,8 +12,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from vlfoundry.infra.errors import DataError
-from vlfoundry.infra.files import write_atomic
+from vlfoundry.infra.core.errors import DataError
+from vlfoundry.infra.core.files import write_atomic
 
 RWLOCK = Path(".dvc/tmp/rwlock")
 DVC_FILE = "dvc/__main__.py"

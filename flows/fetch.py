@@ -14,11 +14,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from vlfoundry.flows.restored import drop_damaged_objects
-from vlfoundry.infra.config import parse_value
-from vlfoundry.infra.dvccache import cache_folder, share_settings
-from vlfoundry.infra.errors import DataError, ModelError
-from vlfoundry.infra.git import GitError, git, read, repository_lock
-from vlfoundry.infra.registry import find_version, locked_file, locked_files
+from vlfoundry.infra.core.config import parse_value
+from vlfoundry.infra.core.dvccache import cache_folder, share_settings
+from vlfoundry.infra.core.errors import DataError, ModelError
+from vlfoundry.infra.core.git import GitError, git, read, repository_lock
+from vlfoundry.infra.registry.gto import find_version, locked_file, locked_files
 
 SHARED = Path(".dvc/config")
 NEEDED = ("lineage.json", "records.parquet", "kept.parquet")

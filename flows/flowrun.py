@@ -13,7 +13,7 @@ from pathlib import Path
 
 from vlfoundry.flows.marks import mark
 from vlfoundry.flows.server import prefect_environment
-from vlfoundry.infra.launch import die_with_parent
+from vlfoundry.infra.core.process import die_with_parent
 
 COMMAND = "python -P -m vlfoundry.flows.flowrun"
 RUN_ID = "PREFECT__FLOW_RUN_ID"

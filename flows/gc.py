@@ -16,9 +16,8 @@ from typing import Any
 
 from vlfoundry.flows.lineage import origin, walk
 from vlfoundry.flows.marks import is_held
-from vlfoundry.infra.errors import UserError
-from vlfoundry.infra.registry import list_models
-from vlfoundry.infra.workfolder import (
+from vlfoundry.infra.core.errors import UserError
+from vlfoundry.infra.core.workfolder import (
     GONE,
     KEY_FILE,
     SET_ASIDE,
@@ -29,6 +28,7 @@ from vlfoundry.infra.workfolder import (
     made_by,
     set_aside,
 )
+from vlfoundry.infra.registry.gto import list_models
 
 EARLIER = "of other parameters, inputs or code than the last run"
 LEFT = "set aside by an older version"

@@ -1,6 +1,6 @@
 """The pipeline's graph, read from DVC.
 
-This, `flows/runcache.py` and `infra/dvccache.py` import its internals, and nothing else does.
+This, `flows/runcache.py` and `infra/core/dvccache.py` import its internals, and nothing else does.
 
 `dvc.api` does not show the graph, so this reads `Repo.index`; tests/flows/test_graph.py holds what
 it returns to what `dvc dag` and `dvc status` print, and the version of DVC is pinned.
@@ -17,10 +17,10 @@ from typing import Any, Literal
 from vlfoundry.flows.dvclocks import at_work, patiently
 from vlfoundry.flows.runcache import known
 from vlfoundry.flows.stamps import CODE, describe_change, lock_entry
-from vlfoundry.infra.code import refresh
-from vlfoundry.infra.dvccache import read_settings
-from vlfoundry.infra.errors import ConfigError, DataError
-from vlfoundry.infra.files import write_atomic
+from vlfoundry.infra.core.code import refresh
+from vlfoundry.infra.core.dvccache import read_settings
+from vlfoundry.infra.core.errors import ConfigError, DataError
+from vlfoundry.infra.core.files import write_atomic
 
 DEFAULT_TIMEOUT_S = 12 * 3600.0
 ALL_SLOTS = "all"

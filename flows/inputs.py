@@ -4,8 +4,8 @@ from collections.abc import Collection
 from pathlib import Path, PurePosixPath
 
 from vlfoundry.flows.graph import Graph
-from vlfoundry.infra.errors import DataError
-from vlfoundry.infra.stage import START_FOLDER
+from vlfoundry.infra.core.errors import DataError
+from vlfoundry.infra.core.stage import START_FOLDER
 
 GUIDE = "data/README.md"
 SHOWN = 3

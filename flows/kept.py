@@ -21,8 +21,8 @@ from pathlib import Path
 from vlfoundry.flows.database import check_database
 from vlfoundry.flows.marks import is_held, mark
 from vlfoundry.flows.server import Server, ServerError, answers, prefect_environment
-from vlfoundry.infra.errors import UserError
-from vlfoundry.infra.files import write_atomic
+from vlfoundry.infra.core.errors import UserError
+from vlfoundry.infra.core.files import write_atomic
 
 URL = "PREFECT_API_URL"
 CREDENTIAL = "PREFECT_API_AUTH_STRING"

@@ -29,12 +29,12 @@ from vlfoundry.flows.verbosity import Verbosity
 from vlfoundry.flows.walk import Closing, Run, restore, walk
 from vlfoundry.flows.workspace import Variation
 from vlfoundry.flows.workspace import workspace as prepared
-from vlfoundry.infra.config import parse_value
-from vlfoundry.infra.dvccache import cache_folder
-from vlfoundry.infra.errors import UserError, ending, killed_by
-from vlfoundry.infra.registry import GATE_DECISION
-from vlfoundry.infra.space import free_bytes, no_space, require_space, said
-from vlfoundry.infra.stage import START_FOLDER
+from vlfoundry.infra.core.config import parse_value
+from vlfoundry.infra.core.dvccache import cache_folder
+from vlfoundry.infra.core.errors import UserError, ending, killed_by
+from vlfoundry.infra.core.space import free_bytes, no_space, require_space, said
+from vlfoundry.infra.core.stage import START_FOLDER
+from vlfoundry.infra.registry.gto import GATE_DECISION
 
 EXIT_FAILED = 1
 EXIT_REJECTED = 3
@@ -256,7 +256,7 @@ def _rejection(gate: Mapping[str, Any]) -> Closing:
 
 
 def _promote(root: Path, model: str) -> Closing:
-    from vlfoundry.infra.registry import register_passed
+    from vlfoundry.infra.registry.gto import register_passed
 
     try:
         passed = register_passed(root)

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from vlfoundry.flows.start import describe
-from vlfoundry.infra.config import parse_value
-from vlfoundry.infra.errors import DataError
-from vlfoundry.infra.files import require_writable
-from vlfoundry.infra.git import read
-from vlfoundry.infra.project import source_folders
-from vlfoundry.infra.registry import check_files, find_version, locked_file, locked_files
-from vlfoundry.infra.stage import read_origin
+from vlfoundry.infra.core.config import parse_value
+from vlfoundry.infra.core.errors import DataError
+from vlfoundry.infra.core.files import require_writable
+from vlfoundry.infra.core.git import read
+from vlfoundry.infra.core.project import source_folders
+from vlfoundry.infra.core.stage import read_origin
+from vlfoundry.infra.registry.gto import check_files, find_version, locked_file, locked_files
 
 LINEAGE_FILE = "lineage.json"
 RECORDS = "artifacts/ingest/records.parquet"

@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TextIO
 
-from vlfoundry.infra.errors import UserError
-from vlfoundry.infra.files import cannot_write
-from vlfoundry.infra.space import no_space
+from vlfoundry.infra.core.errors import UserError
+from vlfoundry.infra.core.files import cannot_write
+from vlfoundry.infra.core.space import no_space
 
 LOCK_FILE = Path("work/run.lock")
 PATIENCE_S = 60.0

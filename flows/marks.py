@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from vlfoundry.infra.files import cannot_write
+from vlfoundry.infra.core.files import cannot_write
 
 PATIENCE_S = 0.5
 """longer than `is_held` of others has a file"""

@@ -14,12 +14,12 @@ from typing import Any
 
 from vlfoundry.flows.definition import definition_text
 from vlfoundry.flows.recipes import PROFILES, SECTION, TEMPLATE, profile_path, with_profile
-from vlfoundry.infra.config import PARAMS_FILE, load_params
-from vlfoundry.infra.errors import ConfigError
-from vlfoundry.infra.files import new_folder, require_writable_folder
-from vlfoundry.infra.git import FALLBACK_IDENTITY, configured_identity, git, repository_of
-from vlfoundry.infra.launch import FOLDER as LAUNCHERS
-from vlfoundry.infra.project import DEFINITION, PACKAGE
+from vlfoundry.infra.core.config import PARAMS_FILE, load_params
+from vlfoundry.infra.core.errors import ConfigError
+from vlfoundry.infra.core.files import new_folder, require_writable_folder
+from vlfoundry.infra.core.git import FALLBACK_IDENTITY, configured_identity, git, repository_of
+from vlfoundry.infra.core.project import DEFINITION, PACKAGE
+from vlfoundry.infra.launch.profile import FOLDER as LAUNCHERS
 
 WRITTEN = {
     "README.md": "README.md",

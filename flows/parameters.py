@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlfoundry.eval.rules import Rule
+from vlfoundry.eval.compare.rules import Rule
 from vlfoundry.eval.suites import NEEDS, abilities, score_keys
-from vlfoundry.infra.config import PARAMS_FILE, load_params
-from vlfoundry.infra.errors import ConfigError
-from vlfoundry.infra.launch import local_profile
-from vlfoundry.infra.project import DEFINITION
-from vlfoundry.infra.stage import Stage, parameters_of
-from vlfoundry.infra.streams import check_seed
+from vlfoundry.infra.core.config import PARAMS_FILE, load_params
+from vlfoundry.infra.core.errors import ConfigError
+from vlfoundry.infra.core.project import DEFINITION
+from vlfoundry.infra.core.stage import Stage, parameters_of
+from vlfoundry.infra.core.streams import check_seed
+from vlfoundry.infra.launch.profile import local_profile
 from vlfoundry.models.internvl.config import CAPABILITIES
 
 COMMAND = re.compile(r"python -m vlfoundry.stages\.(\w+)")

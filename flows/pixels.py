@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
-from vlfoundry.infra.config import build, load_params
-from vlfoundry.infra.errors import ConfigError, DataError
-from vlfoundry.infra.files import require_writable_folder
-from vlfoundry.infra.images import composite, decode_rgba
+from vlfoundry.infra.core.config import build, load_params
+from vlfoundry.infra.core.errors import ConfigError, DataError
+from vlfoundry.infra.core.files import require_writable_folder
+from vlfoundry.infra.data.images.bulk import composite, decode_rgba
 from vlfoundry.models.internvl.config import PARTS, InternVLConfig
 from vlfoundry.models.internvl.folder import read_config, refuse_overwriting
-from vlfoundry.models.sight import CHAT, TASKS, WORDS, Geometry, Sight
+from vlfoundry.models.preprocess.geometry import CHAT, TASKS, WORDS, Geometry, Sight
 
 PURPOSES = ("train", "evaluate")
 
@@ -44,7 +44,7 @@ def write_pixels(
     """Write what a model is given of a picture as `00.png`, `01.png`, ... in the folder `out`.
 
     Args:
-        image: any picture in one of `infra.decode.FORMATS`.
+        image: any picture in one of `infra.data.images.decode.FORMATS`.
         out: a folder that is not there yet, or is empty.
         model: a registered name or a model folder; None: what params.yaml says.
         purpose: train or evaluate.
@@ -76,7 +76,7 @@ def write_pixels(
 
 def given(data: bytes, where: str, sight: Sight, purpose: str, task: str | None) -> Given:
     """What a model that sees by `sight` is given of an encoded picture."""
-    from vlfoundry.infra.decode import Encoded, picture_size
+    from vlfoundry.infra.data.images.decode import Encoded, picture_size
 
     size = picture_size(data, where)
     if purpose == "evaluate":
@@ -89,10 +89,10 @@ def given(data: bytes, where: str, sight: Sight, purpose: str, task: str | None)
 
 
 def _trained_on(data: bytes, where: str, sight: Sight) -> np.ndarray:
-    """As `models.chat.examples` and `infra.pairs` do it; what the augmentation does is left out."""
+    """As `models.chat.examples` and `infra.data.shards.pairs` do it, but without augmentation."""
     if sight.chats:
-        from vlfoundry.infra.decode import Encoded
-        from vlfoundry.models.tiling import tile
+        from vlfoundry.infra.data.images.decode import Encoded
+        from vlfoundry.models.preprocess.tiling import tile
 
         return tile(Encoded(data=data, where=where), sight.pictures.tiling(sight.side_px))
     return composite(decode_rgba(data, sight.side_px, where))[None]
@@ -105,7 +105,7 @@ def _sight(model: str | None, task: str | None, root: Callable[[], Path]) -> Sig
         raise ConfigError(f"--task is {task!r}, expected one of {', '.join(known)}")
     if model is None:
         return _of_params(root()).sight("chat_simple" if chats else "internvl_g")
-    from vlfoundry.infra.registry import resolve_model
+    from vlfoundry.infra.registry.gto import resolve_model
 
     kind, config = read_config(resolve_model(model))
     if task == CHAT and "language" not in PARTS[kind]:

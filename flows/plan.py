@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from vlfoundry.flows.recipes import Recipe, find_recipe, profile_path, recipes, with_profile
-from vlfoundry.infra.config import PARAMS_FILE, apply_overrides, build, load_params
-from vlfoundry.infra.errors import ConfigError
+from vlfoundry.infra.core.config import PARAMS_FILE, apply_overrides, build, load_params
+from vlfoundry.infra.core.errors import ConfigError
 from vlfoundry.infra.train.config import TrainConfig
-from vlfoundry.models.common.config import LoraConfig
+from vlfoundry.models.estimate.compute import sample_flops
+from vlfoundry.models.estimate.memory import GIB
+from vlfoundry.models.estimate.search import Fit, Machine, Plan, search
+from vlfoundry.models.estimate.workload import Workload
 from vlfoundry.models.internvl.config import InternVLConfig
-from vlfoundry.models.plan.compute import sample_flops
-from vlfoundry.models.plan.memory import GIB
-from vlfoundry.models.plan.search import Fit, Machine, Plan, search
-from vlfoundry.models.plan.workload import Workload
+from vlfoundry.models.layers.config import LoraConfig
 
 MOST_GPUS = 1_000_000
 SCENE_TEXT_TOKENS = 48

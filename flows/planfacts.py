@@ -15,8 +15,8 @@ from vlfoundry.flows.plan import (
     recipe_job,
 )
 from vlfoundry.flows.recipes import Recipe, recipes
-from vlfoundry.models.plan.compute import sample_flops
-from vlfoundry.models.plan.search import Fit, Machine, Plan
+from vlfoundry.models.estimate.compute import sample_flops
+from vlfoundry.models.estimate.search import Fit, Machine, Plan
 
 
 def plan_facts(job: Job, plan: Plan, machine: Machine) -> dict[str, Any]:

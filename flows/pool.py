@@ -23,7 +23,7 @@ from prefect.states import Crashed
 
 from vlfoundry.flows.flowrun import living
 from vlfoundry.flows.marks import is_held
-from vlfoundry.infra.errors import UserError
+from vlfoundry.infra.core.errors import UserError
 
 TYPE = "process"
 PENDING_LIMIT = datetime.timedelta(minutes=2)

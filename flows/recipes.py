@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vlfoundry.infra.config import build, load_params, merge, to_dict
-from vlfoundry.infra.errors import ConfigError
+from vlfoundry.infra.core.config import build, load_params, merge, to_dict
+from vlfoundry.infra.core.errors import ConfigError
 
 PROFILES = "profiles"
 """of a project, and in `TEMPLATE`"""
@@ -135,9 +135,9 @@ def _header(name: str, content: Mapping[str, Any]) -> Recipe:
 
 
 def _flavour(recipe: Recipe) -> dict[str, Any]:
+    from vlfoundry.models.families.llama.config import llama
     from vlfoundry.models.internvit.config import internvit
     from vlfoundry.models.internvl.config import internvl
-    from vlfoundry.models.llama.config import llama
 
     changes: dict[str, Any] = {}
     if recipe.vision:

@@ -10,8 +10,8 @@ import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from vlfoundry.infra.config import parse_value
-from vlfoundry.infra.dvccache import cache_folder, md5_of, object_path
+from vlfoundry.infra.core.config import parse_value
+from vlfoundry.infra.core.dvccache import cache_folder, md5_of, object_path
 
 DIRECTORY = ".dir"
 """ends the name of an object that lists the files of a folder"""

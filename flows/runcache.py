@@ -24,8 +24,8 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from vlfoundry.flows.restored import drop_damaged_outputs
-from vlfoundry.infra.errors import UserError
-from vlfoundry.infra.files import write_atomic
+from vlfoundry.infra.core.errors import UserError
+from vlfoundry.infra.core.files import write_atomic
 
 if TYPE_CHECKING:
     from dvc.repo import Repo

@@ -1,8 +1,8 @@
 """Runs one DVC stage as a child process that leaves nothing behind.
 
 DVC does not end its stage when DVC itself is ended, and a task of Prefect that times out does not
-end its process. So every stage runs under `infra/guard.py`, in a session of its own: to stop it,
-or to die, is to let go of the guard's standard input; the guard then ends the whole tree.
+end its process. So every stage runs under `infra/core/guard.py`, in a session of its own: to stop
+it, or to die, is to let go of the guard's standard input; the guard then ends the whole tree.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-from vlfoundry.infra.guard import command_line
+from vlfoundry.infra.core.guard import command_line
 
 State = Literal[
     "ran", "restored", "unchanged", "up to date", "failed", "timed out", "cancelled", "not run"

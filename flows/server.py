@@ -2,7 +2,7 @@
 
 Prefect can start a temporary server itself, but that one shares our terminal's process group (a
 Ctrl-C ends it before the flow can record that it was cancelled), outlives a kill -9 of the flow,
-and gives up after 20 s. Here the same server runs under `infra/guard.py`: it ends when the run
+and gives up after 20 s. Here the same server runs under `infra/core/guard.py`: it ends when the run
 lets go of the guard or is gone, and the kernel kills it if its guard is killed. It listens on a
 socket that was bound before it was started: no other program can come by its port, and nobody
 else's server can be taken for it.
@@ -25,9 +25,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-from vlfoundry.infra.errors import UserError, ending
-from vlfoundry.infra.guard import command_line
-from vlfoundry.infra.loopback import listen
+from vlfoundry.infra.core.errors import UserError, ending
+from vlfoundry.infra.core.guard import command_line
+from vlfoundry.infra.core.loopback import listen
 
 START_LIMIT_S = 300.0
 STOP_GRACE_S = 3.0

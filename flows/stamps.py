@@ -5,13 +5,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from vlfoundry.infra import code
-from vlfoundry.infra.code import Code
-from vlfoundry.infra.dvccache import md5_of
+from vlfoundry.infra.core import code
+from vlfoundry.infra.core.code import Code
+from vlfoundry.infra.core.dvccache import md5_of
 
 CODE = "code"
 """The step that always runs."""
-COMMAND = "exec python -m vlfoundry.infra.code"
+COMMAND = "exec python -m vlfoundry.infra.core.code"
 SHOWN = 4
 """modules that are named"""
 

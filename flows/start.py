@@ -13,14 +13,14 @@ from typing import Any
 from vlfoundry.eval.variants import MODELS
 from vlfoundry.flows.recipes import PROFILES, profiles
 from vlfoundry.flows.workspace import yaml_text
-from vlfoundry.infra.config import to_dict
-from vlfoundry.infra.dvccache import cache_folder
-from vlfoundry.infra.errors import ConfigError, ModelError, one_line
-from vlfoundry.infra.files import new_folder, write_atomic
-from vlfoundry.infra.fingerprint import fingerprint
-from vlfoundry.infra.givenfiles import check_inside
-from vlfoundry.infra.registry import fetch_version, find_version
-from vlfoundry.infra.stage import ORIGIN_FILE, read_origin
+from vlfoundry.infra.core.config import to_dict
+from vlfoundry.infra.core.dvccache import cache_folder
+from vlfoundry.infra.core.errors import ConfigError, ModelError, one_line
+from vlfoundry.infra.core.files import new_folder, write_atomic
+from vlfoundry.infra.core.fingerprint import fingerprint
+from vlfoundry.infra.core.givenfiles import check_inside
+from vlfoundry.infra.core.stage import ORIGIN_FILE, read_origin
+from vlfoundry.infra.registry.gto import fetch_version, find_version
 from vlfoundry.models.internvl.folder import (
     check_shapes,
     is_model_folder,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from vlfoundry.flows.lock import BusyError
 from vlfoundry.flows.marks import mark
-from vlfoundry.infra.config import canonical_json
+from vlfoundry.infra.core.config import canonical_json
 
 POLL_S = 1.0
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from vlfoundry.flows.definition import updated
 from vlfoundry.flows.stamps import changes, lineage_of, version_changes
-from vlfoundry.infra import code
-from vlfoundry.infra.files import write_atomic
-from vlfoundry.infra.project import DEFINITION, PROJECT_FORMAT, WRITTEN_BY
+from vlfoundry.infra.core import code
+from vlfoundry.infra.core.files import write_atomic
+from vlfoundry.infra.core.project import DEFINITION, PROJECT_FORMAT, WRITTEN_BY
 
 SHOWN_LINES = 40
 

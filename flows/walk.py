@@ -20,7 +20,7 @@ from vlfoundry.flows.restored import drop_damaged
 from vlfoundry.flows.runner import STOP_GRACE_S, StageResult, run_guarded, run_stage
 from vlfoundry.flows.slots import Slots
 from vlfoundry.flows.terminal import Terminal
-from vlfoundry.infra.interrupts import EXIT_INTERRUPTED
+from vlfoundry.infra.core.interrupts import EXIT_INTERRUPTED
 
 
 class Watcher(Protocol):

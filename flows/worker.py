@@ -16,8 +16,8 @@ from vlfoundry.flows.deploy import check_name, pool_of
 from vlfoundry.flows.flowrun import WORKER
 from vlfoundry.flows.kept import connect
 from vlfoundry.flows.marks import mark
-from vlfoundry.infra.errors import UserError
-from vlfoundry.infra.guard import descendants, parent_of, send
+from vlfoundry.infra.core.errors import UserError
+from vlfoundry.infra.core.guard import descendants, parent_of, send
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import FlowRun

@@ -18,12 +18,12 @@ from typing import Any
 from vlfoundry.flows.lock import LOCK_FILE, RunLock, run_lock
 from vlfoundry.flows.parameters import check_parameters
 from vlfoundry.flows.recipes import with_profile
-from vlfoundry.infra.config import PARAMS_FILE, apply_overrides, canonical_json, load_params
-from vlfoundry.infra.dvccache import share_settings
-from vlfoundry.infra.errors import ConfigError
-from vlfoundry.infra.files import require_writable_folder, write_atomic
-from vlfoundry.infra.git import GitError, common_folder, git, repository_lock, snapshot
-from vlfoundry.infra.stage import START_FOLDER
+from vlfoundry.infra.core.config import PARAMS_FILE, apply_overrides, canonical_json, load_params
+from vlfoundry.infra.core.dvccache import share_settings
+from vlfoundry.infra.core.errors import ConfigError
+from vlfoundry.infra.core.files import require_writable_folder, write_atomic
+from vlfoundry.infra.core.git import GitError, common_folder, git, repository_lock, snapshot
+from vlfoundry.infra.core.stage import START_FOLDER
 
 KEPT_FILES = ("dvc.lock",)
 """What a workspace keeps of its own when it is brought up to date."""

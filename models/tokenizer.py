@@ -1,7 +1,7 @@
 """Text to token ids and back: what all tokenizers do, and our own byte-level BPE.
 
 A model folder has ours, or, if its weights were imported, the official one
-(`models.chat.official`); `models.internvl.load.load_tokenizer` gives either.
+(`models.chat.official`); `models.internvl.predict.load_tokenizer` gives either.
 
 Letters: B batch, T tokens.
 """
@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vlfoundry.infra.errors import ModelError
+from vlfoundry.infra.core.errors import ModelError
 from vlfoundry.models.chat.control import GROUNDING, any_of, control_tokens, without_added
 from vlfoundry.models.chat.dialogue import PlainDialogue, WrittenDialogue
 from vlfoundry.models.chat.templates import END_IMG, IMG, IMG_CONTEXT
-from vlfoundry.models.common.tokenizerfiles import read_backend
+from vlfoundry.models.official.tokenizerfiles import read_backend
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend

@@ -14,7 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 if (
     sys.argv[0] == "-m"
 ):  # `python -m vlfoundry.stages.NAME` is about to import the module that it runs
-    from vlfoundry.infra.interrupts import quiet_start
+    from vlfoundry.infra.core.interrupts import quiet_start
 
     quiet_start("stopped; run it again to go on")
 

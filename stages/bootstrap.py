@@ -20,14 +20,14 @@ from typing import Any
 
 import numpy as np
 
-from vlfoundry.infra.artwork import hash64
-from vlfoundry.infra.config import check_ranges
-from vlfoundry.infra.errors import ConfigError, DataError
-from vlfoundry.infra.forked import run_forked
-from vlfoundry.infra.images import decode_batch, hog_features
-from vlfoundry.infra.progress import Progress
-from vlfoundry.infra.stage import Context, Plot, Stage, main
-from vlfoundry.infra.tables import read_table, write_table
+from vlfoundry.infra.core.config import check_ranges
+from vlfoundry.infra.core.errors import ConfigError, DataError
+from vlfoundry.infra.core.forked import run_forked
+from vlfoundry.infra.core.progress import Progress
+from vlfoundry.infra.core.stage import Context, Plot, Stage, main
+from vlfoundry.infra.core.tables import read_table, write_table
+from vlfoundry.infra.data.images.bulk import decode_batch, hog_features
+from vlfoundry.infra.data.sources.concept_set import hash64
 
 INGEST = "artifacts/ingest"
 OUT = "artifacts/bootstrap"

@@ -11,18 +11,18 @@ from functools import partial
 
 import numpy as np
 
-from vlfoundry.infra.config import check_ranges
-from vlfoundry.infra.errors import ConfigError
-from vlfoundry.infra.images import AugmentConfig, augment, check_augment, uniforms
-from vlfoundry.infra.loader import ShardSet
-from vlfoundry.infra.pairs import PairStream
-from vlfoundry.infra.stage import Context, Stage, check_folders, main
-from vlfoundry.infra.streams import Stream, stream_seed
+from vlfoundry.infra.core.config import check_ranges
+from vlfoundry.infra.core.errors import ConfigError
+from vlfoundry.infra.core.stage import Context, Stage, check_folders, main
+from vlfoundry.infra.core.streams import Stream, stream_seed
+from vlfoundry.infra.data.images.bulk import AugmentConfig, augment, check_augment, uniforms
+from vlfoundry.infra.data.shards.pairs import PairStream
+from vlfoundry.infra.data.shards.read import ShardSet
 from vlfoundry.infra.train.config import TrainConfig
 from vlfoundry.infra.train.session import Job, Place, loss_plot, train
 from vlfoundry.models.internvl.config import InternVLConfig
-from vlfoundry.models.internvl.cut import check_layout
-from vlfoundry.models.internvl.start import Start, plan_start
+from vlfoundry.models.internvl.init_from import Start, plan_start
+from vlfoundry.models.internvl.pipeline_split import check_layout
 from vlfoundry.models.objectives.options import ContrastiveConfig
 
 SHARDS = "artifacts/shard/stage1"
@@ -49,7 +49,7 @@ class ContrastiveStageConfig:
     train: TrainConfig
     """optimizer and schedule; a sample is one picture with its captions"""
     start: StartConfig = field(default_factory=StartConfig)
-    """folder whose parts the model starts from (models.internvl.start)"""
+    """folder whose parts the model starts from (models.internvl.init_from)"""
     captions: int = 4
     """captions that each picture learns from in one step, each beside all other pictures' """
     max_tokens: int = 32
@@ -127,12 +127,12 @@ def job(config: Config, context: Context, place: Place) -> Job:
     """What a rank trains, in `infra.backend.parallel`."""
     import torch
 
-    from vlfoundry.models.common.draws import drop_samples
-    from vlfoundry.models.internvl.load import load_tokenizer, save_model
     from vlfoundry.models.internvl.model import build
+    from vlfoundry.models.internvl.predict import load_tokenizer, save_model
     from vlfoundry.models.internvl.prompts import SUMMARIZE
+    from vlfoundry.models.layers.draws import drop_samples
     from vlfoundry.models.objectives.contrastive import Contrastive
-    from vlfoundry.models.preprocess import standardise
+    from vlfoundry.models.preprocess.normalize import standardise
 
     options, vision = config.contrastive, config.model.vision
     shards, masked_px = ShardSet(context.path(SHARDS)), options.masked_px or vision.image_px

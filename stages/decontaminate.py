@@ -10,16 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from vlfoundry.infra.artwork import hash64, read_artwork
-from vlfoundry.infra.config import check_ranges
-from vlfoundry.infra.errors import ConfigError, DataError
-from vlfoundry.infra.funnel import Verdict, dropped_table
-from vlfoundry.infra.images import decode_batch, decode_rgba
-from vlfoundry.infra.noise import reencode
-from vlfoundry.infra.phash import colour_grid, hamming, near, perceptual_hash
-from vlfoundry.infra.progress import Progress
-from vlfoundry.infra.stage import Context, Stage, main
-from vlfoundry.infra.tables import read_table, write_table
+from vlfoundry.infra.core.config import check_ranges
+from vlfoundry.infra.core.errors import ConfigError, DataError
+from vlfoundry.infra.core.progress import Progress
+from vlfoundry.infra.core.stage import Context, Stage, main
+from vlfoundry.infra.core.tables import read_table, write_table
+from vlfoundry.infra.data.funnel import Verdict, dropped_table
+from vlfoundry.infra.data.images.bulk import decode_batch, decode_rgba
+from vlfoundry.infra.data.images.phash import colour_grid, hamming, near, perceptual_hash
+from vlfoundry.infra.data.sources.concept_set import hash64, read_artwork
+from vlfoundry.infra.data.synthetic.noise import reencode
 
 INGEST = "artifacts/ingest"
 BEFORE = "artifacts/dedup/kept.parquet"

@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from vlfoundry.infra.config import check_ranges
-from vlfoundry.infra.errors import ConfigError
-from vlfoundry.infra.funnel import Verdict, dropped_table
-from vlfoundry.infra.images import decode_batch
-from vlfoundry.infra.phash import colour_grid, connected, hamming, perceptual_hash
-from vlfoundry.infra.progress import Progress
-from vlfoundry.infra.stage import Context, Stage, main
-from vlfoundry.infra.tables import read_table, write_table
+from vlfoundry.infra.core.config import check_ranges
+from vlfoundry.infra.core.errors import ConfigError
+from vlfoundry.infra.core.progress import Progress
+from vlfoundry.infra.core.stage import Context, Stage, main
+from vlfoundry.infra.core.tables import read_table, write_table
+from vlfoundry.infra.data.funnel import Verdict, dropped_table
+from vlfoundry.infra.data.images.bulk import decode_batch
+from vlfoundry.infra.data.images.phash import colour_grid, connected, hamming, perceptual_hash
 
 INGEST = "artifacts/ingest"
 BEFORE = "artifacts/filter/kept.parquet"

@@ -12,21 +12,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlfoundry.eval.datasets import ConceptSet, read_concept_set
-from vlfoundry.eval.embedding import Setting
+from vlfoundry.eval.compare.scores import headline, with_baseline, with_untrained, write_scores
+from vlfoundry.eval.context import Setting
+from vlfoundry.eval.datasets.folders import ConceptSet, read_concept_set
 from vlfoundry.eval.ranks import Team, run_team
 from vlfoundry.eval.reference import NearestPicture
-from vlfoundry.eval.run import choose_languages, model_facts, score_model
-from vlfoundry.eval.scores import headline, with_baseline, with_untrained, write_scores
+from vlfoundry.eval.runner import choose_languages, model_facts, score_model
 from vlfoundry.eval.suites import NEEDS
 from vlfoundry.eval.variants import MODELS
-from vlfoundry.infra.config import check_languages
-from vlfoundry.infra.errors import ConfigError
-from vlfoundry.infra.progress import Progress
-from vlfoundry.infra.registry import model_kind
-from vlfoundry.infra.stage import Context, Stage, check_folders, main, read_origin
-from vlfoundry.infra.streams import Stream, stream_seed
-from vlfoundry.infra.tables import read_table
+from vlfoundry.infra.core.config import check_languages
+from vlfoundry.infra.core.errors import ConfigError
+from vlfoundry.infra.core.progress import Progress
+from vlfoundry.infra.core.stage import Context, Stage, check_folders, main, read_origin
+from vlfoundry.infra.core.streams import Stream, stream_seed
+from vlfoundry.infra.core.tables import read_table
+from vlfoundry.infra.registry.gto import model_kind
 
 DATA = "data"
 CLASSES = "artifacts/ingest/classes.parquet"

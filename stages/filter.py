@@ -10,15 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from vlfoundry.infra.config import check_ranges
-from vlfoundry.infra.errors import DataError
-from vlfoundry.infra.funnel import Verdict, any_drop, dropped_table, funnel_metrics
-from vlfoundry.infra.images import decode_batch
-from vlfoundry.infra.langid import tag_probability
-from vlfoundry.infra.progress import Progress
-from vlfoundry.infra.quality import effective_side, text_strokes
-from vlfoundry.infra.stage import Context, Stage, main
-from vlfoundry.infra.tables import read_table, write_table
+from vlfoundry.infra.core.config import check_ranges
+from vlfoundry.infra.core.errors import DataError
+from vlfoundry.infra.core.progress import Progress
+from vlfoundry.infra.core.stage import Context, Stage, main
+from vlfoundry.infra.core.tables import read_table, write_table
+from vlfoundry.infra.data.funnel import Verdict, any_drop, dropped_table, funnel_metrics
+from vlfoundry.infra.data.images.bulk import decode_batch
+from vlfoundry.infra.data.rules.language import tag_probability
+from vlfoundry.infra.data.rules.quality import effective_side, text_strokes
 
 INGEST = "artifacts/ingest"
 SCORES = "artifacts/bootstrap/scores.parquet"

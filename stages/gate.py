@@ -7,11 +7,11 @@ control, and from an earlier model on the same items. All must hold but those th
 import dataclasses
 from dataclasses import dataclass
 
-from vlfoundry.eval.rules import Rule, decide
-from vlfoundry.eval.scores import read_document, read_scores
+from vlfoundry.eval.compare.rules import Rule, decide
+from vlfoundry.eval.compare.scores import read_document, read_scores
 from vlfoundry.eval.variants import MODELS, scores_file
-from vlfoundry.infra.errors import ConfigError
-from vlfoundry.infra.stage import Context, Stage, main
+from vlfoundry.infra.core.errors import ConfigError
+from vlfoundry.infra.core.stage import Context, Stage, main
 
 FORMAT = "vlfoundry.gate.v1"
 OUT = "artifacts/gate/gate.json"

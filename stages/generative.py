@@ -9,17 +9,17 @@ from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from vlfoundry.infra.config import check_ranges
-from vlfoundry.infra.images import AugmentConfig, augment, check_augment, uniforms
-from vlfoundry.infra.loader import ShardSet
-from vlfoundry.infra.pairs import PairStream
-from vlfoundry.infra.stage import Context, Stage, check_folders, main
-from vlfoundry.infra.streams import Stream, stream_seed
+from vlfoundry.infra.core.config import check_ranges
+from vlfoundry.infra.core.stage import Context, Stage, check_folders, main
+from vlfoundry.infra.core.streams import Stream, stream_seed
+from vlfoundry.infra.data.images.bulk import AugmentConfig, augment, check_augment, uniforms
+from vlfoundry.infra.data.shards.pairs import PairStream
+from vlfoundry.infra.data.shards.read import ShardSet
 from vlfoundry.infra.train.config import TrainConfig
 from vlfoundry.infra.train.session import Job, Place, loss_plot, train
 from vlfoundry.models.internvl.config import InternVLConfig
-from vlfoundry.models.internvl.cut import check_layout
-from vlfoundry.models.internvl.start import Start, plan_start
+from vlfoundry.models.internvl.init_from import Start, plan_start
+from vlfoundry.models.internvl.pipeline_split import check_layout
 from vlfoundry.models.objectives.options import GenerativeConfig
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class GenerativeStageConfig:
     train: TrainConfig
     """optimizer and schedule; a sample is one picture with one caption"""
     start: StartConfig = field(default_factory=StartConfig)
-    """folders whose parts the model starts from (models.internvl.start)"""
+    """folders whose parts the model starts from (models.internvl.init_from)"""
     max_tokens: int = 32
     """longest caption, prompt and special tokens included; a longer one is cut"""
     group: str | None = "concept"
@@ -100,12 +100,12 @@ def _start(config: Config, context: Context) -> Start:
 def _job(config: Config, context: Context, place: Place) -> Job:
     import torch
 
-    from vlfoundry.models.common.draws import drop_samples
     from vlfoundry.models.internvl.freeze import freeze
-    from vlfoundry.models.internvl.load import load_tokenizer, save_model
     from vlfoundry.models.internvl.model import build
+    from vlfoundry.models.internvl.predict import load_tokenizer, save_model
+    from vlfoundry.models.layers.draws import drop_samples
     from vlfoundry.models.objectives.generative import Generative
-    from vlfoundry.models.preprocess import standardise
+    from vlfoundry.models.preprocess.normalize import standardise
 
     options, size_px = config.generative, config.model.vision.image_px
     pairs = PairStream(ShardSet(context.path(SHARDS)), seed=config.seed, size_px=size_px)
@@ -144,7 +144,7 @@ def groups(
     rank; one without the field stands alone."""
     import torch
 
-    from vlfoundry.infra.fingerprint import sha256_bytes
+    from vlfoundry.infra.core.fingerprint import sha256_bytes
 
     names = [
         f"{field}={meta[field]}" if meta.get(field) else f"picture {picture}"

@@ -14,7 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from vlfoundry.infra.artwork import (
+from vlfoundry.infra.core.config import check_languages, check_ranges
+from vlfoundry.infra.core.errors import ConfigError, DataError
+from vlfoundry.infra.core.progress import Progress
+from vlfoundry.infra.core.stage import Context, Stage, main
+from vlfoundry.infra.core.tables import write_table
+from vlfoundry.infra.data.images.bulk import decode_rgba
+from vlfoundry.infra.data.sources.concept_set import (
     Artwork,
     Concept,
     hash64,
@@ -23,13 +29,7 @@ from vlfoundry.infra.artwork import (
     read_concepts,
     stable_order,
 )
-from vlfoundry.infra.config import check_languages, check_ranges
-from vlfoundry.infra.errors import ConfigError, DataError
-from vlfoundry.infra.images import decode_rgba
-from vlfoundry.infra.noise import lossless, low_resolution, overlay_text, reencode
-from vlfoundry.infra.progress import Progress
-from vlfoundry.infra.stage import Context, Stage, main
-from vlfoundry.infra.tables import write_table
+from vlfoundry.infra.data.synthetic.noise import lossless, low_resolution, overlay_text, reencode
 
 DATA = "data"
 SOURCE_FILES = ("emojitwo", "fluent", "fluent_flat", "fxemoji", "noto", "noto_v1", "twemoji")

@@ -14,11 +14,13 @@ from functools import partial
 
 import numpy as np
 
-from vlfoundry.infra.config import check_languages, check_ranges
-from vlfoundry.infra.errors import ConfigError
-from vlfoundry.infra.images import uniforms
-from vlfoundry.infra.loader import SampleStream, ShardSet
-from vlfoundry.infra.scenes import (
+from vlfoundry.infra.core.config import check_languages, check_ranges
+from vlfoundry.infra.core.errors import ConfigError
+from vlfoundry.infra.core.stage import Context, Stage, main
+from vlfoundry.infra.core.streams import Stream, stream_seed
+from vlfoundry.infra.data.images.bulk import uniforms
+from vlfoundry.infra.data.shards.read import SampleStream, ShardSet
+from vlfoundry.infra.data.synthetic.scenes import (
     BOX_UNITS,
     KINDS,
     Scene,
@@ -29,12 +31,10 @@ from vlfoundry.infra.scenes import (
     imagine,
     pick,
 )
-from vlfoundry.infra.stage import Context, Stage, main
-from vlfoundry.infra.streams import Stream, stream_seed
 from vlfoundry.infra.train.config import TrainConfig
 from vlfoundry.infra.train.session import Job, Place, loss_plot, train
 from vlfoundry.models.internvl.config import InternVLConfig
-from vlfoundry.models.internvl.cut import check_layout
+from vlfoundry.models.internvl.pipeline_split import check_layout
 from vlfoundry.models.objectives.options import NextTokenConfig
 
 SHARDS = "artifacts/shard/stage1"
@@ -173,8 +173,8 @@ def job(config: Config, lines: list[str], names: list[tuple[str, str]], place: P
     import torch
 
     from vlfoundry.models import tokenizer as tokenizers
-    from vlfoundry.models.internvl.load import save_model
     from vlfoundry.models.internvl.model import build
+    from vlfoundry.models.internvl.predict import save_model
     from vlfoundry.models.internvl.prompts import labelled_rows
     from vlfoundry.models.objectives.next_token import TextObjective
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from vlfoundry.eval.report.collect import FUNNEL, STAGES, TRAINED, artefact, facts, metrics
 from vlfoundry.eval.report.page import PAGE, render
 from vlfoundry.eval.variants import MODELS
-from vlfoundry.infra.config import check_ranges
-from vlfoundry.infra.stage import Context, Plot, Stage, main
+from vlfoundry.infra.core.config import check_ranges
+from vlfoundry.infra.core.stage import Context, Plot, Stage, main
 
 OUT = "artifacts/report/report.json"
 METRICS = "artifacts/report/metrics.json"

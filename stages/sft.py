@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vlfoundry.infra.config import check_languages, check_ranges
-from vlfoundry.infra.errors import ConfigError, DataError
-from vlfoundry.infra.images import decode_rgba, uniforms
-from vlfoundry.infra.loader import ShardSet, rank_slice
-from vlfoundry.infra.packing import pack
-from vlfoundry.infra.scenes import (
+from vlfoundry.infra.core.config import check_languages, check_ranges
+from vlfoundry.infra.core.errors import ConfigError, DataError
+from vlfoundry.infra.core.stage import Context, Stage, check_folders, main
+from vlfoundry.infra.core.streams import Stream, stream_seed
+from vlfoundry.infra.data.images.bulk import decode_rgba, uniforms
+from vlfoundry.infra.data.shards.packing import pack
+from vlfoundry.infra.data.shards.read import ShardSet, rank_slice
+from vlfoundry.infra.data.synthetic.scenes import (
     KINDS,
     Drawing,
     Scene,
@@ -28,14 +30,12 @@ from vlfoundry.infra.scenes import (
     conversation,
     pick,
 )
-from vlfoundry.infra.stage import Context, Stage, check_folders, main
-from vlfoundry.infra.streams import Stream, stream_seed
 from vlfoundry.infra.train.config import TrainConfig
 from vlfoundry.infra.train.session import Job, Place, loss_plot, train
-from vlfoundry.models.common.config import LoraConfig
 from vlfoundry.models.internvl.config import InternVLConfig
-from vlfoundry.models.internvl.cut import check_layout
-from vlfoundry.models.internvl.start import Start, plan_start
+from vlfoundry.models.internvl.init_from import Start, plan_start
+from vlfoundry.models.internvl.pipeline_split import check_layout
+from vlfoundry.models.layers.config import LoraConfig
 from vlfoundry.models.objectives.options import NextTokenConfig
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ class SftStageConfig:
     train: dict[str, TrainConfig]
     """for each variant optimizer and schedule; a sample is one scene with one question"""
     start: StartConfig = field(default_factory=StartConfig)
-    """folders whose parts the model starts from (models.internvl.start)"""
+    """folders whose parts the model starts from (models.internvl.init_from)"""
     trainable: tuple[str, ...] = ("sft", "vision")
     """what is trained (models.internvl.freeze)"""
     lora: dict[str, LoraConfig] = field(default_factory=dict)
@@ -336,12 +336,12 @@ def _job(config: Config, context: Context, place: Place) -> Job:
     import torch
 
     from vlfoundry.models.chat.examples import packed, padded
-    from vlfoundry.models.common.draws import drop_samples
     from vlfoundry.models.internvl.freeze import freeze
-    from vlfoundry.models.internvl.load import load_tokenizer, save_model
     from vlfoundry.models.internvl.model import build
+    from vlfoundry.models.internvl.predict import load_tokenizer, save_model
+    from vlfoundry.models.layers.draws import drop_samples
     from vlfoundry.models.objectives.next_token import ChatObjective
-    from vlfoundry.models.preprocess import normalise
+    from vlfoundry.models.preprocess.normalize import normalise
 
     assert context.variant
     options, kind = config.sft, KIND[context.variant]

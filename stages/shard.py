@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from vlfoundry.infra.errors import ConfigError, DataError
-from vlfoundry.infra.progress import Progress
-from vlfoundry.infra.shards import Sample, write_shards
-from vlfoundry.infra.stage import Context, Stage, main
-from vlfoundry.infra.tables import read_table
+from vlfoundry.infra.core.errors import ConfigError, DataError
+from vlfoundry.infra.core.progress import Progress
+from vlfoundry.infra.core.stage import Context, Stage, main
+from vlfoundry.infra.core.tables import read_table
+from vlfoundry.infra.data.shards.write import Sample, write_shards
 
 INGEST = "artifacts/ingest"
 BEFORE = "artifacts/decontaminate/kept.parquet"

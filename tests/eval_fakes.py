@@ -9,12 +9,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from vlfoundry.eval.datasets import ConceptSet, DataFolder
-from vlfoundry.eval.pairing import keyword_caption
+from vlfoundry.eval.datasets.folders import ConceptSet, DataFolder
+from vlfoundry.eval.datasets.pairing import keyword_caption
 from vlfoundry.eval.questions import Question
-from vlfoundry.infra.decode import pixels
-from vlfoundry.infra.geometry import squeeze
-from vlfoundry.infra.images import composite
+from vlfoundry.infra.data.images.bulk import composite
+from vlfoundry.infra.data.images.decode import pixels
+from vlfoundry.infra.data.images.geometry import squeeze
 
 SIDE_PX = 32
 LANGUAGES = ("en", "zh")

@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 import torch
 
-from vlfoundry.models.common.config import DecoderConfig
 from vlfoundry.models.connector.config import ConnectorConfig
 from vlfoundry.models.internvit.config import InternViTConfig
 from vlfoundry.models.internvl.config import InternVLConfig
+from vlfoundry.models.layers.config import DecoderConfig
 from vlfoundry.models.qllama.config import QLlamaConfig
 
 VOCAB = 61

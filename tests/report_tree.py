@@ -10,15 +10,15 @@ import numpy as np
 
 from tests.eval_fakes import CAN, Guesser, looks
 from vlfoundry.eval import questions
-from vlfoundry.eval.datasets import ConceptSet, read_concept_set
+from vlfoundry.eval.datasets.folders import ConceptSet, read_concept_set
 from vlfoundry.eval.questions import KINDS, ask
 from vlfoundry.eval.report.collect import STAGES, artefact
 from vlfoundry.eval.suites.retrieval import keyword_caption
 from vlfoundry.eval.variants import MODELS
-from vlfoundry.infra import workfolder
-from vlfoundry.infra.config import build
-from vlfoundry.infra.stage import Context
-from vlfoundry.infra.tables import write_table
+from vlfoundry.infra.core import workfolder
+from vlfoundry.infra.core.config import build
+from vlfoundry.infra.core.stage import Context
+from vlfoundry.infra.core.tables import write_table
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 LANGUAGES = ("en", "zh", "ja", "ar", "it")
@@ -225,7 +225,7 @@ def _evaluate(root: Path, data: ConceptSet) -> None:
         kind = next(kind for kind, path in MODELS.items() if folder == root / path)
         return HalfTaught(kind, data) if untrained_seed is None else Guesser(kind)
 
-    name, module = "vlfoundry.models.internvl.load", types.SimpleNamespace(load_model=load_model)
+    name, module = "vlfoundry.models.internvl.predict", types.SimpleNamespace(load_model=load_model)
     before, scenes = sys.modules.get(name), questions.TRAINING_SCENES
     questions.TRAINING_SCENES = 60
     sys.modules[name] = module  # type: ignore[assignment]

@@ -6,10 +6,10 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from tests.tiny import PARAMS
-from vlfoundry.infra.config import build
+from vlfoundry.infra.core.config import build
+from vlfoundry.models.estimate.weights import weights
 from vlfoundry.models.internvl.config import InternVLConfig
 from vlfoundry.models.internvl.folder import write_config
-from vlfoundry.models.plan.weights import weights
 
 CONFIG: InternVLConfig = build(InternVLConfig, PARAMS["model"])
 

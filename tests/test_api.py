@@ -10,12 +10,12 @@ import pytest
 import vlfoundry
 from tests.flows.toy import commit_all, sh
 from tests.models_helpers import TEXTS, tiny_config
-from vlfoundry.infra.code import closure
-from vlfoundry.infra.errors import ModelError
-from vlfoundry.infra.registry import register_model
-from vlfoundry.models.common.config import DecoderConfig
-from vlfoundry.models.internvl.load import load_model, save_model
+from vlfoundry.infra.core.code import closure
+from vlfoundry.infra.core.errors import ModelError
+from vlfoundry.infra.registry.gto import register_model
 from vlfoundry.models.internvl.model import build
+from vlfoundry.models.internvl.predict import load_model, save_model
+from vlfoundry.models.layers.config import DecoderConfig
 from vlfoundry.models.tokenizer import train
 
 ROOT = Path(__file__).parents[1]

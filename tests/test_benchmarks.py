@@ -11,9 +11,9 @@ import torch
 
 from accept.meter import measure as measure_command
 from benchmarks import fp8_gap, harness
-from vlfoundry.infra.config import load_params
-from vlfoundry.infra.fp8 import Fp8Config
-from vlfoundry.infra.stage import parameters_of
+from vlfoundry.infra.backend.fp8_config import Fp8Config
+from vlfoundry.infra.core.config import load_params
+from vlfoundry.infra.core.stage import parameters_of
 from vlfoundry.stages.contrastive import STAGE
 
 

@@ -6,9 +6,9 @@ import math
 import pytest
 
 from benchmarks import spread
-from vlfoundry.eval.scores import mean_score, write_scores
+from vlfoundry.eval.compare.scores import mean_score, write_scores
 from vlfoundry.eval.variants import MODELS, scores_file
-from vlfoundry.infra.config import load_params
+from vlfoundry.infra.core.config import load_params
 
 
 def finished(root, hits, passed=True):

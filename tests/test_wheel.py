@@ -22,7 +22,8 @@ BUILT_FROM = (*FOLDERS, "vlfoundry", "data", "profiles", "LICENSE", "README.md",
 JUNK = (
     "data/mine.parquet", "data/start/last/config.json", "data/start/last/weights.yaml",
     "data/chat/mine.jsonl", "data/chat/mine.yaml", "profiles/._base.yaml", "flows/left.pyc",
-    "flows/__pycache__/x.py", "infra/launchers/.#local.yaml", "models/notes.txt", "eval/key.json",
+    "flows/__pycache__/x.py", "infra/launch/profiles/.#local.yaml", "models/notes.txt",
+    "eval/key.json",
     "tests/test_mine.py",
 )  # fmt: skip
 """what may lie in a checkout in which somebody works"""
@@ -140,9 +141,9 @@ def test_it_runs_where_there_is_no_checkout(installed: Path, tmp_path: Path) -> 
         "app(['new', 'team', '--from', 'hour'], standalone_mode=False)\n"
         "from vlfoundry.eval.report.page import render\n"
         "render(Path('team'), Path('page.html'))\n"
-        "from vlfoundry.infra.launch import local_profile\n"
+        "from vlfoundry.infra.launch.profile import local_profile\n"
         "assert local_profile(Path('team')).ranks == 2\n"
-        "from vlfoundry.infra.scenes import scene_languages\n"
+        "from vlfoundry.infra.data.synthetic.scenes import scene_languages\n"
         "assert 'ar' in scene_languages()\n"
         "from vlfoundry.eval.metrics import METRICS, compute\n"
         "from vlfoundry.flows.recipes import recipes\n"

@@ -21,9 +21,9 @@ from typing import Any
 
 import psutil
 
-from vlfoundry.infra.config import canonical_json
-from vlfoundry.infra.fingerprint import fingerprint
-from vlfoundry.infra.shards import Sample, write_shards
+from vlfoundry.infra.core.config import canonical_json
+from vlfoundry.infra.core.fingerprint import fingerprint
+from vlfoundry.infra.data.shards.write import Sample, write_shards
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ("vlfoundry", "flows", "infra", "models", "eval", "stages")
@@ -80,10 +80,10 @@ def write_model(folder: Path, kind: str) -> None:
     import numpy as np
     from safetensors.numpy import save_file
 
-    from vlfoundry.infra.config import build
+    from vlfoundry.infra.core.config import build
+    from vlfoundry.models.estimate.weights import weights
     from vlfoundry.models.internvl.config import InternVLConfig
     from vlfoundry.models.internvl.folder import write_config
-    from vlfoundry.models.plan.weights import weights
 
     config = build(InternVLConfig, PARAMS["model"])
     write_config(folder, kind, config)
@@ -98,7 +98,11 @@ def write_params(root: Path, params: dict[str, Any]) -> None:
 
 def drawings_with_captions(concepts: int) -> list[Sample]:
     """What all `VENDORS` drew of `concepts` concepts: name and keywords in every language."""
-    from vlfoundry.infra.artwork import keyword_caption, read_artwork, read_concepts
+    from vlfoundry.infra.data.sources.concept_set import (
+        keyword_caption,
+        read_artwork,
+        read_concepts,
+    )
 
     known = read_concepts(ROOT / "data")
     drawn = {
@@ -223,7 +227,7 @@ def _log(root: Path, stage: str) -> Path:
 
 def _be_stage(root: Path, definition: Any, arguments: tuple[str, ...], log: Path) -> None:
     """The whole life of a forked stage. Never returns."""
-    from vlfoundry.infra.stage import main
+    from vlfoundry.infra.core.stage import main
 
     code = 1
     try:

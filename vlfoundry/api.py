@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from vlfoundry.models.internvl.load import Model
+    from vlfoundry.models.internvl.predict import Model
 
 __all__ = ["caption_prompt", "load"]
 
@@ -54,10 +54,10 @@ def load(ref: str | Path, *, root: str | Path | None = None) -> Model:
         DataError: DVC's cache lacks a file of a registered model (`vlfoundry fetch` gets it).
         ConfigError: a number of its config cannot be.
     """
-    from vlfoundry.infra.registry import resolve_model
+    from vlfoundry.infra.registry.gto import resolve_model
 
     folder = resolve_model(ref, Path(root) if root is not None else None)
-    from vlfoundry.models.internvl.load import load_model
+    from vlfoundry.models.internvl.predict import load_model
 
     return load_model(folder)
 

@@ -10,14 +10,14 @@ import numpy as np
 from benchmarks.gpu.data import LANGUAGES, embedded
 from benchmarks.gpu.sizes import Clock, Sizes
 from vlfoundry.infra.backend import Layout, device_literals, install
+from vlfoundry.infra.backend.fp8_config import Fp8Config
 from vlfoundry.infra.backend.parallel import parallel
 from vlfoundry.infra.backend.placement import to_device
-from vlfoundry.infra.fp8 import Fp8Config
 from vlfoundry.infra.train.config import TrainConfig
 from vlfoundry.infra.train.loop import wrap
 from vlfoundry.infra.train.optim import build_optimizer, gradient_norm, set_step, update
 from vlfoundry.infra.train.step import Engine
-from vlfoundry.models.preprocess import normalise
+from vlfoundry.models.preprocess.normalize import normalise
 
 if TYPE_CHECKING:
     from torch import Tensor

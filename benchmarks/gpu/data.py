@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.gpu.stages import FIRST_WORD
-from vlfoundry.infra.errors import DataError
+from vlfoundry.infra.core.errors import DataError
 
 DATA = Path(__file__).parents[2] / "data"
 VARIABLE = "VLFOUNDRY_GPU_DATA"
@@ -48,7 +48,7 @@ def embedded() -> tuple[np.ndarray, np.ndarray]:
 def _from_parquet() -> tuple[np.ndarray, np.ndarray]:
     import pyarrow.parquet
 
-    from vlfoundry.infra.images import composite, decode_rgba
+    from vlfoundry.infra.data.images.bulk import composite, decode_rgba
 
     table = pyarrow.parquet.read_table(DATA / f"{SOURCE}.parquet").to_pydict()
     concepts = pyarrow.parquet.read_table(DATA / "concepts.parquet").to_pydict()

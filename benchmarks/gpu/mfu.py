@@ -20,7 +20,7 @@ from benchmarks.gpu.towers import (
     square_step,
     timed,
 )
-from vlfoundry.infra.fp8 import Fp8Config
+from vlfoundry.infra.backend.fp8_config import Fp8Config
 
 
 def run(sizes: Sizes, clock: Clock) -> Iterator[dict[str, Any]]:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.gpu.sizes import Clock, Sizes
 from benchmarks.gpu.towers import computed_by, encoder, pixels
 from vlfoundry.infra.backend import install
-from vlfoundry.infra.fp8 import Fp8Config
-from vlfoundry.models.common.config import LayerSpecKind
+from vlfoundry.infra.backend.fp8_config import Fp8Config
+from vlfoundry.models.layers.config import LayerSpecKind
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -51,8 +51,8 @@ def gradients(sizes: Sizes, ranks: int) -> tuple[float, dict[str, Any]] | None:
     from vlfoundry.infra.backend.parallel import parallel
     from vlfoundry.infra.backend.placement import to_device
     from vlfoundry.infra.train.weights import gather_weights
-    from vlfoundry.models.common.canonical import initialise
     from vlfoundry.models.internvit.model import InternViT
+    from vlfoundry.models.layers.canonical import initialise
 
     vlfoundry.infra.backend._installed = dataclasses.replace(install(), process_group="gloo")
     config = dataclasses.replace(sizes.vision, depth=2)

@@ -6,10 +6,10 @@ import dataclasses
 import time
 from dataclasses import dataclass
 
-from vlfoundry.models.common.config import DecoderConfig
+from vlfoundry.models.families.llama.config import llama
 from vlfoundry.models.internvit.config import InternViTConfig, internvit
 from vlfoundry.models.internvl.config import InternVLConfig
-from vlfoundry.models.llama.config import llama
+from vlfoundry.models.layers.config import DecoderConfig
 from vlfoundry.models.qllama.config import QLlamaConfig
 
 WIDE = internvit("6b")

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.gpu.sizes import Clock, Sizes
 from benchmarks.gpu.towers import fill, free, timed
 from vlfoundry.infra.backend import Layout, device_literals, install
+from vlfoundry.infra.backend.fp8_config import Fp8Config
 from vlfoundry.infra.backend.parallel import parallel
 from vlfoundry.infra.backend.placement import to_device
-from vlfoundry.infra.fp8 import Fp8Config
 from vlfoundry.infra.train.config import TrainConfig
 from vlfoundry.infra.train.loop import wrap
 from vlfoundry.infra.train.optim import build_optimizer, gradient_norm, set_step, update
 from vlfoundry.infra.train.step import Engine
-from vlfoundry.models.plan.workload import Objective, Workload
+from vlfoundry.models.estimate.workload import Objective, Workload
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -152,9 +152,9 @@ def _planned(
     sizes: Sizes, kind: str, stage: Objective, trained: tuple[str, ...], config: TrainConfig,
     found: dict[str, float], **work: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    """Memory and FLOPs of a step by `models.plan`, beside what was measured."""
-    from vlfoundry.models.plan.compute import sample_flops
-    from vlfoundry.models.plan.memory import GIB, memory
+    """Memory and FLOPs of a step by `models.estimate`, beside what was measured."""
+    from vlfoundry.models.estimate.compute import sample_flops
+    from vlfoundry.models.estimate.memory import GIB, memory
 
     tokens = sizes.text_tokens
     if stage == "chat":

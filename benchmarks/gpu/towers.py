@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.gpu.sizes import Point
 from vlfoundry.infra.backend import Layout, install
+from vlfoundry.infra.backend.fp8_config import Fp8Config
 from vlfoundry.infra.backend.parallel import parallel
 from vlfoundry.infra.backend.placement import to_device
-from vlfoundry.infra.fp8 import Fp8Config
-from vlfoundry.models.common.config import LayerSpecKind
 from vlfoundry.models.internvit.config import InternViTConfig
 from vlfoundry.models.internvit.model import InternViT
+from vlfoundry.models.layers.config import LayerSpecKind
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -26,12 +26,12 @@ from vlfoundry.eval.parity.recorded import (
     whole_gradients,
 )
 from vlfoundry.infra.train.weights import load_weights
-from vlfoundry.models.common.keymap import join_all
 from vlfoundry.models.connector.model import pixel_shuffle
 from vlfoundry.models.internvl.config import InternVLConfig
 from vlfoundry.models.internvl.hf import config_from_official, from_official, native_keys
 from vlfoundry.models.internvl.model import build
 from vlfoundry.models.objectives.next_token import NextTokenConfig, next_token
+from vlfoundry.models.official.keymap import join_all
 
 KIND = "chat_simple"
 Tensors = Mapping[str, Tensor]

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from vlfoundry.eval.parity.check import Check, same
-from vlfoundry.infra.errors import UserError
+from vlfoundry.infra.core.errors import UserError
 from vlfoundry.models.chat.labels import Row, padded, row
 from vlfoundry.models.chat.templates import (
     TEMPLATES,

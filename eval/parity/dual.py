@@ -36,7 +36,7 @@ from vlfoundry.infra.backend.parallel import current_layout, parallel
 from vlfoundry.infra.backend.ranks import run_ranks, this_rank
 from vlfoundry.infra.train.step import Engine
 from vlfoundry.infra.train.weights import load_weights
-from vlfoundry.models.common.decoder import at_end
+from vlfoundry.models.decoder.model import at_end
 from vlfoundry.models.internvl.config import InternVLConfig
 from vlfoundry.models.internvl.hf import config_from_official, from_official
 from vlfoundry.models.internvl.model import build

@@ -8,8 +8,8 @@ from pathlib import Path
 from vlfoundry.eval.parity.conversations import is_conversations
 from vlfoundry.eval.parity.metrics import is_metrics
 from vlfoundry.eval.parity.tiling import is_tiling
-from vlfoundry.infra.errors import DataError
-from vlfoundry.infra.givenfiles import read_mapping
+from vlfoundry.infra.core.errors import DataError
+from vlfoundry.infra.core.givenfiles import read_mapping
 
 
 def _declares(field: str) -> Callable[[Path], bool]:

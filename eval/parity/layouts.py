@@ -16,10 +16,10 @@ from vlfoundry.eval.parity.recorded import listen_decoder
 from vlfoundry.infra.backend import Layout
 from vlfoundry.infra.backend.parallel import current_layout, parallel
 from vlfoundry.infra.backend.ranks import run_ranks
-from vlfoundry.infra.errors import LayoutError
+from vlfoundry.infra.core.errors import LayoutError
 from vlfoundry.infra.train.step import Engine
 from vlfoundry.models.internvl.config import InternVLConfig
-from vlfoundry.models.internvl.cut import check_layout
+from vlfoundry.models.internvl.pipeline_split import check_layout
 from vlfoundry.models.objectives.common import Batch, Metrics, MicroBatches, Objective
 
 Finish = Callable[[Any, dict[str, Tensor], Batch], Metrics]

@@ -12,21 +12,26 @@ from typing import Any
 
 import numpy as np
 
-from vlfoundry.eval.official.anls import anls_infographics, anls_stvqa
-from vlfoundry.eval.official.boxes import box_in_pixels, box_iou, grounding_accuracy, is_right
-from vlfoundry.eval.official.charts import exact_accuracy, relaxed_accuracy, relaxed_correct
-from vlfoundry.eval.official.classification import (
+from vlfoundry.eval.metrics.official.anls import anls_infographics, anls_stvqa
+from vlfoundry.eval.metrics.official.boxes import (
+    box_in_pixels,
+    box_iou,
+    grounding_accuracy,
+    is_right,
+)
+from vlfoundry.eval.metrics.official.charts import exact_accuracy, relaxed_accuracy, relaxed_correct
+from vlfoundry.eval.metrics.official.classification import (
     average_precision_per_class,
     class_embeddings,
     mean_average_precision,
     zero_shot_accuracy,
     zero_shot_logits,
 )
-from vlfoundry.eval.official.retrieval import retrieval_recall
-from vlfoundry.eval.official.vqa import any_answer_accuracy, plain_answer, soft_accuracy
-from vlfoundry.eval.official.yes_no import mme_answer, mme_task, mme_tidy, pope_scores
+from vlfoundry.eval.metrics.official.retrieval import retrieval_recall
+from vlfoundry.eval.metrics.official.vqa import any_answer_accuracy, plain_answer, soft_accuracy
+from vlfoundry.eval.metrics.official.yes_no import mme_answer, mme_task, mme_tidy, pope_scores
 from vlfoundry.eval.parity.check import Check, close, same
-from vlfoundry.infra.errors import DataError
+from vlfoundry.infra.core.errors import DataError
 
 ATOL = 1e-6
 ATOL_OF = {"logits": 1e-4, "predicted_box_pixels": 1e-4}

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from vlfoundry.eval.parity.check import Check, close, same
 from vlfoundry.infra.train.weights import gather_weights
-from vlfoundry.models.common.parallel import tensor_group
-from vlfoundry.models.common.stack import Stack
+from vlfoundry.models.layers.parallel import tensor_group
+from vlfoundry.models.layers.stack import Stack
 
 FORWARD_ATOL = 1e-4
 """largest absolute difference of a forward value"""

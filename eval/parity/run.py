@@ -20,8 +20,8 @@ from vlfoundry.eval.parity.layouts import check_layouts
 from vlfoundry.eval.parity.metrics import check_metrics
 from vlfoundry.eval.parity.tiling import check_tiling
 from vlfoundry.eval.parity.vision import check_vision, check_vision_stages, vision_model
-from vlfoundry.infra.devices import find_device
-from vlfoundry.infra.errors import DataError, UserError
+from vlfoundry.infra.backend.devices import find_device
+from vlfoundry.infra.core.errors import DataError, UserError
 
 CHECKS: dict[str, Callable[[Path], list[Check]]] = {
     "vision": check_vision,

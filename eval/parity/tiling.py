@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from vlfoundry.eval.parity.check import Check, close, same
-from vlfoundry.infra.errors import DataError
-from vlfoundry.models.preprocess import normalise, standardise
-from vlfoundry.models.tiling import Tiling, plan, single, tile
+from vlfoundry.infra.core.errors import DataError
+from vlfoundry.models.preprocess.normalize import normalise, standardise
+from vlfoundry.models.preprocess.tiling import Tiling, plan, single, tile
 
 GRIDS = "dynamic_preprocess.json"
 PICTURES = "image_tiles.json"

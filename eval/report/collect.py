@@ -6,10 +6,10 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
-from vlfoundry.eval.scores import read_document
+from vlfoundry.eval.compare.scores import read_document
 from vlfoundry.eval.variants import MODELS, scores_file
-from vlfoundry.infra import workfolder
-from vlfoundry.infra.tables import read_table
+from vlfoundry.infra.core import workfolder
+from vlfoundry.infra.core.tables import read_table
 
 FUNNEL = ("filter", "dedup", "decontaminate")
 TRAINED = ("bootstrap", "pretrain_text", "contrastive", "generative", "sft@simple", "sft@full")

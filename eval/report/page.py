@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vlfoundry.eval.datasets import read_folder
+from vlfoundry.eval.compare.scores import read_items
+from vlfoundry.eval.datasets.folders import read_folder
 from vlfoundry.eval.report import charts, collect
-from vlfoundry.eval.scores import read_items
 from vlfoundry.eval.suites import NEEDS
 from vlfoundry.eval.variants import MODELS, scores_file
 

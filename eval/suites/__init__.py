@@ -2,10 +2,10 @@
 
 from collections.abc import Callable, Sequence
 
-from vlfoundry.eval.datasets import DataFolder
-from vlfoundry.eval.embedding import Model, Setting
-from vlfoundry.eval.scores import ENSEMBLE, Score
-from vlfoundry.infra.errors import ModelError
+from vlfoundry.eval.compare.scores import ENSEMBLE, Score
+from vlfoundry.eval.context import Model, Setting
+from vlfoundry.eval.datasets.folders import DataFolder
+from vlfoundry.infra.core.errors import ModelError
 
 SuiteRun = Callable[[Model, DataFolder, Setting], list[Score]]
 

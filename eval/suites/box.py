@@ -2,12 +2,12 @@
 
 import numpy as np
 
-from vlfoundry.eval.datasets import DataFolder
-from vlfoundry.eval.embedding import Model, Setting
+from vlfoundry.eval.compare.scores import Score, mean_score, write_items
+from vlfoundry.eval.context import Model, Setting
+from vlfoundry.eval.datasets.folders import DataFolder
 from vlfoundry.eval.metrics import compute
 from vlfoundry.eval.questions import ask, by_language, keep_scenes, nearest_answers, replies
-from vlfoundry.eval.scores import Score, mean_score, write_items
-from vlfoundry.infra.scenes import parse_box
+from vlfoundry.infra.data.synthetic.scenes import parse_box
 
 NAME = "box"
 IOU_THRESHOLD = 0.5

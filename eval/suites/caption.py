@@ -11,8 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from vlfoundry.eval.datasets import ConceptSet, DataFolder, Picture
-from vlfoundry.eval.embedding import Model, Setting
+from vlfoundry.eval.compare.scores import Score, mean_score, write_items
+from vlfoundry.eval.context import Model, Setting
+from vlfoundry.eval.datasets.folders import ConceptSet, DataFolder, Picture
 from vlfoundry.eval.metrics import compute
 from vlfoundry.eval.questions import (
     ask,
@@ -22,10 +23,9 @@ from vlfoundry.eval.questions import (
     nearest_answers,
     replies,
 )
-from vlfoundry.eval.scores import Score, mean_score, write_items
-from vlfoundry.infra.decode import Picture as Shown
-from vlfoundry.infra.errors import DataError
-from vlfoundry.infra.scenes import caption_question
+from vlfoundry.infra.core.errors import DataError
+from vlfoundry.infra.data.images.decode import Picture as Shown
+from vlfoundry.infra.data.synthetic.scenes import caption_question
 
 NAME = "caption"
 MEASURES = ("token_f1", "chrf")

@@ -2,8 +2,9 @@
 
 import numpy as np
 
-from vlfoundry.eval.datasets import DataFolder
-from vlfoundry.eval.embedding import Model, Setting
+from vlfoundry.eval.compare.scores import Score, mean_score, write_items
+from vlfoundry.eval.context import Model, Setting
+from vlfoundry.eval.datasets.folders import DataFolder
 from vlfoundry.eval.metrics import compute
 from vlfoundry.eval.questions import (
     ask,
@@ -13,8 +14,7 @@ from vlfoundry.eval.questions import (
     nearest_answers,
     replies,
 )
-from vlfoundry.eval.scores import Score, mean_score, write_items
-from vlfoundry.infra.scenes import answer_words
+from vlfoundry.infra.data.synthetic.scenes import answer_words
 
 NAME = "colour"
 MAX_NEW_TOKENS = 12

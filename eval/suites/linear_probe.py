@@ -7,11 +7,11 @@ import warnings
 
 import numpy as np
 
-from vlfoundry.eval.datasets import ConceptSet, DataFolder
-from vlfoundry.eval.embedding import Model, Setting, probe_features
+from vlfoundry.eval.compare.scores import Score, mean_score, write_items
+from vlfoundry.eval.context import Model, Setting, probe_features
+from vlfoundry.eval.datasets.folders import ConceptSet, DataFolder
 from vlfoundry.eval.metrics import compute
-from vlfoundry.eval.scores import Score, mean_score, write_items
-from vlfoundry.infra.errors import DataError
+from vlfoundry.infra.core.errors import DataError
 
 NAME = "linear_probe"
 MAX_ITERATIONS = 300

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from vlfoundry.eval.datasets import DataFolder
-from vlfoundry.eval.embedding import (
+from vlfoundry.eval.compare.scores import Score, mean_score, write_items
+from vlfoundry.eval.context import (
     IMAGE_BATCH,
     Model,
     Setting,
@@ -18,13 +18,13 @@ from vlfoundry.eval.embedding import (
     embed_texts,
     in_batches,
 )
-from vlfoundry.eval.pairing import Pairs, name_captions, pair_up
-from vlfoundry.eval.scores import Score, mean_score, write_items
-from vlfoundry.infra.errors import DataError
+from vlfoundry.eval.datasets.folders import DataFolder
+from vlfoundry.eval.datasets.pairing import Pairs, name_captions, pair_up
+from vlfoundry.infra.core.errors import DataError
 
 NAME = "matching"
 TASK = "retrieval"
-"""whose view of an oblong picture is taken (models.sight)"""
+"""whose view of an oblong picture is taken (models.preprocess.geometry)"""
 CHANCE = 0.5
 """of any constant answer: half of the texts are right"""
 SURE = 0.5

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-from vlfoundry.eval.datasets import ConceptSet, DataFolder
-from vlfoundry.eval.embedding import Model, Setting, embed_pictures, embed_texts
+from vlfoundry.eval.compare.scores import Score, mean_score, read_items, write_items
+from vlfoundry.eval.context import Model, Setting, embed_pictures, embed_texts
+from vlfoundry.eval.datasets.folders import ConceptSet, DataFolder
+from vlfoundry.eval.datasets.pairing import Pairs, keyword_caption, keyword_captions, pair_up
 from vlfoundry.eval.metrics import compute
-from vlfoundry.eval.pairing import Pairs, keyword_caption, keyword_captions, pair_up
-from vlfoundry.eval.ranking import best_rank, chance_at, top_candidates
-from vlfoundry.eval.scores import Score, mean_score, read_items, write_items
+from vlfoundry.eval.metrics.ranking import best_rank, chance_at, top_candidates
 
 NAME = "retrieval"
 CUTS = (1, 5, 10)

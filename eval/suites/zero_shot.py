@@ -7,12 +7,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vlfoundry.eval.datasets import Concept, ConceptSet, DataFolder, PairSet
-from vlfoundry.eval.embedding import Model, Setting, embed_pictures, embed_texts, unit
+from vlfoundry.eval.compare.scores import ENSEMBLE, Score, mean_score, write_items
+from vlfoundry.eval.context import Model, Setting, embed_pictures, embed_texts, unit
+from vlfoundry.eval.datasets.folders import Concept, ConceptSet, DataFolder, PairSet
 from vlfoundry.eval.metrics import compute
-from vlfoundry.eval.ranking import best_rank, chance_at, top_candidates
-from vlfoundry.eval.scores import ENSEMBLE, Score, mean_score, write_items
-from vlfoundry.infra.errors import DataError
+from vlfoundry.eval.metrics.ranking import best_rank, chance_at, top_candidates
+from vlfoundry.infra.core.errors import DataError
 
 NAME = "zero_shot"
 CUTS = (1, 5)

@@ -14,10 +14,10 @@ from typer.core import TyperGroup
 
 from vlfoundry.flows.cli import code, data, evaluate, models, plan, project, run, schedule
 from vlfoundry.flows.verbosity import Verbosity
-from vlfoundry.infra.errors import ConfigError, UserError
-from vlfoundry.infra.files import refused
-from vlfoundry.infra.interrupts import heed_interrupts
-from vlfoundry.infra.space import no_space
+from vlfoundry.infra.core.errors import ConfigError, UserError
+from vlfoundry.infra.core.files import refused
+from vlfoundry.infra.core.interrupts import heed_interrupts
+from vlfoundry.infra.core.space import no_space
 
 GROUPS = (project, run, code, schedule, evaluate, models, plan, data)
 """modules that each have `commands`; in the order in which `--help` shows them"""

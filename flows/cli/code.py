@@ -5,8 +5,8 @@ from typing import Annotated
 import typer
 
 from vlfoundry.flows.cli.common import Json, print_json
-from vlfoundry.infra.errors import ConfigError
-from vlfoundry.infra.project import find_root
+from vlfoundry.infra.core.errors import ConfigError
+from vlfoundry.infra.core.project import find_root
 
 commands = typer.Typer()
 
@@ -22,7 +22,7 @@ def graph(
     root = find_root()
     if write:
         from vlfoundry.flows import definition
-        from vlfoundry.infra.code import PACKAGE_FOLDER, package_of
+        from vlfoundry.infra.core.code import PACKAGE_FOLDER, package_of
 
         if PACKAGE_FOLDER.resolve().parent != root:
             own = package_of(root) != PACKAGE_FOLDER

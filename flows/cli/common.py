@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from vlfoundry.flows.verbosity import Verbosity
-from vlfoundry.infra.errors import ConfigError
-from vlfoundry.infra.project import find_root
+from vlfoundry.infra.core.errors import ConfigError
+from vlfoundry.infra.core.project import find_root
 
 Json = Annotated[
     bool, typer.Option("--json", help="print one JSON object, for programs, and nothing else")

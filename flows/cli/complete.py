@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from vlfoundry.flows.cli.common import root_or_none
-from vlfoundry.infra.errors import UserError
+from vlfoundry.infra.core.errors import UserError
 
 Completion = Callable[[str], list[str]]
 
@@ -54,7 +54,7 @@ def kinds() -> Iterable[str]:
 
 @offering
 def tasks() -> Iterable[str]:
-    from vlfoundry.models.sight import CHAT, TASKS
+    from vlfoundry.models.preprocess.geometry import CHAT, TASKS
 
     return [*(name for name in TASKS if name != "train"), CHAT]
 
@@ -110,14 +110,14 @@ def plannable(root: Path) -> Iterable[str]:
 @in_project
 def parameters(root: Path) -> Iterable[str]:
     """`KEY=` of every parameter that `--set` takes."""
-    from vlfoundry.infra.config import PARAMS_FILE, load_params
+    from vlfoundry.infra.core.config import PARAMS_FILE, load_params
 
     return [f"{key}=" for key in _leaves(load_params(root / PARAMS_FILE))]
 
 
 @in_project
 def models(root: Path) -> Iterable[str]:
-    from vlfoundry.infra.registry import list_models
+    from vlfoundry.infra.registry.gto import list_models
 
     versions = list_models(root)
     standing = [f"{v.name}#{stage}" for v in versions for stage in v.stages]

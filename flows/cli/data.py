@@ -8,7 +8,7 @@ import typer
 from vlfoundry.flows.cli import complete
 from vlfoundry.flows.cli.common import Json, print_json, root_or_none
 from vlfoundry.flows.verbosity import Verbosity
-from vlfoundry.infra.project import find_root
+from vlfoundry.infra.core.project import find_root
 
 commands = typer.Typer()
 
@@ -46,7 +46,7 @@ def chat_check(
     anything.
     """
     if model is not None:  # what is wrong is said before the rest is imported
-        from vlfoundry.infra.registry import resolve_model
+        from vlfoundry.infra.registry.gto import resolve_model
 
         resolve_model(model)
     from vlfoundry.flows.chat_check import FileReport, check, check_places, find_limits

@@ -10,7 +10,7 @@ import typer
 from vlfoundry.flows.cli import complete
 from vlfoundry.flows.cli.common import note
 from vlfoundry.flows.cli.options import MODEL
-from vlfoundry.infra.errors import ConfigError
+from vlfoundry.infra.core.errors import ConfigError
 
 commands = typer.Typer()
 
@@ -48,8 +48,8 @@ def evaluate(
 ) -> None:
     """Score a model on a folder of pictures, and write the scores as JSON."""
     asked = _one_model(model, model_option)
-    from vlfoundry.eval.run import evaluate_folder
-    from vlfoundry.eval.scores import score_line
+    from vlfoundry.eval.compare.scores import score_line
+    from vlfoundry.eval.runner import evaluate_folder
 
     with tempfile.TemporaryDirectory(prefix="vlfoundry-") as scratch:
         out = Path(scratch) / "scores.json" if json == STDOUT else json

@@ -8,8 +8,8 @@ import typer
 from vlfoundry.flows.cli import complete
 from vlfoundry.flows.cli.common import Json, print_json, root_or_none
 from vlfoundry.flows.cli.options import ModelRef
-from vlfoundry.infra.errors import one_line
-from vlfoundry.infra.project import find_root
+from vlfoundry.infra.core.errors import one_line
+from vlfoundry.infra.core.project import find_root
 
 commands = typer.Typer()
 
@@ -59,7 +59,7 @@ def import_(
     Every tensor is accounted for, and kept in the type it has. Code in a pickle is never run.
     """
     from vlfoundry.flows.start import bring, bring_with_profile, new_profile
-    from vlfoundry.infra.files import require_writable_folder
+    from vlfoundry.infra.core.files import require_writable_folder
 
     asked: dict[str, Any] = {
         "stage": stage, "kind": kind, "config_file": config, "tower_config": tower_config,
@@ -89,8 +89,8 @@ def export(
     ],
 ) -> None:
     """Write a model as official code or transformers reads it."""
-    from vlfoundry.infra.files import require_writable_folder
-    from vlfoundry.infra.registry import resolve_model
+    from vlfoundry.infra.core.files import require_writable_folder
+    from vlfoundry.infra.registry.gto import resolve_model
     from vlfoundry.models.internvl.convert import check_format, export_model
 
     require_writable_folder(target, "the model")
@@ -107,8 +107,8 @@ def merge(
     target: Annotated[Path, typer.Argument(help="the model folder to make")],
 ) -> None:
     """Fold a model's LoRA adapters into its weights (export does that too)."""
-    from vlfoundry.infra.files import require_writable_folder
-    from vlfoundry.infra.registry import resolve_model
+    from vlfoundry.infra.core.files import require_writable_folder
+    from vlfoundry.infra.registry.gto import resolve_model
     from vlfoundry.models.internvl.convert import merge_model
 
     require_writable_folder(target, "the model")
@@ -121,7 +121,7 @@ def models(json: Json = False) -> None:
     """List the registered models and what stands where."""
     import dataclasses
 
-    from vlfoundry.infra.registry import list_models
+    from vlfoundry.infra.registry.gto import list_models
 
     rows = list_models(find_root())
     if json:
@@ -145,7 +145,7 @@ def register(
     ] = None,
 ) -> None:
     """Give a trained model a version."""
-    from vlfoundry.infra.registry import register_model
+    from vlfoundry.infra.registry.gto import register_model
 
     version = register_model(find_root(), folder, promote=promote)
     typer.echo(f"{version.name}@{version.version} is {version.path} at {version.commit[:10]}")
@@ -174,7 +174,7 @@ def lineage(
 ) -> None:
     """Walk back from a model to the rows that it was trained on."""
     from vlfoundry.flows.lineage import lineage_facts, lineage_lines, write_rows
-    from vlfoundry.infra.files import require_writable
+    from vlfoundry.infra.core.files import require_writable
 
     if rows:
         require_writable(rows, "the rows")

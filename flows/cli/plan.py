@@ -7,7 +7,7 @@ import typer
 from vlfoundry.flows.cli import complete
 from vlfoundry.flows.cli.common import Json, print_json
 from vlfoundry.flows.cli.options import Overrides, Profile
-from vlfoundry.infra.project import find_root
+from vlfoundry.infra.core.project import find_root
 
 commands = typer.Typer()
 

@@ -7,7 +7,7 @@ import typer
 
 from vlfoundry.flows.cli.common import Json, print_json
 from vlfoundry.flows.cli.options import Overrides, Profile, Stages
-from vlfoundry.infra.project import find_root
+from vlfoundry.infra.core.project import find_root
 
 commands = typer.Typer()
 
@@ -85,7 +85,7 @@ def report(
 ) -> None:
     """Draw the report of the last run again, as one page that works offline."""
     from vlfoundry.eval.report.page import PAGE, render
-    from vlfoundry.infra.files import require_writable
+    from vlfoundry.infra.core.files import require_writable
 
     require_writable(out or find_root() / PAGE, "the report")
     typer.echo(render(find_root(), out))

@@ -5,8 +5,8 @@ from typing import Annotated
 import typer
 
 from vlfoundry.flows.cli.options import Overrides, Profile, Stages
-from vlfoundry.infra.errors import UserError
-from vlfoundry.infra.project import find_root
+from vlfoundry.infra.core.errors import UserError
+from vlfoundry.infra.core.project import find_root
 
 commands = typer.Typer()
 

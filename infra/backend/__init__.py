@@ -10,9 +10,9 @@ import logging
 import warnings
 from typing import TYPE_CHECKING
 
+from vlfoundry.infra.backend.devices import Device, find_device
 from vlfoundry.infra.backend.layout import Layout, ModelFacts
-from vlfoundry.infra.devices import Device, find_device
-from vlfoundry.infra.errors import UserError
+from vlfoundry.infra.core.errors import UserError
 
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -42,7 +42,7 @@ def install() -> Device:
     On a GPU this only imports. On a CPU it applies `infra.backend.cpu`.
 
     Returns:
-        The decision of `infra.devices`, with its reason.
+        The decision of `infra.backend.devices`, with its reason.
 
     Raises:
         UserError: another version of Megatron-Core is installed; the CPU replacements name its

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from vlfoundry.infra.errors import LayoutError
+from vlfoundry.infra.core.errors import LayoutError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from vlfoundry.infra.backend import install
+from vlfoundry.infra.backend.devices import Device
+from vlfoundry.infra.backend.fp8_config import Fp8Config
 from vlfoundry.infra.backend.layout import Layout
 from vlfoundry.infra.backend.ranks import Rank, forbid_forks, this_rank
-from vlfoundry.infra.devices import Device
-from vlfoundry.infra.fp8 import Fp8Config
 
 # One rendezvous store a rank, kept for as long as it lives, and how many worlds met there.
 _store: Any = None

@@ -27,11 +27,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from vlfoundry.infra.errors import KilledError, UserError, ending
-from vlfoundry.infra.interrupts import end_if_orphaned
-from vlfoundry.infra.launch import die_with_parent
-from vlfoundry.infra.loopback import listen
-from vlfoundry.infra.space import no_space
+from vlfoundry.infra.core.errors import KilledError, UserError, ending
+from vlfoundry.infra.core.interrupts import end_if_orphaned
+from vlfoundry.infra.core.loopback import listen
+from vlfoundry.infra.core.process import die_with_parent
+from vlfoundry.infra.core.space import no_space
 
 EXIT_FAILED = 1
 EXIT_STOPPED = 130

@@ -28,15 +28,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlfoundry.infra.config import canonical_json
-from vlfoundry.infra.errors import KilledError
-from vlfoundry.infra.fingerprint import fingerprint
-from vlfoundry.infra.launch import die_with_parent
-from vlfoundry.infra.space import no_space
+from vlfoundry.infra.core.config import canonical_json
+from vlfoundry.infra.core.errors import KilledError
+from vlfoundry.infra.core.fingerprint import fingerprint
+from vlfoundry.infra.core.process import die_with_parent
+from vlfoundry.infra.core.space import no_space
+from vlfoundry.infra.train.anomalies import Account
 from vlfoundry.infra.train.config import TrainConfig
 from vlfoundry.infra.train.ema import Ema
 from vlfoundry.infra.train.fp8 import Fp8Run
-from vlfoundry.infra.train.spikes import Account
 from vlfoundry.infra.train.step import random_state, set_random_state
 
 FORMAT = "vlfoundry.checkpoint.v3"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from vlfoundry.infra.errors import ConfigError
-from vlfoundry.infra.fp8 import Fp8Config
+from vlfoundry.infra.backend.fp8_config import Fp8Config
+from vlfoundry.infra.core.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)

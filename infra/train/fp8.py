@@ -1,6 +1,6 @@
 """What a run in FP8 does beside its steps: scales that follow, what is lost, and going without.
 
-A linear that computes in FP8 has a `fp8_product` (`models.common.fp8`). On Transformer Engine's
+A linear that computes in FP8 has a `fp8_product` (`models.fp8.products`). On Transformer Engine's
 layers it is the engine that keeps scales, and a `fp8_watch` that says what is lost.
 """
 

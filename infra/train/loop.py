@@ -13,15 +13,15 @@ from typing import Any
 from vlfoundry.infra.backend import Layout, device_literals, install
 from vlfoundry.infra.backend.placement import to_device
 from vlfoundry.infra.backend.ranks import stop_requests
-from vlfoundry.infra.progress import Progress
-from vlfoundry.infra.streams import Stream, stream_seed
+from vlfoundry.infra.core.progress import Progress
+from vlfoundry.infra.core.streams import Stream, stream_seed
+from vlfoundry.infra.train.anomalies import Account, refuse_if_hopeless, why_bad
 from vlfoundry.infra.train.checkpoint import Checkpoints, Saved, best_checkpoint, newest
 from vlfoundry.infra.train.config import TrainConfig
 from vlfoundry.infra.train.ema import Ema
 from vlfoundry.infra.train.fp8 import Fp8Run
 from vlfoundry.infra.train.mfu import peak_flops_per_s
 from vlfoundry.infra.train.optim import build_optimizer, gradient_norm, set_step, update
-from vlfoundry.infra.train.spikes import Account, refuse_if_hopeless, why_bad
 from vlfoundry.infra.train.step import Engine, random_state, set_random_state
 from vlfoundry.infra.train.telemetry import Stopwatch, Telemetry, Work
 

@@ -7,8 +7,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from vlfoundry.infra.devices import find_device
-from vlfoundry.infra.errors import ConfigError
+from vlfoundry.infra.backend.devices import find_device
+from vlfoundry.infra.core.errors import ConfigError
 from vlfoundry.infra.train.config import TrainConfig
 
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")

@@ -14,11 +14,11 @@ from typing import Any
 
 from vlfoundry.infra.backend import Layout
 from vlfoundry.infra.backend.ranks import run_ranks
-from vlfoundry.infra.files import write_atomic
-from vlfoundry.infra.launch import LauncherProfile, local_profile
-from vlfoundry.infra.packing import PackingConfig
-from vlfoundry.infra.prefetch import Prefetch
-from vlfoundry.infra.stage import Context, Interrupted, Plot
+from vlfoundry.infra.core.files import write_atomic
+from vlfoundry.infra.core.stage import Context, Interrupted, Plot
+from vlfoundry.infra.data.shards.packing import PackingConfig
+from vlfoundry.infra.data.shards.prefetch import Prefetch
+from vlfoundry.infra.launch.profile import LauncherProfile, local_profile
 from vlfoundry.infra.train.config import TrainConfig
 from vlfoundry.infra.train.loop import FitResult, Objective
 from vlfoundry.infra.train.mfu import Utilisation

@@ -21,7 +21,7 @@ from typing import Any
 
 from vlfoundry.infra.backend import Layout, device_literals, install, plain_calls
 from vlfoundry.infra.backend.parallel import SoloGroup
-from vlfoundry.infra.errors import LayoutError
+from vlfoundry.infra.core.errors import LayoutError
 from vlfoundry.infra.train.mfu import FlopCounter
 from vlfoundry.infra.train.telemetry import Stopwatch
 

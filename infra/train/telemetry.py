@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vlfoundry.infra.errors import ConfigError
-from vlfoundry.infra.launch import host_and_port
+from vlfoundry.infra.core.errors import ConfigError
+from vlfoundry.infra.launch.profile import host_and_port
 
 PHASES = ("data", "forward", "backward", "communication", "optimizer", "checkpoint")
 SINKS = ("tensorboard", "dvclive")

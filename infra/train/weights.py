@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlfoundry.infra.backend.parallel import SoloGroup
-from vlfoundry.infra.errors import ModelError
+from vlfoundry.infra.core.errors import ModelError
 
 if TYPE_CHECKING:
     from torch import Tensor

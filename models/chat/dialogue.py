@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vlfoundry.infra.errors import DataError
+from vlfoundry.infra.core.errors import DataError
 from vlfoundry.models.chat import jinja
 from vlfoundry.models.chat.labels import IGNORE, ids_of, row
 from vlfoundry.models.chat.templates import (

@@ -15,14 +15,14 @@ from pathlib import Path
 
 import numpy as np
 
-from vlfoundry.infra.decode import Encoded
-from vlfoundry.infra.errors import DataError
-from vlfoundry.infra.roots import Root
+from vlfoundry.infra.core.errors import DataError
+from vlfoundry.infra.core.roots import Root
+from vlfoundry.infra.data.images.decode import Encoded
 from vlfoundry.models.chat.dialogue import Dialogue
 from vlfoundry.models.chat.jsonl import ChatFile, Problem, Sample
 from vlfoundry.models.chat.labels import IGNORE
 from vlfoundry.models.chat.visual import frame_indices
-from vlfoundry.models.tiling import Tiling, picture_size, plan, share_tiles, tile
+from vlfoundry.models.preprocess.tiling import Tiling, picture_size, plan, share_tiles, tile
 from vlfoundry.models.tokenizer import pad
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")

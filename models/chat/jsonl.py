@@ -21,9 +21,9 @@ from typing import BinaryIO
 
 import numpy as np
 
-from vlfoundry.infra.errors import DataError
-from vlfoundry.infra.givenfiles import disguise
-from vlfoundry.infra.roots import is_text, open_plain, what_is_wrong
+from vlfoundry.infra.core.errors import DataError
+from vlfoundry.infra.core.givenfiles import disguise
+from vlfoundry.infra.core.roots import is_text, open_plain, what_is_wrong
 from vlfoundry.models.chat.control import written_out
 from vlfoundry.models.chat.templates import IMAGE, Message, Role
 from vlfoundry.models.chat.visual import VIDEO, frame_lines

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlfoundry.infra.errors import ModelError
-from vlfoundry.infra.givenfiles import MOST_BYTES, brief, check_file, read_mapping, shown
+from vlfoundry.infra.core.errors import ModelError
+from vlfoundry.infra.core.givenfiles import MOST_BYTES, brief, check_file, read_mapping, shown
 from vlfoundry.models.chat.dialogue import TemplateDialogue, WrittenDialogue
 from vlfoundry.models.chat.templates import TEMPLATES, named
 from vlfoundry.models.chat.tokenizer import (
@@ -22,7 +22,7 @@ from vlfoundry.models.chat.tokenizer import (
     ChatTokenizer,
     SentencePieceTokenizer,
 )
-from vlfoundry.models.common.tokenizerfiles import read_pieces
+from vlfoundry.models.official.tokenizerfiles import read_pieces
 from vlfoundry.models.tokenizer import TextTokenizer
 
 PIECES = ("tokenizer.model", "tokenizer.json", "vocab.json")

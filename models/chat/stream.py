@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from vlfoundry.infra.mixture import Mixture
-from vlfoundry.infra.streams import Stream, stream_seed
+from vlfoundry.infra.core.streams import Stream, stream_seed
+from vlfoundry.infra.data.shards.mixture import Mixture
 from vlfoundry.models.chat.examples import Conversations, Example
 
 Source = Conversations | Callable[[int], Example]

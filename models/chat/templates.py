@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from vlfoundry.infra.errors import ConfigError, DataError
+from vlfoundry.infra.core.errors import ConfigError, DataError
 
 IMAGE = "<image>"
 """stands for one picture in a message"""

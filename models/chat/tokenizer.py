@@ -12,9 +12,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vlfoundry.infra.errors import ModelError
+from vlfoundry.infra.core.errors import ModelError
 from vlfoundry.models.chat.control import GUARD, any_of, control_tokens, guarded, without_added
-from vlfoundry.models.common.tokenizerfiles import read_backend, read_merges, read_pieces
+from vlfoundry.models.official.tokenizerfiles import read_backend, read_merges, read_pieces
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend

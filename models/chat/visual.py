@@ -7,7 +7,7 @@ Source: the chat data format of OpenGVLab/InternVL (`<image>`, `<video>`, "Frame
 
 import numpy as np
 
-from vlfoundry.infra.errors import ConfigError, DataError
+from vlfoundry.infra.core.errors import ConfigError, DataError
 from vlfoundry.models.chat.templates import IMAGE
 
 VIDEO = "<video>"

@@ -10,13 +10,13 @@ import math
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
-from vlfoundry.infra.errors import ModelError
-from vlfoundry.models.common import kernels
-from vlfoundry.models.common.canonical import set_init, set_rule
-from vlfoundry.models.common.megatron import TransformerConfig
-from vlfoundry.models.common.norms import LayerNorm
-from vlfoundry.models.common.parallel import Part
+from vlfoundry.infra.core.errors import ModelError
+from vlfoundry.models import kernels
 from vlfoundry.models.connector.config import ConnectorConfig
+from vlfoundry.models.layers.canonical import set_init, set_rule
+from vlfoundry.models.layers.megatron import TransformerConfig
+from vlfoundry.models.layers.norms import LayerNorm
+from vlfoundry.models.layers.parallel import Part
 
 
 class Connector(Part):
@@ -56,7 +56,7 @@ class Connector(Part):
         merge, version = self.connector_config.merge, self.connector_config.ps_version
         _check_grid(rows, columns, merge)
         if kernels.use_kernels(tokens):
-            from vlfoundry.models.common.kernels.unshuffle import shuffled_norm
+            from vlfoundry.models.kernels.unshuffle import shuffled_norm
 
             return shuffled_norm(
                 tokens, (rows, columns), merge, norm.weight, norm.bias, norm.eps,

@@ -6,8 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
-from vlfoundry.infra.errors import ConfigError
-from vlfoundry.models.common.config import LoraConfig, check_numbers
+from vlfoundry.infra.core.errors import ConfigError
+from vlfoundry.models.layers.config import LoraConfig, check_numbers
 
 _SPREADS = ("layerscale_init", "position_init_std", "init_std")
 

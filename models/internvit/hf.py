@@ -6,10 +6,10 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from vlfoundry.models.common.fields import read, require_multiple
-from vlfoundry.models.common.keymap import Key, join_all, one, prefixed
-from vlfoundry.models.common.official import VISION
 from vlfoundry.models.internvit.config import InternViTConfig
+from vlfoundry.models.official.configs import VISION
+from vlfoundry.models.official.fields import read, require_multiple
+from vlfoundry.models.official.keymap import Key, join_all, one, prefixed
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -11,17 +11,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, linear
 
-from vlfoundry.infra.errors import ModelError
-from vlfoundry.models.common.canonical import set_init, set_rule, set_true_shape
-from vlfoundry.models.common.config import LayerSpecKind
-from vlfoundry.models.common.draws import uniforms
-from vlfoundry.models.common.layers import ScaledLayer, layer_submodules
-from vlfoundry.models.common.lora import add_lora
-from vlfoundry.models.common.megatron import ModuleSpec
-from vlfoundry.models.common.parallel import Part, pad_to_multiple, stack_config, tensor_group
-from vlfoundry.models.common.parts import Parts, parts_of
-from vlfoundry.models.common.stack import Stack
+from vlfoundry.infra.core.errors import ModelError
 from vlfoundry.models.internvit.config import InternViTConfig
+from vlfoundry.models.layers.canonical import set_init, set_rule, set_true_shape
+from vlfoundry.models.layers.config import LayerSpecKind
+from vlfoundry.models.layers.draws import uniforms
+from vlfoundry.models.layers.layer import ScaledLayer, layer_submodules
+from vlfoundry.models.layers.lora import add_lora
+from vlfoundry.models.layers.megatron import ModuleSpec
+from vlfoundry.models.layers.parallel import Part, pad_to_multiple, stack_config, tensor_group
+from vlfoundry.models.layers.specs import Parts, parts_of
+from vlfoundry.models.layers.stack import Stack
 
 
 class InternViT(Part):

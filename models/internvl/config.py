@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
 
-from vlfoundry.infra.errors import ConfigError
-from vlfoundry.models.common.config import DecoderConfig, LoraConfig, check_numbers
+from vlfoundry.infra.core.errors import ConfigError
 from vlfoundry.models.connector.config import ConnectorConfig
+from vlfoundry.models.families.llama.config import llama
 from vlfoundry.models.internvit.config import InternViTConfig, internvit
-from vlfoundry.models.llama.config import llama
+from vlfoundry.models.layers.config import DecoderConfig, LoraConfig, check_numbers
+from vlfoundry.models.preprocess.geometry import PictureConfig, Sight
 from vlfoundry.models.qllama.config import PAPER, QLlamaConfig
-from vlfoundry.models.sight import PictureConfig, Sight
 
 Kind = Literal["vision", "text", "internvl_c", "internvl_g", "chat_simple", "chat_full"]
 

@@ -15,13 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlfoundry.infra.errors import ConfigError, ModelError
-from vlfoundry.infra.files import new_folder
-from vlfoundry.infra.givenfiles import read_mapping, shown
-from vlfoundry.infra.tensorfiles import TensorFacts, TensorFiles, write_tensors
+from vlfoundry.infra.core.errors import ConfigError, ModelError
+from vlfoundry.infra.core.files import new_folder
+from vlfoundry.infra.core.givenfiles import read_mapping, shown
+from vlfoundry.infra.core.tensorfiles import TensorFacts, TensorFiles, write_tensors
 from vlfoundry.models.chat.official import KEPT, OfficialTokenizer, small_files, template_name
 from vlfoundry.models.chat.templates import IMG_CONTEXT
-from vlfoundry.models.common.keymap import Key, check_names
 from vlfoundry.models.internvit import hf as vision_hf
 from vlfoundry.models.internvl import hf
 from vlfoundry.models.internvl.config import PARTS, InternVLConfig
@@ -49,6 +48,7 @@ from vlfoundry.models.internvl.source import (
     untied,
 )
 from vlfoundry.models.internvl.tokenizer import load_tokenizer
+from vlfoundry.models.official.keymap import Key, check_names
 from vlfoundry.models.tokenizer import IMG_CONTEXT_ID, Tokenizer
 
 if TYPE_CHECKING:

@@ -7,11 +7,11 @@ import struct
 from collections.abc import Mapping
 from pathlib import Path
 
-from vlfoundry.infra.config import build, to_dict
-from vlfoundry.infra.errors import ConfigError, ModelError
-from vlfoundry.infra.givenfiles import disguise, read_mapping, shown
+from vlfoundry.infra.core.config import build, to_dict
+from vlfoundry.infra.core.errors import ConfigError, ModelError
+from vlfoundry.infra.core.givenfiles import disguise, read_mapping, shown
+from vlfoundry.models.estimate.weights import weights
 from vlfoundry.models.internvl.config import PARTS, InternVLConfig
-from vlfoundry.models.plan.weights import weights
 
 FORMAT = "vlfoundry.model.v1"
 

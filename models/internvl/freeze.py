@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
-from vlfoundry.infra.errors import ConfigError
+from vlfoundry.infra.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -66,8 +66,8 @@ def _names_of_all_stages(model: nn.Module) -> list[str]:
     """A stage of a pipeline holds part of the model; what is asked for may be in another's."""
     import torch
 
-    from vlfoundry.models.common.megatron import parallel_state
-    from vlfoundry.models.common.parallel import is_distributed
+    from vlfoundry.models.layers.megatron import parallel_state
+    from vlfoundry.models.layers.parallel import is_distributed
 
     names = [name for name, _ in model.named_parameters()]
     if not is_distributed():

@@ -10,14 +10,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vlfoundry.infra.givenfiles import read_mapping
+from vlfoundry.infra.core.givenfiles import read_mapping
 from vlfoundry.models.chat.official import KEPT, PIECES, OfficialTokenizer
 from vlfoundry.models.chat.templates import END_IMG, IMG, IMG_CONTEXT
-from vlfoundry.models.common.fields import size
 from vlfoundry.models.internvl.config import InternVLConfig
 from vlfoundry.models.internvl.tokenizer import load_tokenizer
-from vlfoundry.models.preprocess import MEAN, STD
-from vlfoundry.models.sight import PictureConfig
+from vlfoundry.models.official.fields import size
+from vlfoundry.models.preprocess.geometry import PictureConfig
+from vlfoundry.models.preprocess.normalize import MEAN, STD
 from vlfoundry.models.tokenizer import BOS, EOS, PAD, SPECIAL_TOKENS, TextTokenizer, Tokenizer
 
 OWN = "tokenizer.json"

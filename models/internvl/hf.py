@@ -7,22 +7,11 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from vlfoundry.infra.errors import ConfigError, ModelError
-from vlfoundry.infra.givenfiles import shown
-from vlfoundry.models.common.config import DecoderConfig, LoraConfig
-from vlfoundry.models.common.fields import read, require_multiple, size, wrong
-from vlfoundry.models.common.hf_decoder import decoder_keys, internlm2_keys
-from vlfoundry.models.common.keymap import Key, join_all, one, prefixed, renamed
-from vlfoundry.models.common.official import (
-    CHAT,
-    CROSS_ATTENTION_FREQUENCY,
-    DUAL,
-    LAYERS,
-    LLAVA,
-    NATIVE,
-    NATIVE_VISION,
-)
+from vlfoundry.infra.core.errors import ConfigError, ModelError
+from vlfoundry.infra.core.givenfiles import shown
 from vlfoundry.models.connector.config import ConnectorConfig
+from vlfoundry.models.decoder.hf_keys import decoder_keys, internlm2_keys
+from vlfoundry.models.families.llama import hf as llama_hf
 from vlfoundry.models.internvit import hf as vision_hf
 from vlfoundry.models.internvit.config import InternViTConfig
 from vlfoundry.models.internvl.config import InternVLConfig
@@ -33,7 +22,18 @@ from vlfoundry.models.internvl.hf_pictures import (
     pictures_to_llava,
     pictures_to_official,
 )
-from vlfoundry.models.llama import hf as llama_hf
+from vlfoundry.models.layers.config import DecoderConfig, LoraConfig
+from vlfoundry.models.official.configs import (
+    CHAT,
+    CROSS_ATTENTION_FREQUENCY,
+    DUAL,
+    LAYERS,
+    LLAVA,
+    NATIVE,
+    NATIVE_VISION,
+)
+from vlfoundry.models.official.fields import read, require_multiple, size, wrong
+from vlfoundry.models.official.keymap import Key, join_all, one, prefixed, renamed
 from vlfoundry.models.qllama.config import QLlamaConfig
 
 if TYPE_CHECKING:

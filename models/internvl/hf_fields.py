@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from vlfoundry.models.common.fields import Table, left_out, names, unknown
-from vlfoundry.models.common.official import (
+from vlfoundry.models.families.llama.hf import kind_of
+from vlfoundry.models.internvl.hf import TOWER
+from vlfoundry.models.official.configs import (
     CHAT,
     DECODERS,
     DUAL,
@@ -16,8 +17,7 @@ from vlfoundry.models.common.official import (
     SHAPES,
     VISION,
 )
-from vlfoundry.models.internvl.hf import TOWER
-from vlfoundry.models.llama.hf import kind_of
+from vlfoundry.models.official.fields import Table, left_out, names, unknown
 
 Read = tuple[Mapping, Table, str]
 """a config or a part of it, its table, and where the part is"""

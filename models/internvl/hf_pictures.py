@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vlfoundry.infra.config import build, to_dict
-from vlfoundry.models.sight import PictureConfig
+from vlfoundry.infra.core.config import build, to_dict
+from vlfoundry.models.preprocess.geometry import PictureConfig
 
 NATIVE_PICTURES = {"dynamic_image_size": True, "use_thumbnail": True, "max_dynamic_patch": 12}
 """transformers' own internvl is for models that see tiles; how many stands in its processor's

@@ -13,12 +13,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from vlfoundry.infra.tensorfiles import TensorFacts, TensorFiles
-from vlfoundry.models.common.config import LINEARS, LoraConfig
-from vlfoundry.models.common.hf_decoder import decoder_keys
-from vlfoundry.models.common.keymap import Key, check_names, prefixed
+from vlfoundry.infra.core.tensorfiles import TensorFacts, TensorFiles
+from vlfoundry.models.decoder.hf_keys import decoder_keys
 from vlfoundry.models.internvit import hf as vision_hf
 from vlfoundry.models.internvl.config import PARTS, InternVLConfig
+from vlfoundry.models.layers.config import LINEARS, LoraConfig
+from vlfoundry.models.official.keymap import Key, check_names, prefixed
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -16,13 +16,19 @@ from torch.nn.functional import normalize
 
 from vlfoundry.infra.backend import install
 from vlfoundry.infra.backend.parallel import current_layout
-from vlfoundry.infra.errors import ConfigError, LayoutError, ModelError
-from vlfoundry.models.common.canonical import initialise, set_init, set_rule
-from vlfoundry.models.common.config import LayerSpecKind
-from vlfoundry.models.common.decoder import Decoder, at_end, mask_of_holes
-from vlfoundry.models.common.generate import greedy
-from vlfoundry.models.common.megatron import MegatronModule
-from vlfoundry.models.common.parallel import (
+from vlfoundry.infra.core.errors import ConfigError, LayoutError, ModelError
+from vlfoundry.models.connector.config import ConnectorConfig
+from vlfoundry.models.connector.model import Connector
+from vlfoundry.models.decoder.generate import greedy
+from vlfoundry.models.decoder.model import Decoder, at_end, mask_of_holes
+from vlfoundry.models.families.llama.model import Llama
+from vlfoundry.models.internvit.model import InternViT
+from vlfoundry.models.internvl.config import PARTS, InternVLConfig
+from vlfoundry.models.internvl.pipeline_split import Share, cut, meet_in_loss
+from vlfoundry.models.layers.canonical import initialise, set_init, set_rule
+from vlfoundry.models.layers.config import LayerSpecKind
+from vlfoundry.models.layers.megatron import MegatronModule
+from vlfoundry.models.layers.parallel import (
     Part,
     apart_metadata,
     beside,
@@ -31,13 +37,7 @@ from vlfoundry.models.common.parallel import (
     stand_apart,
     text_apart,
 )
-from vlfoundry.models.common.pooling import AttentionPool
-from vlfoundry.models.connector.config import ConnectorConfig
-from vlfoundry.models.connector.model import Connector
-from vlfoundry.models.internvit.model import InternViT
-from vlfoundry.models.internvl.config import PARTS, InternVLConfig
-from vlfoundry.models.internvl.cut import Share, cut, meet_in_loss
-from vlfoundry.models.llama.model import Llama
+from vlfoundry.models.layers.pooling import AttentionPool
 from vlfoundry.models.qllama.masks import contrastive_blocked, generative_blocked, matching_blocked
 from vlfoundry.models.qllama.model import QLlama
 from vlfoundry.models.tokenizer import IMG_CONTEXT_ID
@@ -57,7 +57,7 @@ def build(
         kind: a name of `PARTS`.
         config: of its parts.
         seed: of its initial weights.
-        spec: None: this device's (`infra.devices`).
+        spec: None: this device's (`infra.backend.devices`).
 
     Raises:
         ConfigError: no configuration is called `kind`, or its numbers do not go together.

@@ -6,13 +6,13 @@ import dataclasses
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from vlfoundry.infra.errors import ConfigError, ModelError
-from vlfoundry.infra.givenfiles import brief
-from vlfoundry.infra.tensorfiles import TensorFiles
-from vlfoundry.models.common.fields import label
-from vlfoundry.models.common.keymap import Key, renamed
+from vlfoundry.infra.core.errors import ConfigError, ModelError
+from vlfoundry.infra.core.givenfiles import brief
+from vlfoundry.infra.core.tensorfiles import TensorFiles
 from vlfoundry.models.internvl.config import InternVLConfig
 from vlfoundry.models.internvl.hf_fields import DEPTH, TOWERS
+from vlfoundry.models.official.fields import label
+from vlfoundry.models.official.keymap import Key, renamed
 
 if TYPE_CHECKING:
     from torch import Tensor

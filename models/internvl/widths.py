@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from vlfoundry.infra.backend.fp8_config import FEATURES, Fp8Config
 from vlfoundry.infra.backend.layout import Layout
-from vlfoundry.infra.errors import ConfigError
-from vlfoundry.infra.fp8 import FEATURES, Fp8Config
-from vlfoundry.models.common.config import DecoderConfig
+from vlfoundry.infra.core.errors import ConfigError
 from vlfoundry.models.internvl.config import PARTS, InternVLConfig
+from vlfoundry.models.layers.config import DecoderConfig
 
 Width = tuple[str, int, int]
 """what it is, how many features, and over how many ranks they are cut"""

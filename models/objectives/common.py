@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vlfoundry.infra.backend import install
-from vlfoundry.models.common.megatron import gather_from_sequence_parallel_region
-from vlfoundry.models.common.parallel import data_group
+from vlfoundry.models.layers.megatron import gather_from_sequence_parallel_region
+from vlfoundry.models.layers.parallel import data_group
 
 Batch = Mapping[str, Any]
 Metrics = dict[str, Tensor]

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.linalg import vecdot
 
 from vlfoundry.infra.backend.parallel import text_peers
-from vlfoundry.models.common.parallel import data_group
-from vlfoundry.models.common.precision import wide
+from vlfoundry.models.layers.parallel import data_group
+from vlfoundry.models.layers.precision import wide
 from vlfoundry.models.objectives.common import (
     Batch,
     Metrics,

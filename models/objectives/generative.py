@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, pad
 
-from vlfoundry.infra.errors import ConfigError
-from vlfoundry.models.common.parallel import data_group
-from vlfoundry.models.common.precision import wide
+from vlfoundry.infra.core.errors import ConfigError
+from vlfoundry.models.layers.parallel import data_group
+from vlfoundry.models.layers.precision import wide
 from vlfoundry.models.objectives.common import (
     Batch,
     Metrics,

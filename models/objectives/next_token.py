@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from vlfoundry.infra.errors import ModelError
-from vlfoundry.models.common.packing import sample_of_token, split_packs
-from vlfoundry.models.common.parallel import data_group
-from vlfoundry.models.common.precision import wide
+from vlfoundry.infra.core.errors import ModelError
+from vlfoundry.models.layers.packing import sample_of_token, split_packs
+from vlfoundry.models.layers.parallel import data_group
+from vlfoundry.models.layers.precision import wide
 from vlfoundry.models.objectives.common import (
     Batch,
     Metrics,
@@ -36,7 +36,7 @@ class NextToken(Objective):
     nothing is learnt, and may hold `weights` [B, T] instead of those of the config.
 
     Or packed samples: `ids` and `labels` [1, T], `cu_seqlens` [P+1], and what
-    `models.common.packing.split_packs` needs to cut micro-batches: one pack each.
+    `models.layers.packing.split_packs` needs to cut micro-batches: one pack each.
     """
 
     coupled = False

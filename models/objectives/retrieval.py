@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from vlfoundry.models.common.precision import wide
+from vlfoundry.models.layers.precision import wide
 from vlfoundry.models.objectives.common import Batch, Metrics, Objective
 from vlfoundry.models.objectives.contrastive import ContrastiveConfig, info_nce
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vlfoundry.models.common import kernels
+from vlfoundry.models import kernels
 
 TILE_COLUMNS = 512
 """wide enough for the matrix products to run at full rate"""
@@ -118,7 +118,7 @@ def _largest_and_sums(rows: Tensor, columns: Tensor, tile: int) -> tuple[Tensor,
     """The largest logit, the sum of exponentials relative to it and where it is: of each row [B],
     then of each column [N]."""
     if kernels.use_kernels(rows):
-        from vlfoundry.models.common.kernels.pairs import largest_and_sums
+        from vlfoundry.models.kernels.pairs import largest_and_sums
 
         return *largest_and_sums(rows, columns), *largest_and_sums(columns, rows)
     row_max, row_sum = rows.new_full((len(rows),), -torch.inf), rows.new_zeros(len(rows))
@@ -150,7 +150,7 @@ def _softmax_gradients(
 ) -> None:
     """Gradients of one tile's logits, to `out` [B, C]; `spare` is such a buffer."""
     if kernels.use_kernels(rows):
-        from vlfoundry.models.common.kernels.pairs import softmax_gradients
+        from vlfoundry.models.kernels.pairs import softmax_gradients
 
         softmax_gradients(rows, columns, row_max, row_grad, column_max, column_grad, out)
         return
@@ -164,7 +164,7 @@ def _sigmoid_gradients(
 ) -> tuple[Tensor, Tensor]:
     """Sigmoids of one tile's logits, to `out` [B, C]; returns the sum of softplus, and theirs."""
     if kernels.use_kernels(rows):
-        from vlfoundry.models.common.kernels.pairs import sigmoid_gradients
+        from vlfoundry.models.kernels.pairs import sigmoid_gradients
 
         return sigmoid_gradients(rows, columns, bias, out)
     torch.addmm(bias, rows, columns.T, out=out)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vlfoundry.models.common.config import check_numbers
+from vlfoundry.models.layers.config import check_numbers
 
 
 @dataclass(frozen=True, kw_only=True)

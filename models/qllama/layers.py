@@ -11,13 +11,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from vlfoundry.models.common.megatron import (
+from vlfoundry.models.layers.megatron import (
     TransformerConfig,
     gather_from_sequence_parallel_region,
     scatter_to_sequence_parallel_region,
 )
-from vlfoundry.models.common.parallel import Part, beside
-from vlfoundry.models.common.parts import Parts
+from vlfoundry.models.layers.parallel import Part, beside
+from vlfoundry.models.layers.specs import Parts
 
 
 class QueryCrossAttention(Part):

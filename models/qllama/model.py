@@ -8,13 +8,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from vlfoundry.models.common.beam import beam_search
-from vlfoundry.models.common.canonical import set_init, set_rule
-from vlfoundry.models.common.config import DecoderConfig, LayerSpecKind
-from vlfoundry.models.common.decoder import Decoder, decoder_layer_spec
-from vlfoundry.models.common.generate import causal_blocked, greedy
-from vlfoundry.models.common.megatron import ModuleSpec
-from vlfoundry.models.common.parts import Parts, parts_of
+from vlfoundry.models.decoder.beam import beam_search
+from vlfoundry.models.decoder.generate import causal_blocked, greedy
+from vlfoundry.models.decoder.model import Decoder, decoder_layer_spec
+from vlfoundry.models.layers.canonical import set_init, set_rule
+from vlfoundry.models.layers.config import DecoderConfig, LayerSpecKind
+from vlfoundry.models.layers.megatron import ModuleSpec
+from vlfoundry.models.layers.specs import Parts, parts_of
 from vlfoundry.models.qllama.config import QLlamaConfig
 from vlfoundry.models.qllama.layers import QueryCrossAttention, already_added
 

@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 
 from tests.eval_fakes import drawing, encoded, write_concept_set, write_pair_set
-from vlfoundry.eval.datasets import ConceptSet, PairSet, read_concept_set, read_folder
-from vlfoundry.eval.pictures import decode_squares
+from vlfoundry.eval.datasets.folders import ConceptSet, PairSet, read_concept_set, read_folder
+from vlfoundry.eval.datasets.pictures import decode_squares
 from vlfoundry.eval.suites.zero_shot import as_concept_set
-from vlfoundry.infra.errors import DataError
+from vlfoundry.infra.core.errors import DataError
 
 
 def pair(index, **changes):

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from tests.models_helpers import TEXTS
-from vlfoundry.eval.datasets import read_folder
-from vlfoundry.eval.embedding import embed_pictures
+from vlfoundry.eval.context import embed_pictures
+from vlfoundry.eval.datasets.folders import read_folder
 from vlfoundry.eval.reference import picture_features
-from vlfoundry.infra.errors import DataError, UserError
+from vlfoundry.infra.core.errors import DataError, UserError
 from vlfoundry.models.chat.examples import Conversations
-from vlfoundry.models.sight import PictureConfig, Sight
+from vlfoundry.models.preprocess.geometry import PictureConfig, Sight
 from vlfoundry.models.tokenizer import train
 
 CASES = Path(__file__).parents[1] / "cases"

@@ -5,20 +5,26 @@ import math
 import numpy as np
 import pytest
 
-from vlfoundry.eval.official.anls import anls_infographics, anls_stvqa, edit_distance
-from vlfoundry.eval.official.boxes import box_in_pixels, box_iou, grounding_accuracy
-from vlfoundry.eval.official.charts import exact_accuracy, relaxed_accuracy, relaxed_correct
-from vlfoundry.eval.official.classification import (
+from vlfoundry.eval.metrics.official.anls import anls_infographics, anls_stvqa, edit_distance
+from vlfoundry.eval.metrics.official.boxes import box_in_pixels, box_iou, grounding_accuracy
+from vlfoundry.eval.metrics.official.charts import exact_accuracy, relaxed_accuracy, relaxed_correct
+from vlfoundry.eval.metrics.official.classification import (
     average_precision_per_class,
     class_embeddings,
     mean_per_class_recall,
     zero_shot_accuracy,
     zero_shot_logits,
 )
-from vlfoundry.eval.official.retrieval import retrieval_recall
-from vlfoundry.eval.official.vqa import any_answer_accuracy, plain_answer, soft_accuracy
-from vlfoundry.eval.official.yes_no import mme_answer, mme_task, mme_tidy, pope_answer, pope_scores
-from vlfoundry.infra.errors import DataError
+from vlfoundry.eval.metrics.official.retrieval import retrieval_recall
+from vlfoundry.eval.metrics.official.vqa import any_answer_accuracy, plain_answer, soft_accuracy
+from vlfoundry.eval.metrics.official.yes_no import (
+    mme_answer,
+    mme_task,
+    mme_tidy,
+    pope_answer,
+    pope_scores,
+)
+from vlfoundry.infra.core.errors import DataError
 
 
 def test_a_model_that_gives_constants_gets_nothing_at_top_1():

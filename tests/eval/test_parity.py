@@ -16,9 +16,9 @@ from vlfoundry.eval.parity.check import Check
 from vlfoundry.eval.parity.run import check_folder, compare_folders
 from vlfoundry.flows.cli import app
 from vlfoundry.infra.backend import Layout
-from vlfoundry.infra.devices import find_device
-from vlfoundry.infra.errors import DataError
-from vlfoundry.models.common.norms import FullWidthQKRMSNorm
+from vlfoundry.infra.backend.devices import find_device
+from vlfoundry.infra.core.errors import DataError
+from vlfoundry.models.layers.norms import FullWidthQKRMSNorm
 
 pytestmark = pytest.mark.skipif(
     find_device().kind != "cpu", reason="recorded numbers are fp32 on a CPU"

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from vlfoundry.eval.official import anls, charts, classification, retrieval
+from vlfoundry.eval.metrics.official import anls, charts, classification, retrieval
 from vlfoundry.eval.parity.metrics import METRICS, check_metrics, is_metrics
-from vlfoundry.infra.errors import DataError
+from vlfoundry.infra.core.errors import DataError
 
 GOLDEN = Path(__file__).parent / "golden" / "metrics"
 
@@ -46,11 +46,11 @@ def other_direction(scores, owner, cuts):
 
 
 MISTAKES = [
-    ("zeroshot_classification", "vlfoundry.eval.official.classification.TOP5_CLASSES", 6),
-    ("zeroshot_classification", "vlfoundry.eval.official.classification.TOP5_CLASSES", 4),
+    ("zeroshot_classification", "vlfoundry.eval.metrics.official.classification.TOP5_CLASSES", 6),
+    ("zeroshot_classification", "vlfoundry.eval.metrics.official.classification.TOP5_CLASSES", 4),
     (
         "zeroshot_classification",
-        "vlfoundry.eval.official.classification.mean_per_class_recall",
+        "vlfoundry.eval.metrics.official.classification.mean_per_class_recall",
         lambda guess, truth: (guess == truth).mean(),
     ),
     (
@@ -58,12 +58,16 @@ MISTAKES = [
         "vlfoundry.eval.parity.metrics.mean_average_precision",
         average_without_empty_classes,
     ),
-    ("zeroshot_prompt_ensemble", "vlfoundry.eval.official.classification.LOGIT_SCALE", 1 / 0.07),
+    (
+        "zeroshot_prompt_ensemble",
+        "vlfoundry.eval.metrics.official.classification.LOGIT_SCALE",
+        1 / 0.07,
+    ),
     ("retrieval", "vlfoundry.eval.parity.metrics.retrieval_recall", other_direction),
-    ("vqa_answer_processor", "vlfoundry.eval.official.vqa.MENDED", {}),
-    ("vqa_answer_processor", "vlfoundry.eval.official.vqa.ARTICLES", {"a", "the", "and"}),
-    ("vqa_answer_processor", "vlfoundry.eval.official.vqa.MARKS", "/-"),
-    ("vqa_accuracy", "vlfoundry.eval.official.vqa.AGREEING", 2),
+    ("vqa_answer_processor", "vlfoundry.eval.metrics.official.vqa.MENDED", {}),
+    ("vqa_answer_processor", "vlfoundry.eval.metrics.official.vqa.ARTICLES", {"a", "the", "and"}),
+    ("vqa_answer_processor", "vlfoundry.eval.metrics.official.vqa.MARKS", "/-"),
+    ("vqa_accuracy", "vlfoundry.eval.metrics.official.vqa.AGREEING", 2),
     ("anls", "vlfoundry.eval.parity.metrics.anls_infographics", anls.anls_stvqa),
     ("anls", "vlfoundry.eval.parity.metrics.anls_stvqa", anls.anls_infographics),
     (
@@ -71,12 +75,12 @@ MISTAKES = [
         "vlfoundry.eval.parity.metrics.relaxed_accuracy",
         lambda said, targets, compat: charts.relaxed_accuracy(said, targets),
     ),
-    ("relaxed_accuracy", "vlfoundry.eval.official.charts._number", lambda text: None),
-    ("pope", "vlfoundry.eval.official.yes_no.NEGATIONS", {"No", "no", "not", "NO"}),
-    ("mme", "vlfoundry.eval.official.yes_no.MME_LETTERS", 3),
-    ("mme", "vlfoundry.eval.official.yes_no.mme_answer", lambda text: text.lower().strip()),
-    ("refcoco", "vlfoundry.eval.official.boxes.IOU_THRESHOLD", 0.55),
-    ("refcoco", "vlfoundry.eval.official.boxes.FRACTIONS_SUM_BELOW", 1),
+    ("relaxed_accuracy", "vlfoundry.eval.metrics.official.charts._number", lambda text: None),
+    ("pope", "vlfoundry.eval.metrics.official.yes_no.NEGATIONS", {"No", "no", "not", "NO"}),
+    ("mme", "vlfoundry.eval.metrics.official.yes_no.MME_LETTERS", 3),
+    ("mme", "vlfoundry.eval.metrics.official.yes_no.mme_answer", lambda text: text.lower().strip()),
+    ("refcoco", "vlfoundry.eval.metrics.official.boxes.IOU_THRESHOLD", 0.55),
+    ("refcoco", "vlfoundry.eval.metrics.official.boxes.FRACTIONS_SUM_BELOW", 1),
 ]
 
 

@@ -12,12 +12,12 @@ from typer.testing import CliRunner
 from tests.models_helpers import TEXTS, tiny_config
 from vlfoundry.eval.parity.run import check_folder
 from vlfoundry.flows.cli import app
-from vlfoundry.infra.devices import find_device
-from vlfoundry.infra.errors import ConfigError
+from vlfoundry.infra.backend.devices import find_device
+from vlfoundry.infra.core.errors import ConfigError
 from vlfoundry.models.connector.config import ConnectorConfig
 from vlfoundry.models.internvl.convert import export_model
-from vlfoundry.models.internvl.load import save_model
 from vlfoundry.models.internvl.model import build
+from vlfoundry.models.internvl.predict import save_model
 from vlfoundry.models.tokenizer import train
 
 pytestmark = pytest.mark.skipif(

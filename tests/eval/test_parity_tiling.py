@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from vlfoundry.eval.parity.tiling import check_tiling, is_tiling
-from vlfoundry.infra.errors import DataError
-from vlfoundry.models import tiling
+from vlfoundry.infra.core.errors import DataError
+from vlfoundry.models.preprocess.normalize import tiling
 
 OFFICIAL = Path(__file__).parents[1] / "models" / "golden" / "tiling" / "official"
 

@@ -9,15 +9,15 @@ import torch
 
 from tests.eval_fakes import drawing, encoded, write_concept_set, write_pair_set
 from tests.models_helpers import TEXTS, tiny_config
-from vlfoundry.eval.datasets import read_folder
-from vlfoundry.eval.embedding import Setting, embed_pictures, embed_texts
+from vlfoundry.eval.context import Setting, embed_pictures, embed_texts
+from vlfoundry.eval.datasets.folders import read_folder
 from vlfoundry.eval.questions import replies
 from vlfoundry.eval.ranks import run_team
-from vlfoundry.eval.run import evaluate_folder
-from vlfoundry.infra.errors import DataError, ModelError
+from vlfoundry.eval.runner import evaluate_folder
+from vlfoundry.infra.core.errors import DataError, ModelError
 from vlfoundry.models.internvl.config import InternVLConfig
-from vlfoundry.models.internvl.load import Model, load_model, save_model
 from vlfoundry.models.internvl.model import build
+from vlfoundry.models.internvl.predict import Model, load_model, save_model
 from vlfoundry.models.tokenizer import train
 
 PICTURES = 67
@@ -71,8 +71,8 @@ def pair_set(folder: Path, pictures: int = PICTURES) -> Path:
 def test_every_number_of_ranks_gives_the_same_bytes(
     kind: str, suite: str, models: Path, place, tmp_path: Path, run_ranks, monkeypatch
 ) -> None:
-    monkeypatch.setattr("vlfoundry.eval.embedding.IMAGE_BATCH", 16)
-    monkeypatch.setattr("vlfoundry.eval.embedding.TEXT_BATCH", 7)
+    monkeypatch.setattr("vlfoundry.eval.context.IMAGE_BATCH", 16)
+    monkeypatch.setattr("vlfoundry.eval.context.TEXT_BATCH", 7)
     monkeypatch.setattr("vlfoundry.eval.questions.BATCH", 5)
     data = pair_set(tmp_path / "data")
     made = []
@@ -225,7 +225,7 @@ def test_a_model_and_what_it_reads_go_where_training_computes(models: Path, monk
     """A device called elsewhere, which computes here: all that a model is given went there."""
     moved: list[tuple[str, str]] = []
     monkeypatch.setattr(
-        "vlfoundry.models.internvl.load.to_device",
+        "vlfoundry.models.internvl.predict.to_device",
         lambda value: moved.append(("model", "")) or value,
     )
     model = load_model(models / "internvl_g")

@@ -5,8 +5,8 @@ import pytest
 
 from tests.eval_fakes import write_concept_set
 from tests.report_tree import REPOSITORY
-from vlfoundry.eval.datasets import read_concept_set
-from vlfoundry.eval.ranking import best_rank
+from vlfoundry.eval.datasets.folders import read_concept_set
+from vlfoundry.eval.metrics.ranking import best_rank
 from vlfoundry.eval.reference import NearestPicture, squared_distances
 from vlfoundry.eval.suites.zero_shot import accepted_answers
 

@@ -6,9 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from vlfoundry.eval.metrics import METRICS, compute
-from vlfoundry.eval.ranking import best_rank, chance_at, top_candidates
-from vlfoundry.eval.scores import (
+from vlfoundry.eval.compare.scores import (
     mean_score,
     read_items,
     read_scores,
@@ -16,8 +14,10 @@ from vlfoundry.eval.scores import (
     write_items,
     write_scores,
 )
-from vlfoundry.eval.stats import bootstrap_interval, wilson_interval
-from vlfoundry.infra.errors import DataError
+from vlfoundry.eval.compare.stats import bootstrap_interval, wilson_interval
+from vlfoundry.eval.metrics import METRICS, compute
+from vlfoundry.eval.metrics.ranking import best_rank, chance_at, top_candidates
+from vlfoundry.infra.core.errors import DataError
 
 
 def test_wilson_interval_of_a_textbook_case():

@@ -18,14 +18,14 @@ from tests.eval_fakes import (
     write_concept_set,
     write_pair_set,
 )
-from vlfoundry.eval.datasets import read_concept_set, read_folder
-from vlfoundry.eval.embedding import Setting
+from vlfoundry.eval.compare.scores import read_items
+from vlfoundry.eval.context import Setting
+from vlfoundry.eval.datasets.folders import read_concept_set, read_folder
 from vlfoundry.eval.questions import KINDS, ask
 from vlfoundry.eval.reference import NearestPicture
-from vlfoundry.eval.run import choose_languages, score_model
-from vlfoundry.eval.scores import read_items
+from vlfoundry.eval.runner import choose_languages, score_model
 from vlfoundry.eval.suites import NEEDS, score_keys, suite_run, why_not
-from vlfoundry.infra.errors import DataError, ModelError
+from vlfoundry.infra.core.errors import DataError, ModelError
 
 SCENES = 40
 

@@ -13,10 +13,10 @@ import pytest
 from PIL import Image
 
 from vlfoundry.flows.chat_check import PicturesAlone, check, find_limits
-from vlfoundry.infra.errors import DataError
+from vlfoundry.infra.core.errors import DataError
 from vlfoundry.models.chat.examples import Conversations, in_order_of_numbers
 from vlfoundry.models.chat.jsonl import MAX_LINE_BYTES, ChatFile, problems
-from vlfoundry.models.tiling import Tiling
+from vlfoundry.models.preprocess.tiling import Tiling
 
 ROOT = Path(__file__).parents[2]
 CASES = ROOT / "tests" / "cases"

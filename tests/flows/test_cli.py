@@ -14,7 +14,7 @@ from tests.cpu import least_cpu_s
 from tests.tiny import write_model
 from vlfoundry.eval.suites import linear_probe
 from vlfoundry.flows.cli import app
-from vlfoundry.infra.errors import DataError
+from vlfoundry.infra.core.errors import DataError
 
 COMMANDS = (
     "run", "evaluate", "parity", "import", "export", "merge", "plan", "recipes", "report",
@@ -108,7 +108,7 @@ def test_a_wrong_suite_or_folder_does_not_wait_for_torch(
 def test_an_address_is_handed_on_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[object] = []
     monkeypatch.setattr(
-        "vlfoundry.eval.run.evaluate_folder", lambda *words, **_: asked.append(words) or []
+        "vlfoundry.eval.runner.evaluate_folder", lambda *words, **_: asked.append(words) or []
     )
     words = ["evaluate", "--model", "m", "--data", "s3://bucket//set", "--suite", "retrieval"]
     ended = CliRunner().invoke(app, [*words, "--json", str(tmp_path / "out.json")])

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from vlfoundry.infra.git import git
+from vlfoundry.infra.core.git import git
 
 ROOT = Path(__file__).parents[2]
 WALK = """
@@ -29,8 +29,8 @@ STAGE = '''"""Counts to a number, slowly."""
 import time
 from dataclasses import dataclass
 
-from vlfoundry.infra.progress import Progress
-from vlfoundry.infra.stage import Context, Stage, main
+from vlfoundry.infra.core.progress import Progress
+from vlfoundry.infra.core.stage import Context, Stage, main
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +168,7 @@ def reword(root: Path) -> None:
     edit(
         root, "stages/count.py", 'place = context.work / "at"', "place = (\n  context.work / 'at')"
     )
-    edit(root, "infra/progress.py", "LINE_INTERVAL_S = 10.0", "LINE_INTERVAL_S = 9.0")
+    edit(root, "infra/core/progress.py", "LINE_INTERVAL_S = 10.0", "LINE_INTERVAL_S = 9.0")
     edit(root, "flows/walk.py", "import asyncio\n", "import asyncio\n\nX = 1\n")
 
 
@@ -253,7 +253,7 @@ def test_patched_while_it_runs_what_it_began_with_is_recorded(project: Path) -> 
     running = counting(project, 60)
     edit(project, "stages/count.py", "range(begin, ", "range(begin + 0, ")
     began = json.loads(next((project / "work").rglob("code.json")).read_text())
-    assert command(project, "vlfoundry.infra.code").returncode == 0  # somebody asks meanwhile
+    assert command(project, "vlfoundry.infra.core.code").returncode == 0  # somebody asks meanwhile
     stamp = project / "artifacts/code/count.json"
     assert began["code"] not in stamp.read_text()
     assert running.wait(120) == 0

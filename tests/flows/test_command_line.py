@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from tests.cpu import least_cpu_s
 from tests.flows.toy import steer
 from vlfoundry.flows.cli import app
-from vlfoundry.infra.registry import register_model
+from vlfoundry.infra.registry.gto import register_model
 
 ROOT = Path(__file__).parents[2]
 HEAVY = "sorted({'torch', 'megatron', 'prefect', 'dvc', 'transformers'} & set(sys.modules))"

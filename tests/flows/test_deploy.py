@@ -21,7 +21,7 @@ from vlfoundry.flows.kept import connect, keep, kept
 from vlfoundry.flows.lock import BusyError, run_lock
 from vlfoundry.flows.marks import is_held, mark
 from vlfoundry.flows.turn import turn
-from vlfoundry.infra.errors import ConfigError, UserError
+from vlfoundry.infra.core.errors import ConfigError, UserError
 
 HOLDS = """
 import sys, time

@@ -15,7 +15,7 @@ from tests.flows.toy import PARAMS_YAML, sh, steer, wait_until
 from vlfoundry.flows import dvclocks
 from vlfoundry.flows.dvclocks import RWLOCK, clear_stale
 from vlfoundry.flows.graph import load_graph
-from vlfoundry.infra.errors import DataError
+from vlfoundry.infra.core.errors import DataError
 
 DVC = [sys.executable, "-m", "dvc"]
 VLFOUNDRY = [sys.executable, "-m", "vlfoundry.flows.cli"]

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 import vlfoundry.flows.cli
 from vlfoundry.flows import gc
-from vlfoundry.infra.workfolder import KEY_FILE, claim, lock_file
+from vlfoundry.infra.core.workfolder import KEY_FILE, claim, lock_file
 
 WEEKLY = "work/workspaces/weekly/work/generative"
 KEYS = {letter: letter * 64 for letter in "abcdef"}

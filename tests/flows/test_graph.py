@@ -8,7 +8,7 @@ import pytest
 
 from tests.flows.toy import sh
 from vlfoundry.flows.graph import Graph, load_graph, order_lock
-from vlfoundry.infra.errors import ConfigError, DataError
+from vlfoundry.infra.core.errors import ConfigError, DataError
 
 
 def edges(graph: Graph) -> set[tuple[str, str]]:

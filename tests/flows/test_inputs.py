@@ -9,7 +9,7 @@ import pytest
 from tests.flows.toy import DVC_YAML, sh
 from vlfoundry.flows.launch import run_pipeline
 from vlfoundry.flows.terminal import Terminal
-from vlfoundry.infra.errors import DataError
+from vlfoundry.infra.core.errors import DataError
 
 
 def run(root: Path, *stages: str) -> None:

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from vlfoundry.flows.cli import app
-from vlfoundry.infra.registry import register_model
+from vlfoundry.infra.registry.gto import register_model
 
 ROOT = Path(__file__).parents[2]
 GIB = 1 << 30
@@ -146,7 +146,7 @@ def test_scores(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         out.write_text('{"scores": 17}\n')
         return []
 
-    monkeypatch.setattr("vlfoundry.eval.run.evaluate_folder", evaluate)
+    monkeypatch.setattr("vlfoundry.eval.runner.evaluate_folder", evaluate)
     target = "-" if where == "-" else str(tmp_path / "scores.json")
     words = ["evaluate", "m", "--data", "d", "--suite", "retrieval", "--json", target]
     ended = CliRunner().invoke(app, words)

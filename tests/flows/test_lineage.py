@@ -16,9 +16,9 @@ from vlfoundry.flows.cli import app
 from vlfoundry.flows.gc import states
 from vlfoundry.flows.lineage import lineage_lines, write_rows
 from vlfoundry.flows.start import bring
-from vlfoundry.infra.errors import DataError, UserError
-from vlfoundry.infra.registry import register_model
-from vlfoundry.infra.workfolder import KEY_FILE, key_of
+from vlfoundry.infra.core.errors import DataError, UserError
+from vlfoundry.infra.core.workfolder import KEY_FILE, key_of
+from vlfoundry.infra.registry.gto import register_model
 
 DVC_YAML = """\
 stages:

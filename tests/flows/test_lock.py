@@ -12,15 +12,15 @@ import pytest
 from tests.flows.toy import sh
 from vlfoundry.flows.lock import BusyError, run_lock
 from vlfoundry.flows.workspace import Variation, workspace
-from vlfoundry.infra.errors import ConfigError
-from vlfoundry.infra.fingerprint import fingerprint
-from vlfoundry.infra.git import GitError
+from vlfoundry.infra.core.errors import ConfigError
+from vlfoundry.infra.core.fingerprint import fingerprint
+from vlfoundry.infra.core.git import GitError
 
 START = """
 import sys, time
 from pathlib import Path
 from vlfoundry.flows.workspace import Variation, workspace
-from vlfoundry.infra.errors import UserError
+from vlfoundry.infra.core.errors import UserError
 folder = Path(sys.argv[3]) if len(sys.argv) > 3 else None
 try:
     with workspace(Path(sys.argv[1]), Variation(overrides=(sys.argv[2],)), folder) as lock:
@@ -123,7 +123,7 @@ def test_dvc_lock_survives_a_kill_while_sources_change(
     variation = Variation(overrides=("seed=3",))
     with workspace(toy, variation) as lock:
         (lock.root / "dvc.lock").write_text(of_the_run)
-    from vlfoundry.infra import git as module
+    from vlfoundry.infra.core import git as module
 
     def dies(root: Path, *words: str, **options: tuple[int, ...]) -> str:
         said = module.git(root, *words, **options)

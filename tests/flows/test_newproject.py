@@ -15,10 +15,10 @@ from tests.flows.toy import sh
 from vlfoundry.flows.newproject import NewProject, data_files, make_project, with_comments
 from vlfoundry.flows.recipes import TEMPLATE, profiles, with_profile
 from vlfoundry.flows.workspace import Variation, workspace
-from vlfoundry.infra.config import build, load_params
-from vlfoundry.infra.dvccache import read_settings
-from vlfoundry.infra.errors import ConfigError, UserError
-from vlfoundry.infra.project import find_root
+from vlfoundry.infra.core.config import build, load_params
+from vlfoundry.infra.core.dvccache import read_settings
+from vlfoundry.infra.core.errors import ConfigError, UserError
+from vlfoundry.infra.core.project import find_root
 from vlfoundry.models.internvl.config import InternVLConfig
 
 ROOT = Path(__file__).parents[2]

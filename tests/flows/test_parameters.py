@@ -9,8 +9,8 @@ import vlfoundry.flows.launch
 from tests.tiny import ROOT
 from vlfoundry.flows.parameters import check_parameters
 from vlfoundry.flows.terminal import Terminal
-from vlfoundry.infra.config import apply_overrides, load_params
-from vlfoundry.infra.errors import ConfigError
+from vlfoundry.infra.core.config import apply_overrides, load_params
+from vlfoundry.infra.core.errors import ConfigError
 
 
 @pytest.fixture

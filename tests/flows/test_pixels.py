@@ -11,10 +11,10 @@ from typer.testing import CliRunner
 
 from tests.models_helpers import tiny_config
 from vlfoundry.flows.cli import app
-from vlfoundry.infra.decode import decode
-from vlfoundry.infra.errors import UserError
+from vlfoundry.infra.core.errors import UserError
+from vlfoundry.infra.data.images.decode import decode
 from vlfoundry.models.internvl.folder import write_config
-from vlfoundry.models.sight import PictureConfig
+from vlfoundry.models.preprocess.geometry import PictureConfig
 
 ROOT = Path(__file__).parents[2]
 CASES = ROOT / "tests/cases"

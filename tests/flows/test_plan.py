@@ -21,11 +21,11 @@ from vlfoundry.flows.plan import (
     show_lines,
 )
 from vlfoundry.flows.recipes import recipes, with_profile
-from vlfoundry.infra.config import build, load_params
-from vlfoundry.infra.errors import ConfigError
+from vlfoundry.infra.core.config import build, load_params
+from vlfoundry.infra.core.errors import ConfigError
 from vlfoundry.infra.train.config import TrainConfig
+from vlfoundry.models.families.llama.config import llama
 from vlfoundry.models.internvl.config import internvl
-from vlfoundry.models.llama.config import llama
 
 ROOT = Path(__file__).parents[2]
 RECIPES = recipes(ROOT)

@@ -14,9 +14,9 @@ from tests.flows.toy import processes_marked, sh, steer
 from tests.small_disk import LIBC, MS_RDONLY, fill, small_disk
 from vlfoundry.flows.leftovers import clear_part_files
 from vlfoundry.flows.plan import machine_of
-from vlfoundry.infra.config import apply_overrides, load_params
-from vlfoundry.infra.errors import ConfigError
-from vlfoundry.infra.launch import LauncherProfile, host_and_port, load_profile
+from vlfoundry.infra.core.config import apply_overrides, load_params
+from vlfoundry.infra.core.errors import ConfigError
+from vlfoundry.infra.launch.profile import LauncherProfile, host_and_port, load_profile
 
 RUN = [sys.executable, "-m", "vlfoundry.flows.cli"]
 MS_REMOUNT, MS_BIND = 32, 4096

@@ -13,10 +13,10 @@ from tests.flows.toy import PARAMS_YAML, commit_all, reproduce, sh
 from vlfoundry.flows.fetch import fetch
 from vlfoundry.flows.launch import finish
 from vlfoundry.flows.start import bring
-from vlfoundry.infra.dvccache import cache_folder, md5_of, object_path
-from vlfoundry.infra.errors import DataError, ModelError
-from vlfoundry.infra.git import git
-from vlfoundry.infra.registry import (
+from vlfoundry.infra.core.dvccache import cache_folder, md5_of, object_path
+from vlfoundry.infra.core.errors import DataError, ModelError
+from vlfoundry.infra.core.git import git
+from vlfoundry.infra.registry.gto import (
     find_version,
     list_models,
     register_model,

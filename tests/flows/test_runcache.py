@@ -19,7 +19,7 @@ from vlfoundry.flows.graph import load_graph, lock_is_whole
 from vlfoundry.flows.runcache import Restored, command_line, read_line
 from vlfoundry.flows.terminal import Terminal
 from vlfoundry.flows.walk import Run, restore, walk
-from vlfoundry.infra.dvccache import md5_of, object_path
+from vlfoundry.infra.core.dvccache import md5_of, object_path
 
 ALL = ["prepare", "train@a", "train@b", "score"]
 

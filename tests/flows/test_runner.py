@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tests.flows.toy import processes_marked, wait_for_the_end
 from vlfoundry.flows.runner import run_guarded, run_stage
-from vlfoundry.infra.guard import command_line
+from vlfoundry.infra.core.guard import command_line
 
 # A child in a session of its own, as an elastic launcher makes them, and a stubborn parent.
 STUBBORN = "trap '' INT TERM; setsid sleep 300 & echo started; while true; do sleep 0.1; done"

@@ -21,7 +21,7 @@ from vlfoundry.flows.server import server
 COMMAND = [sys.executable, "-m", "vlfoundry.flows.cli", "run"]
 WAITS = """
 sys.path.insert(0, os.environ["PYTHONPATH"])
-from vlfoundry.infra.launch import die_with_parent
+from vlfoundry.infra.core.process import die_with_parent
 die_with_parent()  # as every stage of ours
 while not pathlib.Path("work/go").exists():
     pathlib.Path("work/started").touch()

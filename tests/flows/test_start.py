@@ -19,14 +19,14 @@ from vlfoundry.flows.start import (
     write_profile,
 )
 from vlfoundry.flows.workspace import Variation
-from vlfoundry.infra.config import load_params, to_dict
-from vlfoundry.infra.errors import ConfigError, DataError, ModelError
-from vlfoundry.infra.fingerprint import fingerprint
-from vlfoundry.infra.registry import register_model
-from vlfoundry.infra.stage import ORIGIN_FILE, parameters_of, read_origin
+from vlfoundry.infra.core.config import load_params, to_dict
+from vlfoundry.infra.core.errors import ConfigError, DataError, ModelError
+from vlfoundry.infra.core.fingerprint import fingerprint
+from vlfoundry.infra.core.stage import ORIGIN_FILE, parameters_of, read_origin
+from vlfoundry.infra.registry.gto import register_model
 from vlfoundry.models.internvl.config import PARTS, internvl
 from vlfoundry.models.internvl.folder import read_config
-from vlfoundry.models.internvl.start import RULES, plan_start
+from vlfoundry.models.internvl.init_from import RULES, plan_start
 
 ROOT = Path(__file__).parents[2]
 MODEL = Path("artifacts/train/a")

@@ -12,8 +12,8 @@ from tests.flows.toy import DVC_YAML, commit_all, sh, steer
 from vlfoundry.flows.graph import load_graph
 from vlfoundry.flows.launch import EXIT_FAILED, EXIT_REJECTED, finish
 from vlfoundry.flows.terminal import Terminal
-from vlfoundry.infra.dvccache import cache_folder
-from vlfoundry.infra.registry import list_models
+from vlfoundry.infra.core.dvccache import cache_folder
+from vlfoundry.infra.registry.gto import list_models
 
 GATE_YAML = (
     DVC_YAML
@@ -147,12 +147,12 @@ def test_a_damaged_object_of_the_cache_is_not_handed_out(
 
 def test_a_failed_registration_is_an_exit_code(judged: Path, monkeypatch, prefect_server) -> None:
     import vlfoundry.flows.launch
-    from vlfoundry.infra.errors import DataError
+    from vlfoundry.infra.core.errors import DataError
 
     def refuse(root):
         raise DataError("not what dvc.lock says")
 
-    monkeypatch.setattr("vlfoundry.infra.registry.register_passed", refuse)
+    monkeypatch.setattr("vlfoundry.infra.registry.gto.register_passed", refuse)
     monkeypatch.chdir(judged)
     decide(judged, passed=True)
     shown = io.StringIO()

@@ -16,11 +16,11 @@ from vlfoundry.flows.graph import load_graph
 from vlfoundry.flows.launch import run_pipeline
 from vlfoundry.flows.terminal import Terminal
 from vlfoundry.flows.workspace import Variation, workspace
-from vlfoundry.infra.config import load_params
-from vlfoundry.infra.dvccache import cache_folder
-from vlfoundry.infra.errors import ConfigError, ModelError
-from vlfoundry.infra.project import find_root
-from vlfoundry.infra.registry import resolve_model
+from vlfoundry.infra.core.config import load_params
+from vlfoundry.infra.core.dvccache import cache_folder
+from vlfoundry.infra.core.errors import ConfigError, ModelError
+from vlfoundry.infra.core.project import find_root
+from vlfoundry.infra.registry.gto import resolve_model
 
 
 def prepare(root: Path, variation: Variation, folder: Path | None = None) -> Path:

@@ -3,7 +3,7 @@
 import pytest
 
 from vlfoundry.infra.backend.layout import Layout, ModelFacts
-from vlfoundry.infra.errors import LayoutError
+from vlfoundry.infra.core.errors import LayoutError
 
 VISION = ModelFacts(name="vision", heads=25, width=3200, mlp_hidden=12800, pads_heads=True)
 TEXT = ModelFacts(name="text", heads=32, width=4096, mlp_hidden=11008, key_value_heads=8)

@@ -11,7 +11,7 @@ import pytest
 
 from vlfoundry.infra.backend import ranks as ranks_module
 from vlfoundry.infra.backend.ranks import RankError, stop_requests, this_rank
-from vlfoundry.infra.errors import DataError
+from vlfoundry.infra.core.errors import DataError
 
 
 def _is_alive(pid: int) -> bool:

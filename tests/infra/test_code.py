@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from vlfoundry.infra import code
-from vlfoundry.infra.code import Code, closure, read_code, refresh, step_file, write_stamp
-from vlfoundry.infra.errors import ConfigError, DataError
+from vlfoundry.infra.core import code
+from vlfoundry.infra.core.code import Code, closure, read_code, refresh, step_file, write_stamp
+from vlfoundry.infra.core.errors import ConfigError, DataError
 
 SOURCES = {
     "__init__.py": "",
@@ -20,9 +20,9 @@ SOURCES = {
     "infra/lazy.py": "X = 1\n",
     "infra/lazy.json": '{"side": 37}',
     "infra/other.py": "X = 2\n",
-    "infra/progress.py": "from vlfoundry.infra import other\n",
+    "infra/core/progress.py": "from vlfoundry.infra import other\n",
     "stages/one.py": (
-        "from vlfoundry.infra import io\nfrom vlfoundry.infra.progress import Progress\n\n\n"
+        "from vlfoundry.infra import io\nfrom vlfoundry.infra.core.progress import Progress\n\n\n"
         "def run():\n    import vlfoundry.infra.lazy\n"
     ),
     "stages/two.py": "from vlfoundry.infra.other import X\n",
@@ -72,7 +72,7 @@ def test_code_changes_with_the_meaning_of_what_is_reached(project: Path) -> None
     first = identity(project)
     edit(project, "infra/io.py", '"""Reads."""\n\nimport os  # twice\n')
     edit(project, "infra/other.py", "X = 3\n")
-    edit(project, "infra/progress.py", "X = 3\n")
+    edit(project, "infra/core/progress.py", "X = 3\n")
     edit(project, "infra/lazy.json", '{\n  "side": 37\n}\n')
     assert identity(project) == first
     edit(project, "infra/lazy.json", '{"side": 38}')
@@ -174,7 +174,7 @@ def test_installed_libraries_are_named() -> None:
 
 def test_the_step_takes_less_than_a_second(project: Path) -> None:
     """With what sources mean remembered; without, it may take two."""
-    command = [sys.executable, "-m", "vlfoundry.infra.code"]
+    command = [sys.executable, "-m", "vlfoundry.infra.core.code"]
     place = Path(code.__file__).parents[2]
     (project / "vlfoundry").rename(project / "away")
     (project / "dvc.yaml").write_text("stages: {}\n")

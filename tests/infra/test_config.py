@@ -5,8 +5,8 @@ from typing import Literal
 
 import pytest
 
-from vlfoundry.infra.config import apply_overrides, build, canonical_json, merge, to_dict
-from vlfoundry.infra.errors import ConfigError
+from vlfoundry.infra.core.config import apply_overrides, build, canonical_json, merge, to_dict
+from vlfoundry.infra.core.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

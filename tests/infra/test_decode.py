@@ -12,8 +12,15 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from vlfoundry.infra.decode import FORMATS, Encoded, decode, decode_rgba, picture_size, pixels
-from vlfoundry.infra.errors import DataError
+from vlfoundry.infra.core.errors import DataError
+from vlfoundry.infra.data.images.decode import (
+    FORMATS,
+    Encoded,
+    decode,
+    decode_rgba,
+    picture_size,
+    pixels,
+)
 
 CASES = Path(__file__).parents[1] / "cases"
 WIDTH, HEIGHT = 41, 23
@@ -287,8 +294,8 @@ def test_broken_exif_is_a_data_error_or_no_exif() -> None:
 
 MEASURE = """
 import pathlib, resource, sys
-from vlfoundry.infra import decode
-from vlfoundry.infra.errors import DataError
+from vlfoundry.infra.data.images import decode
+from vlfoundry.infra.core.errors import DataError
 decode.decode(pathlib.Path(sys.argv[1]).read_bytes())
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 data = pathlib.Path(sys.argv[2]).read_bytes()

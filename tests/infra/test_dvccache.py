@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from vlfoundry.infra.dvccache import cache_folder, share_settings
-from vlfoundry.infra.errors import ConfigError
+from vlfoundry.infra.core.dvccache import cache_folder, share_settings
+from vlfoundry.infra.core.errors import ConfigError
 
 
 @pytest.fixture

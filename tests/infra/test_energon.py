@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from vlfoundry.infra.config import canonical_json
-from vlfoundry.infra.energon import index_energon
-from vlfoundry.infra.errors import DataError
-from vlfoundry.infra.loader import ShardSet
-from vlfoundry.infra.shards import Sample
+from vlfoundry.infra.core.config import canonical_json
+from vlfoundry.infra.core.errors import DataError
+from vlfoundry.infra.data.shards.read import ShardSet
+from vlfoundry.infra.data.shards.write import Sample
+from vlfoundry.infra.data.sources.energon import index_energon
 
 GOLDEN = Path(__file__).parent / "golden" / "energon"
 spec = importlib.util.spec_from_file_location("make_energon", GOLDEN / "make.py")
@@ -63,6 +63,6 @@ def test_a_split_of_unknown_shards_is_refused(folder):
 
 
 def test_a_sample_without_a_picture_is_refused(folder, monkeypatch):
-    monkeypatch.setattr("vlfoundry.infra.energon.PICTURES", ("png",))
+    monkeypatch.setattr("vlfoundry.infra.data.sources.energon.PICTURES", ("png",))
     with pytest.raises(DataError, match=r"part_000\.tar: sample '0000' has the parts \['jpg', 'js"):
         index_energon(folder)

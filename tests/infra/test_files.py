@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 
 from tests.small_disk import MS_RDONLY, fill, small_disk
-from vlfoundry.infra.errors import UserError
-from vlfoundry.infra.files import (
+from vlfoundry.infra.core.errors import UserError
+from vlfoundry.infra.core.files import (
     LITTER,
     files_below,
     require_writable,
     require_writable_folder,
     write_atomic,
 )
-from vlfoundry.infra.fingerprint import fingerprint
+from vlfoundry.infra.core.fingerprint import fingerprint
 
 
 @pytest.mark.parametrize("name", ["new.json", "a/b/new.json", "old.json", "link.json"])

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 import psutil
 import pytest
 
-from vlfoundry.infra.errors import DataError, KilledError
-from vlfoundry.infra.forked import JobError, run_forked
+from vlfoundry.infra.core.errors import DataError, KilledError
+from vlfoundry.infra.core.forked import JobError, run_forked
 
 
 def sleeper() -> None:

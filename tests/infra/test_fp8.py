@@ -2,9 +2,9 @@
 
 import pytest
 
-from vlfoundry.infra.config import build
-from vlfoundry.infra.errors import ConfigError
-from vlfoundry.infra.fp8 import Fp8Config
+from vlfoundry.infra.backend.fp8_config import Fp8Config
+from vlfoundry.infra.core.config import build
+from vlfoundry.infra.core.errors import ConfigError
 from vlfoundry.infra.train.config import TrainConfig
 
 TRAIN = {"steps": 4, "batch_samples": 8, "lr": 1e-3}

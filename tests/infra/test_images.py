@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlfoundry.infra.artwork import read_artwork
-from vlfoundry.infra.errors import DataError
-from vlfoundry.infra.images import (
+from vlfoundry.infra.core.errors import DataError
+from vlfoundry.infra.data.images.bulk import (
     AugmentConfig,
     augment,
     composite,
@@ -17,6 +16,7 @@ from vlfoundry.infra.images import (
     hog_features,
     uniforms,
 )
+from vlfoundry.infra.data.sources.concept_set import read_artwork
 
 
 @pytest.fixture(scope="module")

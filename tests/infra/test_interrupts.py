@@ -16,7 +16,7 @@ SLOW = "import pathlib, time\npathlib.Path('importing').touch()\ntime.sleep(30)\
 STAGE = """
 {before}
 import dataclasses
-from vlfoundry.infra.stage import Stage, main
+from vlfoundry.infra.core.stage import Stage, main
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     seed: int
@@ -75,9 +75,9 @@ def test_an_orphan_that_cannot_end_is_ended(tmp_path: Path) -> None:
     code = f"""
 import os, sys, time, signal
 sys.path.insert(0, {str(ROOT)!r})
-from vlfoundry.infra import interrupts
+from vlfoundry.infra.core import interrupts
 interrupts.ORPHAN_GRACE_S = 1
-from vlfoundry.infra.launch import die_with_parent
+from vlfoundry.infra.core.process import die_with_parent
 pid = os.fork()
 if pid == 0:
     die_with_parent()

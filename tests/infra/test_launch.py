@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from vlfoundry.infra.errors import ConfigError
-from vlfoundry.infra.launch import SHIPPED, LauncherProfile, load_profile, local_profile
+from vlfoundry.infra.core.errors import ConfigError
+from vlfoundry.infra.launch.profile import SHIPPED, LauncherProfile, load_profile, local_profile
 
 
 def test_the_default_is_two_ranks_of_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,7 +76,7 @@ def test_a_layout_that_does_not_divide_is_refused() -> None:
 
 def test_a_stage_leaves_with_its_parent() -> None:
     stage = (
-        "import time; from vlfoundry.infra.launch import die_with_parent; die_with_parent();"
+        "import time; from vlfoundry.infra.core.process import die_with_parent; die_with_parent();"
         "print('ready', flush=True); time.sleep(300)"
     )
     parent = subprocess.Popen(

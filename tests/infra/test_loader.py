@@ -11,10 +11,10 @@ import fsspec
 import numpy as np
 import pytest
 
-from vlfoundry.infra import loader
-from vlfoundry.infra.errors import DataError
-from vlfoundry.infra.loader import SampleStream, ShardSet, global_order, scattered
-from vlfoundry.infra.shards import Sample, write_shards
+from vlfoundry.infra.core.errors import DataError
+from vlfoundry.infra.data.shards import read as loader
+from vlfoundry.infra.data.shards.read import SampleStream, ShardSet, global_order, scattered
+from vlfoundry.infra.data.shards.write import Sample, write_shards
 
 COUNT = 23
 

@@ -6,10 +6,10 @@ import fsspec
 import pytest
 from moto.server import ThreadedMotoServer
 
-from vlfoundry.infra.errors import DataError
-from vlfoundry.infra.loader import ShardSet
-from vlfoundry.infra.prefetch import Prefetch
-from vlfoundry.infra.shards import Sample, write_shards
+from vlfoundry.infra.core.errors import DataError
+from vlfoundry.infra.data.shards.prefetch import Prefetch
+from vlfoundry.infra.data.shards.read import ShardSet
+from vlfoundry.infra.data.shards.write import Sample, write_shards
 
 COUNT = 40
 BUCKET = "vlfoundry-test"
@@ -84,7 +84,7 @@ def test_a_bucket_without_shards_is_refused(options):
 
 def test_a_data_set_under_evaluation_may_be_there(options, monkeypatch, tmp_path):
     from tests.eval_fakes import write_concept_set
-    from vlfoundry.eval.datasets import read_folder
+    from vlfoundry.eval.datasets.folders import read_folder
 
     s3 = fsspec.filesystem("s3", **options)
     s3.mkdir("own-data")

@@ -4,7 +4,7 @@ import textwrap
 
 import pytest
 
-from vlfoundry.infra.meaning import read_source, table_meaning
+from vlfoundry.infra.core.meaning import read_source, table_meaning
 
 PLAIN = '''
 """A module."""
@@ -12,7 +12,7 @@ PLAIN = '''
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from vlfoundry.infra.files import write_atomic, kind_of
+from vlfoundry.infra.core.files import write_atomic, kind_of
 
 SCALE: float = 2.5
 NAMES = ("one", "two")
@@ -79,7 +79,7 @@ HARMFUL = {
     ),
     "a decorator": ("@dataclass(frozen=True)", "@dataclass(frozen=False)"),
     "a string": ('"one"', '"One"'),
-    "what a module is imported from": ("vlfoundry.infra.files", "vlfoundry.infra.space"),
+    "what a module is imported from": ("vlfoundry.infra.core.files", "vlfoundry.infra.core.space"),
     "a name that is used": ("import math", "import cmath as math"),
     "a bare expression": ("    return total", "    print(total)\n    return total"),
 }

@@ -6,8 +6,8 @@ from collections import Counter
 
 import pytest
 
-from vlfoundry.infra.errors import ConfigError
-from vlfoundry.infra.mixture import WINDOW, Mixture
+from vlfoundry.infra.core.errors import ConfigError
+from vlfoundry.infra.data.shards.mixture import WINDOW, Mixture
 
 LENGTHS = {"coco": 567, "svit": 426, "vsr": 8}
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from vlfoundry.infra.decode import decode_rgba
-from vlfoundry.infra.noise import lossless, low_resolution, overlay_text, reencode
+from vlfoundry.infra.data.images.decode import decode_rgba
+from vlfoundry.infra.data.synthetic.noise import lossless, low_resolution, overlay_text, reencode
 
 SHAPES = [(192, 256), (256, 192), (64, 64), (13, 200), (3, 5), (1, 1), (4, 4), (2, 37)]
 

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlfoundry.infra.errors import ConfigError, DataError
-from vlfoundry.infra.packing import PackingConfig, pack
+from vlfoundry.infra.core.errors import ConfigError, DataError
+from vlfoundry.infra.data.shards.packing import PackingConfig, pack
 
 SMALL = PackingConfig(max_tokens=100, max_tiles=6)
 SAMPLES = st.lists(st.tuples(st.integers(1, 50), st.integers(0, 3)), min_size=24, max_size=60)

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from vlfoundry.infra.errors import DataError
-from vlfoundry.infra.images import encode_webp
-from vlfoundry.infra.loader import ShardSet
-from vlfoundry.infra.pairs import PairStream
-from vlfoundry.infra.shards import Sample, write_shards
+from vlfoundry.infra.core.errors import DataError
+from vlfoundry.infra.data.images.bulk import encode_webp
+from vlfoundry.infra.data.shards.pairs import PairStream
+from vlfoundry.infra.data.shards.read import ShardSet
+from vlfoundry.infra.data.shards.write import Sample, write_shards
 
 SIDE = 8
 CAPTIONS = {0: 5, 1: 1, 2: 2, 3: 4, 4: 3, 5: 5, 6: 2}

@@ -9,11 +9,11 @@ import numpy as np
 import psutil
 import pytest
 
-from vlfoundry.infra.errors import DataError, KilledError
-from vlfoundry.infra.images import decode_rgba, encode_webp
-from vlfoundry.infra.loader import SampleStream, ShardSet
-from vlfoundry.infra.prefetch import DEPTH, Prefetch
-from vlfoundry.infra.shards import Sample, write_shards
+from vlfoundry.infra.core.errors import DataError, KilledError
+from vlfoundry.infra.data.images.bulk import decode_rgba, encode_webp
+from vlfoundry.infra.data.shards.prefetch import DEPTH, Prefetch
+from vlfoundry.infra.data.shards.read import SampleStream, ShardSet
+from vlfoundry.infra.data.shards.write import Sample, write_shards
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 SAMPLES, BATCH, STEPS = 60, 24, 5

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-from vlfoundry.infra import noise
-from vlfoundry.infra.artwork import read_artwork, read_concepts
-from vlfoundry.infra.images import decode_rgba
-from vlfoundry.infra.langid import tag_probability
-from vlfoundry.infra.phash import colour_grid, connected, hamming, near, perceptual_hash
-from vlfoundry.infra.quality import effective_side, text_strokes
+from vlfoundry.infra.data.images.bulk import decode_rgba
+from vlfoundry.infra.data.images.phash import colour_grid, connected, hamming, near, perceptual_hash
+from vlfoundry.infra.data.rules.language import tag_probability
+from vlfoundry.infra.data.rules.quality import effective_side, text_strokes
+from vlfoundry.infra.data.sources.concept_set import read_artwork, read_concepts
+from vlfoundry.infra.data.synthetic import noise
 
 
 @pytest.fixture(scope="module")

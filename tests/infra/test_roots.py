@@ -5,8 +5,8 @@ import socket
 
 import pytest
 
-from vlfoundry.infra.errors import ConfigError, DataError
-from vlfoundry.infra.roots import Root, what_is_wrong
+from vlfoundry.infra.core.errors import ConfigError, DataError
+from vlfoundry.infra.core.roots import Root, what_is_wrong
 
 
 @pytest.fixture

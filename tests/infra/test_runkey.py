@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from vlfoundry.infra.errors import DataError
-from vlfoundry.infra.fingerprint import fingerprint
-from vlfoundry.infra.runkey import run_key
+from vlfoundry.infra.core.errors import DataError
+from vlfoundry.infra.core.fingerprint import fingerprint
+from vlfoundry.infra.core.runkey import run_key
 
 
 def test_the_key_depends_on_the_stage_its_parameters_its_inputs_and_its_code() -> None:

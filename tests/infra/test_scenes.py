@@ -3,9 +3,16 @@
 import numpy as np
 import pytest
 
-from vlfoundry.infra import scenes
-from vlfoundry.infra.errors import DataError
-from vlfoundry.infra.scenes import Drawing, Scene, box_iou, compose, conversation, parse_box
+from vlfoundry.infra.core.errors import DataError
+from vlfoundry.infra.data.synthetic import scenes
+from vlfoundry.infra.data.synthetic.scenes import (
+    Drawing,
+    Scene,
+    box_iou,
+    compose,
+    conversation,
+    parse_box,
+)
 
 LANGUAGES = ("en", "zh", "ja", "ar", "it")
 

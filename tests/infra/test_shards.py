@@ -6,8 +6,8 @@ import tarfile
 
 import pytest
 
-from vlfoundry.infra.errors import DataError
-from vlfoundry.infra.shards import Sample, index_shards, parse_index, write_shards
+from vlfoundry.infra.core.errors import DataError
+from vlfoundry.infra.data.shards.write import Sample, index_shards, parse_index, write_shards
 
 
 def samples(count: int = 10) -> list[Sample]:

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from tests.small_disk import fill, small_disk
-from vlfoundry.infra.errors import DataError
-from vlfoundry.infra.space import free_bytes, no_space, require_space
+from vlfoundry.infra.core.errors import DataError
+from vlfoundry.infra.core.space import free_bytes, no_space, require_space
 
 
 def wrapped(cause: BaseException) -> BaseException:

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from vlfoundry.infra import workfolder
-from vlfoundry.infra.config import to_dict
-from vlfoundry.infra.errors import ConfigError, DataError
-from vlfoundry.infra.fingerprint import fingerprint
-from vlfoundry.infra.stage import (
+from vlfoundry.infra.core import workfolder
+from vlfoundry.infra.core.config import to_dict
+from vlfoundry.infra.core.errors import ConfigError, DataError
+from vlfoundry.infra.core.fingerprint import fingerprint
+from vlfoundry.infra.core.stage import (
     EXIT_INTERRUPTED,
     EXIT_USER_ERROR,
     ORIGIN_FILE,
@@ -57,7 +57,7 @@ TOY = Stage(
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("vlfoundry.infra.stage._leave_with_parent", lambda: None)
+    monkeypatch.setattr("vlfoundry.infra.core.stage._leave_with_parent", lambda: None)
     (tmp_path / "stages").mkdir()
     (tmp_path / "stages/toy.py").write_text("")
     (tmp_path / "params.yaml").write_text("seed: 1\ntoy: {factor: 3}\nother: 5\n")
@@ -288,7 +288,7 @@ def test_another_copy_is_waited_for(
         assert main(TOY, []) == 0
         assert time.monotonic() - began > 1
     assert "toy: waiting for another copy to end" in capsys.readouterr().out
-    monkeypatch.setattr("vlfoundry.infra.stage.COPY_PATIENCE_S", 0.2)
+    monkeypatch.setattr("vlfoundry.infra.core.stage.COPY_PATIENCE_S", 0.2)
     with subprocess.Popen([*command, "5"], stdout=subprocess.PIPE) as other:
         assert other.stdout is not None
         other.stdout.readline()

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vlfoundry.infra.errors import ConfigError
-from vlfoundry.infra.images import uniforms
-from vlfoundry.infra.streams import MEMBER_LIMIT, SEED_LIMIT, Stream, stream_seed
+from vlfoundry.infra.core.errors import ConfigError
+from vlfoundry.infra.core.streams import MEMBER_LIMIT, SEED_LIMIT, Stream, stream_seed
+from vlfoundry.infra.data.images.bulk import uniforms
 
 ROOT = Path(__file__).parents[2]
 SEEDS = (0, 1, 3, 1_000_003, 20_261_130, SEED_LIMIT - 1)

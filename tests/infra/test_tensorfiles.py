@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from vlfoundry.infra.errors import ModelError
-from vlfoundry.infra.tensorfiles import TensorFacts, TensorFiles, write_tensors
+from vlfoundry.infra.core.errors import ModelError
+from vlfoundry.infra.core.tensorfiles import TensorFacts, TensorFiles, write_tensors
 
 TENSORS = {
     "a": torch.arange(6.0).reshape(2, 3),

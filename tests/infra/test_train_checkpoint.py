@@ -11,8 +11,8 @@ import pytest
 from tests import tower
 from tests.small_disk import fill, small_disk
 from vlfoundry.infra.backend.ranks import RankError
-from vlfoundry.infra.errors import KilledError
-from vlfoundry.infra.space import NoSpaceError
+from vlfoundry.infra.core.errors import KilledError
+from vlfoundry.infra.core.space import NoSpaceError
 from vlfoundry.infra.train.checkpoint import best_checkpoint, newest
 from vlfoundry.infra.train.config import TrainConfig
 

@@ -11,7 +11,7 @@ import pytest
 from tests import tower
 from vlfoundry.infra.backend import Layout
 from vlfoundry.infra.backend.ranks import RankError
-from vlfoundry.infra.errors import ConfigError, UserError
+from vlfoundry.infra.core.errors import ConfigError, UserError
 from vlfoundry.infra.train.config import TrainConfig
 
 CONFIG = TrainConfig(

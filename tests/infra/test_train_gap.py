@@ -4,7 +4,7 @@ import pytest
 
 from tests import tower
 from vlfoundry.infra.backend import Layout
-from vlfoundry.infra.fp8 import Fp8Config
+from vlfoundry.infra.backend.fp8_config import Fp8Config
 from vlfoundry.infra.train.config import TrainConfig
 from vlfoundry.infra.train.gap import measure_gap, smoothed
 

@@ -7,9 +7,9 @@ import pytest
 from tests import tower
 from vlfoundry.infra.backend import Layout
 from vlfoundry.infra.backend.ranks import RankError
-from vlfoundry.infra.errors import UserError
+from vlfoundry.infra.core.errors import UserError
+from vlfoundry.infra.train.anomalies import Account, why_bad
 from vlfoundry.infra.train.config import TrainConfig
-from vlfoundry.infra.train.spikes import Account, why_bad
 
 BASE = {
     "steps": 7, "batch_samples": tower.BATCH, "lr": 1e-2, "warmup_steps": 2, "save_every_steps": 2,

@@ -5,7 +5,7 @@ import types
 import pytest
 import torch
 
-from vlfoundry.infra.errors import ConfigError
+from vlfoundry.infra.core.errors import ConfigError
 from vlfoundry.infra.train.config import TrainConfig
 from vlfoundry.infra.train.masters import MASTER, join, split, whole_masters
 from vlfoundry.infra.train.optim import check_moments

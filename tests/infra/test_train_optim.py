@@ -5,7 +5,7 @@ import pytest
 
 from tests import tower
 from vlfoundry.infra.backend import Layout
-from vlfoundry.infra.errors import ConfigError
+from vlfoundry.infra.core.errors import ConfigError
 from vlfoundry.infra.train.config import TrainConfig
 from vlfoundry.infra.train.optim import lr_at
 
@@ -55,7 +55,7 @@ def test_layer_decay_of_two_towers(run_ranks):
     def factors():
         from tests.tiny import PARAMS
         from vlfoundry.infra.backend.parallel import parallel
-        from vlfoundry.infra.config import build
+        from vlfoundry.infra.core.config import build
         from vlfoundry.infra.train.optim import lr_factors
         from vlfoundry.models.internvl.config import InternVLConfig
         from vlfoundry.models.internvl.model import build as build_model

@@ -10,7 +10,7 @@ import pytest
 
 from tests import tower
 from vlfoundry.infra.backend import Layout
-from vlfoundry.infra.errors import ConfigError
+from vlfoundry.infra.core.errors import ConfigError
 from vlfoundry.infra.train.config import TrainConfig
 from vlfoundry.infra.train.telemetry import PHASES, Stopwatch, Telemetry, Work, check_sinks
 

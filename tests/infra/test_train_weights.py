@@ -5,7 +5,7 @@ import pytest
 
 from tests import tower
 from vlfoundry.infra.backend import Layout
-from vlfoundry.infra.errors import ModelError
+from vlfoundry.infra.core.errors import ModelError
 
 
 def _write(layout, path):

@@ -6,8 +6,16 @@ from pathlib import Path
 import pytest
 
 from tests.small_disk import small_disk
-from vlfoundry.infra import workfolder
-from vlfoundry.infra.workfolder import GONE, KEY_FILE, claim, current, folders, key_of, set_aside
+from vlfoundry.infra.core import workfolder
+from vlfoundry.infra.core.workfolder import (
+    GONE,
+    KEY_FILE,
+    claim,
+    current,
+    folders,
+    key_of,
+    set_aside,
+)
 
 ADDRESS = "sft@full"
 KEYS = ["1a" * 32, "2b" * 32, "3c" * 32]

@@ -15,17 +15,17 @@ import vlfoundry.infra.backend
 from tests.models import test_layouts as layouts
 from tests.models_helpers import pixels, tiny_config
 from vlfoundry.infra.backend import Layout, install
+from vlfoundry.infra.backend.fp8_config import Fp8Config
 from vlfoundry.infra.backend.parallel import parallel
 from vlfoundry.infra.backend.ranks import run_ranks
-from vlfoundry.infra.fp8 import Fp8Config
 from vlfoundry.infra.train.checkpoint import newest
 from vlfoundry.infra.train.config import TrainConfig
 from vlfoundry.infra.train.loop import fit
 from vlfoundry.infra.train.mfu import FlopCounter
 from vlfoundry.infra.train.weights import gather_weights, pieces
-from vlfoundry.models.common.config import LoraConfig
 from vlfoundry.models.internvit.config import InternViTConfig
 from vlfoundry.models.internvl.model import build
+from vlfoundry.models.layers.config import LoraConfig
 from vlfoundry.models.objectives.next_token import TextObjective
 
 LORA = LoraConfig(rank=3, alpha=6.0, dropout=0.0, linears=("qkv", "fc2"))

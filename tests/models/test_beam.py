@@ -5,11 +5,11 @@ import itertools
 import pytest
 import torch
 
-from vlfoundry.models.common.beam import beam_search
-from vlfoundry.models.common.canonical import initialise
-from vlfoundry.models.common.config import DecoderConfig
-from vlfoundry.models.common.generate import causal_blocked, greedy
-from vlfoundry.models.llama.model import Llama
+from vlfoundry.models.decoder.beam import beam_search
+from vlfoundry.models.decoder.generate import causal_blocked, greedy
+from vlfoundry.models.families.llama.model import Llama
+from vlfoundry.models.layers.canonical import initialise
+from vlfoundry.models.layers.config import DecoderConfig
 
 VOCAB, STEPS, END = 5, 3, 2
 

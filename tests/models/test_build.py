@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from tests.models_helpers import chat_batch, count, on_meta, pixels, texts, tiny_config
-from vlfoundry.infra.errors import ConfigError, LayoutError, ModelError
-from vlfoundry.models.common.canonical import initialise
+from vlfoundry.infra.core.errors import ConfigError, LayoutError, ModelError
+from vlfoundry.models.families.llama.config import FLAVOURS as LLAMA_FLAVOURS
+from vlfoundry.models.families.llama.config import llama
+from vlfoundry.models.families.llama.model import Llama
 from vlfoundry.models.internvit.config import FLAVOURS as VIT_FLAVOURS
 from vlfoundry.models.internvit.config import InternViTConfig, internvit
 from vlfoundry.models.internvit.model import InternViT
@@ -13,9 +15,7 @@ from vlfoundry.models.internvl.config import FLAVOURS as INTERNVL_FLAVOURS
 from vlfoundry.models.internvl.config import PARTS, internvl
 from vlfoundry.models.internvl.freeze import freeze
 from vlfoundry.models.internvl.model import build
-from vlfoundry.models.llama.config import FLAVOURS as LLAMA_FLAVOURS
-from vlfoundry.models.llama.config import llama
-from vlfoundry.models.llama.model import Llama
+from vlfoundry.models.layers.canonical import initialise
 
 
 def vision_tower(config: InternViTConfig) -> InternViT:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from vlfoundry.infra.errors import ConfigError, DataError, ModelError
+from vlfoundry.infra.core.errors import ConfigError, DataError, ModelError
 from vlfoundry.models.chat.labels import padded, row
 from vlfoundry.models.chat.templates import (
     TEMPLATES,

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlfoundry.infra.errors import DataError
+from vlfoundry.infra.core.errors import DataError
 from vlfoundry.models.chat.examples import Conversations, Example, packed, padded
 from vlfoundry.models.chat.stream import ConversationStream
 from vlfoundry.models.internvl.prompts import IGNORE
-from vlfoundry.models.tiling import Tiling, plan
+from vlfoundry.models.preprocess.tiling import Tiling, plan
 from vlfoundry.models.tokenizer import EOS_ID, IMG_CONTEXT_ID, PAD_ID, Tokenizer, train
 
 SIDE, TILE_TOKENS = 8, 3

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from vlfoundry.infra.errors import DataError
+from vlfoundry.infra.core.errors import DataError
 from vlfoundry.models.chat.jsonl import problems, read
 
 ANSWER = {"from": "gpt", "value": "A cat."}

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from vlfoundry.infra.errors import ConfigError, DataError
+from vlfoundry.infra.core.errors import ConfigError, DataError
 from vlfoundry.models.chat.visual import frame_indices, frame_lines, image_lines
 
 

@@ -9,12 +9,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.models_helpers import TEXTS, tiny_config
-from vlfoundry.infra.errors import ConfigError, ModelError
+from vlfoundry.infra.core.errors import ConfigError, ModelError
+from vlfoundry.models.families.llama.hf import config_from_official as llm_config
 from vlfoundry.models.internvl.convert import FORMATS, export_model, import_model
 from vlfoundry.models.internvl.hf import config_from_official, config_to_official
-from vlfoundry.models.internvl.load import read_config, read_weights, save_model
 from vlfoundry.models.internvl.model import build
-from vlfoundry.models.llama.hf import config_from_official as llm_config
+from vlfoundry.models.internvl.predict import read_config, read_weights, save_model
 from vlfoundry.models.tokenizer import train
 
 GOLDEN = Path(__file__).parents[1] / "eval" / "golden"

@@ -12,12 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from vlfoundry.infra.errors import ConfigError, ModelError
+from vlfoundry.infra.core.errors import ConfigError, ModelError
 from vlfoundry.infra.train.weights import load_weights
 from vlfoundry.models.internvl.convert import export_model, import_model
 from vlfoundry.models.internvl.hf import TOWER
-from vlfoundry.models.internvl.load import read_config, read_weights
 from vlfoundry.models.internvl.model import build
+from vlfoundry.models.internvl.predict import read_config, read_weights
 
 GOLDEN = Path(__file__).parents[1] / "eval" / "golden" / "internvl_14b"
 WIDTH, VOCAB, HIDDEN, DEPTH = 32, 70, 24, 2

@@ -6,14 +6,14 @@ import torch
 from tests.models_helpers import tiny_config
 from vlfoundry.infra.backend import Layout
 from vlfoundry.infra.backend.parallel import parallel
-from vlfoundry.models.common import decode
-from vlfoundry.models.common.attention import key_value_cache
-from vlfoundry.models.common.beam import beam_search
-from vlfoundry.models.common.canonical import initialise
-from vlfoundry.models.common.config import DecoderConfig, LoraConfig, RopeScaling
-from vlfoundry.models.common.generate import causal_blocked, greedy
+from vlfoundry.models.decoder import decode
+from vlfoundry.models.decoder.beam import beam_search
+from vlfoundry.models.decoder.generate import causal_blocked, greedy
+from vlfoundry.models.families.llama.model import Llama
 from vlfoundry.models.internvl.model import build
-from vlfoundry.models.llama.model import Llama
+from vlfoundry.models.layers.attention import key_value_cache
+from vlfoundry.models.layers.canonical import initialise
+from vlfoundry.models.layers.config import DecoderConfig, LoraConfig, RopeScaling
 from vlfoundry.models.qllama.config import QLlamaConfig
 from vlfoundry.models.qllama.model import QLlama
 

@@ -5,15 +5,19 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from tests.models_helpers import count, on_meta
-from vlfoundry.infra.errors import ConfigError
+from vlfoundry.infra.core.errors import ConfigError
 from vlfoundry.infra.train.weights import load_weights, pieces
-from vlfoundry.models.common.config import DecoderConfig, RopeScaling
-from vlfoundry.models.common.generate import greedy
-from vlfoundry.models.common.hf_decoder import decoder_keys
-from vlfoundry.models.common.keymap import join_all
-from vlfoundry.models.llama.config import llama
-from vlfoundry.models.llama.hf import config_from_official, config_to_official, rope_parameters
-from vlfoundry.models.llama.model import Llama
+from vlfoundry.models.decoder.generate import greedy
+from vlfoundry.models.decoder.hf_keys import decoder_keys
+from vlfoundry.models.families.llama.config import llama
+from vlfoundry.models.families.llama.hf import (
+    config_from_official,
+    config_to_official,
+    rope_parameters,
+)
+from vlfoundry.models.families.llama.model import Llama
+from vlfoundry.models.layers.config import DecoderConfig, RopeScaling
+from vlfoundry.models.official.keymap import join_all
 
 SIZES = {
     "vocab_size": 61,

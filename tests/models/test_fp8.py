@@ -18,15 +18,14 @@ from tests.models.test_layouts import (
 )
 from tests.models_helpers import pixels
 from vlfoundry.infra.backend import Layout, device_literals
+from vlfoundry.infra.backend.fp8_config import MULTIPLE, Fp8Config
 from vlfoundry.infra.backend.parallel import parallel
 from vlfoundry.infra.backend.ranks import run_ranks
-from vlfoundry.infra.fp8 import MULTIPLE, Fp8Config
 from vlfoundry.infra.train.fp8 import Fp8Run
 from vlfoundry.infra.train.loop import wrap
 from vlfoundry.infra.train.step import Engine
 from vlfoundry.infra.train.weights import gather_weights
-from vlfoundry.models.common.config import LoraConfig
-from vlfoundry.models.common.float8 import (
+from vlfoundry.models.fp8.formats import (
     E4M3,
     E5M2,
     LARGEST,
@@ -34,9 +33,10 @@ from vlfoundry.models.common.float8 import (
     round_,
     rounded_in_blocks,
 )
-from vlfoundry.models.common.fp8 import DelayedScales, Fp8Product
+from vlfoundry.models.fp8.products import DelayedScales, Fp8Product
 from vlfoundry.models.internvl.config import InternVLConfig
 from vlfoundry.models.internvl.model import build
+from vlfoundry.models.layers.config import LoraConfig
 from vlfoundry.models.objectives.contrastive import Contrastive
 from vlfoundry.models.objectives.generative import Generative
 

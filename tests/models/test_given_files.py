@@ -13,12 +13,12 @@ from safetensors.torch import load_file, save_file
 from tests.models_helpers import TEXTS, tiny_config
 from tests.official_text import write_tokenizer
 from vlfoundry.flows.cli import main
-from vlfoundry.infra.errors import ModelError, UserError
+from vlfoundry.infra.core.errors import ModelError, UserError
 from vlfoundry.models.chat.official import official_tokenizer
-from vlfoundry.models.common.config import DecoderConfig
 from vlfoundry.models.internvl.convert import export_model, import_model
-from vlfoundry.models.internvl.load import load_model, read_weights, save_model
 from vlfoundry.models.internvl.model import build
+from vlfoundry.models.internvl.predict import load_model, read_weights, save_model
+from vlfoundry.models.layers.config import DecoderConfig
 from vlfoundry.models.tokenizer import train
 
 CASES = Path(__file__).parents[1] / "cases"

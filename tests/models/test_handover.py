@@ -14,11 +14,11 @@ from tests.official_text import ROWS, write_template, write_tokenizer
 from vlfoundry.models.chat.official import official_tokenizer
 from vlfoundry.models.chat.templates import IMG_CONTEXT, TEMPLATES, Message
 from vlfoundry.models.internvl.convert import export_model, import_model
-from vlfoundry.models.internvl.load import load_model, load_tokenizer, read_config, save_model
 from vlfoundry.models.internvl.model import build
+from vlfoundry.models.internvl.predict import load_model, load_tokenizer, read_config, save_model
 from vlfoundry.models.internvl.prompts import SUMMARIZE
-from vlfoundry.models.preprocess import MEAN, STD
-from vlfoundry.models.sight import PictureConfig
+from vlfoundry.models.preprocess.geometry import PictureConfig
+from vlfoundry.models.preprocess.normalize import MEAN, STD
 from vlfoundry.models.tokenizer import train
 
 QUESTION = "una mela rossa, nicht wahr?"

@@ -13,12 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from vlfoundry.infra.errors import ConfigError, ModelError
+from vlfoundry.infra.core.errors import ConfigError, ModelError
 from vlfoundry.infra.train.weights import load_weights
+from vlfoundry.models.families.llama.hf import config_from_official, config_to_official
 from vlfoundry.models.internvl.convert import export_model, import_model
-from vlfoundry.models.internvl.load import read_config, read_weights
 from vlfoundry.models.internvl.model import build
-from vlfoundry.models.llama.hf import config_from_official, config_to_official
+from vlfoundry.models.internvl.predict import read_config, read_weights
 
 GOLDEN = Path(__file__).parents[1] / "eval" / "golden" / "internvl_chat"
 WIDTH, HEADS, GROUPS, HIDDEN, DEPTH, VOCAB = 40, 4, 2, 96, 2, 140

@@ -6,16 +6,16 @@ import pytest
 import torch
 
 from tests.models_helpers import tiny_config
-from vlfoundry.infra.errors import ModelError
+from vlfoundry.infra.core.errors import ModelError
 from vlfoundry.infra.train.weights import pieces
-from vlfoundry.models.common.config import DecoderConfig
-from vlfoundry.models.common.keymap import Key, check_names, join_all, one, split_all
 from vlfoundry.models.connector.config import ConnectorConfig
 from vlfoundry.models.internvit.config import internvit
 from vlfoundry.models.internvit.hf import keys as vision_keys
 from vlfoundry.models.internvl.config import internvl
 from vlfoundry.models.internvl.hf import keys, llava_keys, native_keys
 from vlfoundry.models.internvl.model import build
+from vlfoundry.models.layers.config import DecoderConfig
+from vlfoundry.models.official.keymap import Key, check_names, join_all, one, split_all
 
 KINDS = ("vision", "internvl_c", "internvl_g", "chat_simple")
 

@@ -14,17 +14,17 @@ from tests.models_helpers import chat_batch, pixels, stage2_batch, texts, tiny_c
 from vlfoundry.infra.backend import Layout, device_literals
 from vlfoundry.infra.backend.parallel import parallel
 from vlfoundry.infra.backend.ranks import run_ranks
-from vlfoundry.infra.errors import LayoutError
+from vlfoundry.infra.core.errors import LayoutError
 from vlfoundry.infra.train.config import TrainConfig
 from vlfoundry.infra.train.loop import fit, wrap
 from vlfoundry.infra.train.step import Engine, pack, unpack
 from vlfoundry.infra.train.weights import Piece, gather_weights, pieces
-from vlfoundry.models.common.packing import pack_rows
-from vlfoundry.models.common.parallel import data_group
 from vlfoundry.models.internvl.config import InternVLConfig
-from vlfoundry.models.internvl.cut import check_layout, cut
 from vlfoundry.models.internvl.freeze import freeze
 from vlfoundry.models.internvl.model import build
+from vlfoundry.models.internvl.pipeline_split import check_layout, cut
+from vlfoundry.models.layers.packing import pack_rows
+from vlfoundry.models.layers.parallel import data_group
 from vlfoundry.models.objectives.contrastive import Contrastive, ContrastiveConfig
 from vlfoundry.models.objectives.generative import Generative
 from vlfoundry.models.objectives.next_token import ChatObjective, NextTokenConfig, TextObjective

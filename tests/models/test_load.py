@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from tests.models_helpers import TEXTS, tiny_config
-from vlfoundry.infra.errors import ModelError
+from vlfoundry.infra.core.errors import ModelError
 from vlfoundry.models.chat.control import GROUNDING
-from vlfoundry.models.common.config import DecoderConfig
 from vlfoundry.models.internvl.config import PARTS, InternVLConfig
-from vlfoundry.models.internvl.load import load_model, load_parts, read_config, save_model
 from vlfoundry.models.internvl.model import build
+from vlfoundry.models.internvl.predict import load_model, load_parts, read_config, save_model
 from vlfoundry.models.internvl.prompts import IGNORE, caption_prompt, caption_rows, labelled_rows
-from vlfoundry.models.preprocess import MEAN, STD, normalise, over_background
+from vlfoundry.models.layers.config import DecoderConfig
+from vlfoundry.models.preprocess.normalize import MEAN, STD, normalise, over_background
 from vlfoundry.models.tokenizer import (
     BOS_ID,
     EOS_ID,

@@ -21,21 +21,21 @@ from tests.models_helpers import TEXTS, chat_batch, pixels, texts, three_tasks, 
 from vlfoundry.infra.backend import Layout
 from vlfoundry.infra.backend.parallel import parallel
 from vlfoundry.infra.backend.ranks import run_ranks, this_rank
-from vlfoundry.infra.errors import ConfigError, ModelError
+from vlfoundry.infra.core.errors import ConfigError, ModelError
 from vlfoundry.infra.train.config import TrainConfig
 from vlfoundry.infra.train.loop import fit
 from vlfoundry.infra.train.weights import gather_weights, load_weights
-from vlfoundry.models.common.canonical import initialise, set_rule
-from vlfoundry.models.common.config import LoraConfig
-from vlfoundry.models.common.linear import ColumnLinear, RowLinear
-from vlfoundry.models.common.lora import Lora
-from vlfoundry.models.common.parallel import process_groups, stack_config, tensor_group
 from vlfoundry.models.internvl.config import PARTS, InternVLConfig
 from vlfoundry.models.internvl.convert import export_model, import_model, merge_model
 from vlfoundry.models.internvl.freeze import freeze
-from vlfoundry.models.internvl.load import load_parts, read_config, read_weights, save_model
 from vlfoundry.models.internvl.lora import adapters
 from vlfoundry.models.internvl.model import InternVL, build
+from vlfoundry.models.internvl.predict import load_parts, read_config, read_weights, save_model
+from vlfoundry.models.layers.canonical import initialise, set_rule
+from vlfoundry.models.layers.config import LoraConfig
+from vlfoundry.models.layers.linear import ColumnLinear, RowLinear
+from vlfoundry.models.layers.lora import Lora
+from vlfoundry.models.layers.parallel import process_groups, stack_config, tensor_group
 from vlfoundry.models.objectives.next_token import ChatObjective, NextTokenConfig
 from vlfoundry.models.tokenizer import train
 

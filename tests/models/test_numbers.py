@@ -12,15 +12,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.models_helpers import count, on_meta
 from vlfoundry.infra.train.config import TrainConfig
+from vlfoundry.models.families.llama.config import llama
+from vlfoundry.models.families.llama.model import Llama
 from vlfoundry.models.internvit.config import DESIGN_SEARCH, internvit
 from vlfoundry.models.internvit.model import InternViT
 from vlfoundry.models.internvl.config import internvl
 from vlfoundry.models.internvl.freeze import freeze
 from vlfoundry.models.internvl.model import build
-from vlfoundry.models.llama.config import llama
-from vlfoundry.models.llama.model import Llama
+from vlfoundry.models.preprocess.tiling import candidate_grids, tokens_per_tile
 from vlfoundry.models.qllama.layers import QueryCrossAttention
-from vlfoundry.models.tiling import candidate_grids, tokens_per_tile
 
 # name, parameters, tensors; None: not published
 VISION = [

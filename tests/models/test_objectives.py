@@ -7,12 +7,12 @@ import torch
 from torch.nn.functional import normalize
 
 from tests.models_helpers import pixels, stage2_batch, texts, tiny_config
-from vlfoundry.infra.errors import ConfigError
-from vlfoundry.models.common.config import DecoderConfig
+from vlfoundry.infra.core.errors import ConfigError
 from vlfoundry.models.internvit.config import internvit
 from vlfoundry.models.internvl.config import InternVLConfig
 from vlfoundry.models.internvl.freeze import freeze
 from vlfoundry.models.internvl.model import build
+from vlfoundry.models.layers.config import DecoderConfig
 from vlfoundry.models.objectives.contrastive import (
     Contrastive,
     ContrastiveConfig,

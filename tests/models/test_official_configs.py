@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from vlfoundry.infra.errors import ConfigError, ModelError
-from vlfoundry.models.common.official import CHAT, DECODERS, DUAL, NATIVE, NATIVE_VISION, VISION
+from vlfoundry.infra.core.errors import ConfigError, ModelError
 from vlfoundry.models.internvl.convert import import_model
 from vlfoundry.models.internvl.hf import config_from_native, config_from_official
-from vlfoundry.models.internvl.load import read_config
+from vlfoundry.models.internvl.predict import read_config
+from vlfoundry.models.official.configs import CHAT, DECODERS, DUAL, NATIVE, NATIVE_VISION, VISION
 
 CASES = Path(__file__).parents[1] / "cases"
 OPTIONS = CASES / "config-options-ignored"

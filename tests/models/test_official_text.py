@@ -12,17 +12,17 @@ import torch
 from tests.eval_fakes import write_concept_set
 from tests.models_helpers import TEXTS, tiny_config
 from tests.official_text import GOLDEN, RECORDED, ROWS, write_template, write_tokenizer
-from vlfoundry.eval.run import evaluate_folder
-from vlfoundry.infra.errors import ConfigError, DataError, ModelError
+from vlfoundry.eval.runner import evaluate_folder
+from vlfoundry.infra.core.errors import ConfigError, DataError, ModelError
 from vlfoundry.models.chat.official import EMBEDDED_TOKENS, official_tokenizer
 from vlfoundry.models.chat.templates import IMG_CONTEXT, Message
-from vlfoundry.models.common.config import DecoderConfig
 from vlfoundry.models.connector.config import ConnectorConfig
 from vlfoundry.models.internvl.config import InternVLConfig
 from vlfoundry.models.internvl.convert import FORMATS, export_model, import_model
-from vlfoundry.models.internvl.load import load_model, load_tokenizer, read_config, save_model
 from vlfoundry.models.internvl.model import build
+from vlfoundry.models.internvl.predict import load_model, load_tokenizer, read_config, save_model
 from vlfoundry.models.internvl.prompts import IGNORE, SUMMARIZE, caption_rows
+from vlfoundry.models.layers.config import DecoderConfig
 from vlfoundry.models.tokenizer import train
 
 CASES = json.loads((GOLDEN / "conversations.json").read_text("utf-8"))

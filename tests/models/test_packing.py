@@ -8,19 +8,19 @@ import torch
 from torch import Tensor
 
 from tests.models_helpers import VOCAB, pixels, texts, tiny_config
-from vlfoundry.infra.errors import ModelError
+from vlfoundry.infra.core.errors import ModelError
 from vlfoundry.models.chat.examples import Example, packed
-from vlfoundry.models.common.attention import SDPAttention
-from vlfoundry.models.common.config import DecoderConfig
-from vlfoundry.models.common.packing import (
+from vlfoundry.models.internvl.config import InternVLConfig
+from vlfoundry.models.internvl.model import InternVL, build
+from vlfoundry.models.internvl.prompts import IGNORE, labelled_rows
+from vlfoundry.models.layers.attention import SDPAttention
+from vlfoundry.models.layers.config import DecoderConfig
+from vlfoundry.models.layers.packing import (
     pack_rows,
     packed_positions,
     sample_of_token,
     split_packs,
 )
-from vlfoundry.models.internvl.config import InternVLConfig
-from vlfoundry.models.internvl.model import InternVL, build
-from vlfoundry.models.internvl.prompts import IGNORE, labelled_rows
 from vlfoundry.models.objectives.common import Batch
 from vlfoundry.models.objectives.next_token import (
     ChatObjective,

@@ -11,10 +11,10 @@ from vlfoundry.infra.backend import Layout
 from vlfoundry.infra.backend.parallel import parallel
 from vlfoundry.infra.backend.ranks import run_ranks
 from vlfoundry.infra.train.weights import gather_weights
-from vlfoundry.models.common.config import RopeScaling
-from vlfoundry.models.common.parallel import data_group
 from vlfoundry.models.internvl.config import PARTS
 from vlfoundry.models.internvl.model import build
+from vlfoundry.models.layers.config import RopeScaling
+from vlfoundry.models.layers.parallel import data_group
 from vlfoundry.models.objectives.contrastive import Contrastive
 from vlfoundry.models.objectives.generative import Generative
 from vlfoundry.models.objectives.next_token import ChatObjective, NextTokenConfig, TextObjective

@@ -10,34 +10,34 @@ from vlfoundry.infra.backend import Layout
 from vlfoundry.infra.backend.parallel import parallel
 from vlfoundry.infra.train.config import TrainConfig
 from vlfoundry.infra.train.mfu import counted_flops
-from vlfoundry.models.common.config import DecoderConfig, LoraConfig
 from vlfoundry.models.connector.config import ConnectorConfig
-from vlfoundry.models.internvit.config import DESIGN_SEARCH, InternViTConfig, internvit
-from vlfoundry.models.internvl.config import FLAVOURS, PARTS, InternVLConfig, internvl
-from vlfoundry.models.internvl.freeze import freeze
-from vlfoundry.models.internvl.model import build
-from vlfoundry.models.objectives.contrastive import Contrastive
-from vlfoundry.models.objectives.generative import Generative, GenerativeConfig
-from vlfoundry.models.objectives.next_token import ChatObjective, TextObjective
-from vlfoundry.models.objectives.retrieval import Retrieval
-from vlfoundry.models.plan.activations import (
+from vlfoundry.models.estimate.activations import (
     Kept,
     around_bytes,
     behind_bytes,
     input_bytes,
     pass_bytes,
 )
-from vlfoundry.models.plan.compute import pass_flops, patch_flops, sample_flops
-from vlfoundry.models.plan.memory import (
+from vlfoundry.models.estimate.compute import pass_flops, patch_flops, sample_flops
+from vlfoundry.models.estimate.memory import (
     gradient_elements,
     memory,
     optimizer_bytes,
     rank_weights,
     step_seconds,
 )
-from vlfoundry.models.plan.search import Machine, search
-from vlfoundry.models.plan.weights import weights
-from vlfoundry.models.plan.workload import Workload
+from vlfoundry.models.estimate.search import Machine, search
+from vlfoundry.models.estimate.weights import weights
+from vlfoundry.models.estimate.workload import Workload
+from vlfoundry.models.internvit.config import DESIGN_SEARCH, InternViTConfig, internvit
+from vlfoundry.models.internvl.config import FLAVOURS, PARTS, InternVLConfig, internvl
+from vlfoundry.models.internvl.freeze import freeze
+from vlfoundry.models.internvl.model import build
+from vlfoundry.models.layers.config import DecoderConfig, LoraConfig
+from vlfoundry.models.objectives.contrastive import Contrastive
+from vlfoundry.models.objectives.generative import Generative, GenerativeConfig
+from vlfoundry.models.objectives.next_token import ChatObjective, TextObjective
+from vlfoundry.models.objectives.retrieval import Retrieval
 from vlfoundry.models.qllama.config import QLlamaConfig
 
 BATCH, TEXT = 4, 24

@@ -6,17 +6,17 @@ import pytest
 import torch
 
 from tests.models_helpers import TEXTS, chat_batch, pixels, texts, tiny_config
-from vlfoundry.infra.errors import ModelError
+from vlfoundry.infra.core.errors import ModelError
 from vlfoundry.infra.train.weights import load_weights
-from vlfoundry.models.common.config import DecoderConfig
+from vlfoundry.models.families.llama.config import FLAVOURS as LANGUAGE
 from vlfoundry.models.internvit.config import FLAVOURS as VISION
 from vlfoundry.models.internvit.config import InternViTConfig
 from vlfoundry.models.internvl.config import FLAVOURS as CHATS
 from vlfoundry.models.internvl.config import PARTS, InternVLConfig
 from vlfoundry.models.internvl.convert import FORMATS, PYTORCH_FILES, export_model, import_model
-from vlfoundry.models.internvl.load import read_config, read_weights, save_model
 from vlfoundry.models.internvl.model import InternVL, build
-from vlfoundry.models.llama.config import FLAVOURS as LANGUAGE
+from vlfoundry.models.internvl.predict import read_config, read_weights, save_model
+from vlfoundry.models.layers.config import DecoderConfig
 from vlfoundry.models.tokenizer import train
 
 

@@ -17,10 +17,10 @@ from transformers import (
 )
 
 from tests.models_helpers import TEXTS, tiny_config
-from vlfoundry.infra.errors import ModelError
+from vlfoundry.infra.core.errors import ModelError
 from vlfoundry.models.internvl.convert import export_model, import_model
-from vlfoundry.models.internvl.load import read_config, read_weights, save_model
 from vlfoundry.models.internvl.model import build
+from vlfoundry.models.internvl.predict import read_config, read_weights, save_model
 from vlfoundry.models.tokenizer import train
 
 CASES = Path(__file__).parents[1] / "cases"

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image, ImageOps
 
 from tests.models_helpers import TEXTS, tiny_config
-from vlfoundry.infra.errors import ConfigError
-from vlfoundry.infra.geometry import crop, squeeze
+from vlfoundry.infra.core.errors import ConfigError
+from vlfoundry.infra.data.images.geometry import crop, squeeze
 from vlfoundry.models.chat.examples import Conversations
 from vlfoundry.models.internvl.config import FLAVOURS, InternVLConfig
 from vlfoundry.models.internvl.folder import read_config, write_config
@@ -20,10 +20,10 @@ from vlfoundry.models.internvl.hf_pictures import (
     pictures_to_llava,
     pictures_to_official,
 )
-from vlfoundry.models.internvl.load import Model
 from vlfoundry.models.internvl.model import build
-from vlfoundry.models.sight import TASKS, PictureConfig, Sight
-from vlfoundry.models.tiling import Tiling, picture_size, tile
+from vlfoundry.models.internvl.predict import Model
+from vlfoundry.models.preprocess.geometry import TASKS, PictureConfig, Sight
+from vlfoundry.models.preprocess.tiling import Tiling, picture_size, tile
 from vlfoundry.models.tokenizer import train
 
 CASES = Path(__file__).parents[1] / "cases"
@@ -100,7 +100,7 @@ def asked(tokenizer, monkeypatch):
 def test_a_chat_model_is_asked_on_what_it_is_trained_on(
     pictures: PictureConfig, data: bytes, asked, tokenizer, tmp_path: Path
 ) -> None:
-    from vlfoundry.models.preprocess import normalise
+    from vlfoundry.models.preprocess.normalize import normalise
 
     (tmp_path / "it.png").write_bytes(data)
     talk = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "It."}]

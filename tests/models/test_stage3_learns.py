@@ -5,15 +5,15 @@ import pytest
 import torch
 
 from tests.models_helpers import tiny_config
-from vlfoundry.infra.scenes import KINDS, Drawing, compose, conversation
+from vlfoundry.infra.data.synthetic.scenes import KINDS, Drawing, compose, conversation
 from vlfoundry.models import tokenizer as tokenizers
 from vlfoundry.models.chat.examples import Example, padded
 from vlfoundry.models.chat.labels import IGNORE
-from vlfoundry.models.common.config import DecoderConfig
 from vlfoundry.models.internvit.config import InternViTConfig
 from vlfoundry.models.internvl.model import build
+from vlfoundry.models.layers.config import DecoderConfig
 from vlfoundry.models.objectives.next_token import ChatObjective
-from vlfoundry.models.preprocess import normalise
+from vlfoundry.models.preprocess.normalize import normalise
 
 SIDE_PX, SCENES, STEPS = 24, 64, 600
 NAMES = {

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 
 from tests.starts import CONFIG, make_folder
-from vlfoundry.infra.errors import ModelError
-from vlfoundry.models.common.config import DecoderConfig, LoraConfig
+from vlfoundry.infra.core.errors import ModelError
 from vlfoundry.models.connector.config import ConnectorConfig
+from vlfoundry.models.estimate.weights import weights
 from vlfoundry.models.internvl.config import PARTS, InternVLConfig
-from vlfoundry.models.internvl.start import RULES, Start, plan_start
-from vlfoundry.models.plan.weights import weights
+from vlfoundry.models.internvl.init_from import RULES, Start, plan_start
+from vlfoundry.models.layers.config import DecoderConfig, LoraConfig
 from vlfoundry.models.qllama.config import QLlamaConfig
 
 CONTRAST = {"clip_projector", "text_projection", "logit_scale"}

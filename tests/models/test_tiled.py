@@ -11,7 +11,7 @@ from torch.nn.functional import logsigmoid, normalize
 
 from vlfoundry.infra.backend import Layout
 from vlfoundry.infra.backend.parallel import parallel
-from vlfoundry.models.common.parallel import data_group
+from vlfoundry.models.layers.parallel import data_group
 from vlfoundry.models.objectives.contrastive import ContrastiveConfig, info_nce, sigmoid_loss
 from vlfoundry.models.objectives.tiled import TILE_COLUMNS, softplus_sum, two_way_logsumexp
 

@@ -11,8 +11,8 @@ import pytest
 import simplejpeg
 from PIL import Image, ImageOps
 
-from vlfoundry.infra.errors import ConfigError, DataError
-from vlfoundry.models.tiling import (
+from vlfoundry.infra.core.errors import ConfigError, DataError
+from vlfoundry.models.preprocess.tiling import (
     Tiling,
     candidate_grids,
     picture_size,
@@ -263,7 +263,7 @@ def test_torch_is_not_needed_to_plan_or_for_compat() -> None:
     code = (
         "import sys; sys.modules['torch'] = None\n"
         "import numpy as np\n"
-        "from vlfoundry.models.tiling import Tiling, plan, tile\n"
+        "from vlfoundry.models.preprocess.tiling import Tiling, plan, tile\n"
         "assert plan(640, 480).tiles == 13\n"
         "tile(np.zeros((9, 5, 3), np.uint8), Tiling(tile_px=28, compat=True))\n"
     )

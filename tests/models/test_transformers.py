@@ -8,11 +8,11 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from tests.models_helpers import TEXTS, pixels, tiny_config
-from vlfoundry.models.common.config import DecoderConfig, RopeScaling
 from vlfoundry.models.connector.config import ConnectorConfig
 from vlfoundry.models.internvl.convert import export_model, import_model
-from vlfoundry.models.internvl.load import read_weights, save_model
 from vlfoundry.models.internvl.model import build
+from vlfoundry.models.internvl.predict import read_weights, save_model
+from vlfoundry.models.layers.config import DecoderConfig, RopeScaling
 from vlfoundry.models.tokenizer import IMG_CONTEXT_ID, train
 
 LLAMA = DecoderConfig(

@@ -4,14 +4,14 @@ import dataclasses
 
 import pytest
 
+from vlfoundry.infra.backend.fp8_config import Fp8Config
 from vlfoundry.infra.backend.layout import Layout
-from vlfoundry.infra.config import build, load_params
-from vlfoundry.infra.errors import ConfigError
-from vlfoundry.infra.fp8 import Fp8Config
-from vlfoundry.models.common.config import DecoderConfig
+from vlfoundry.infra.core.config import build, load_params
+from vlfoundry.infra.core.errors import ConfigError
 from vlfoundry.models.internvit.config import internvit
 from vlfoundry.models.internvl.config import FLAVOURS, PARTS, InternVLConfig, internvl
-from vlfoundry.models.internvl.cut import check_layout
+from vlfoundry.models.internvl.pipeline_split import check_layout
+from vlfoundry.models.layers.config import DecoderConfig
 
 FP8 = Fp8Config()
 EVERYWHERE = Fp8Config(first_layers=0, last_layers=0)

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from vlfoundry.infra.config import build
-from vlfoundry.infra.stage import Context
+from vlfoundry.infra.core.config import build
+from vlfoundry.infra.core.stage import Context
 
 ROOT = Path(__file__).parents[2]
 FUNNEL = ("ingest", "bootstrap", "filter", "dedup", "decontaminate", "shard")
@@ -42,11 +42,11 @@ TRAINING_IMPORTS = (
     "megatron.core.distributed",
     "megatron.core.models.backends",
     "megatron.core.transformer.multi_token_prediction",
-    "vlfoundry.models.internvl.load",
+    "vlfoundry.models.internvl.predict",
     "vlfoundry.models.objectives.contrastive",
     "vlfoundry.models.objectives.generative",
     "vlfoundry.models.objectives.next_token",
-    "vlfoundry.models.preprocess",
+    "vlfoundry.models.preprocess.normalize",
     "safetensors.torch",
     "tokenizers",
     "torch._dynamo",

@@ -15,10 +15,10 @@ import pytest
 from PIL import Image
 
 from vlfoundry.flows.recipes import find_recipe, recipes, with_profile
-from vlfoundry.infra.config import build, load_params, to_dict
-from vlfoundry.infra.stage import Context
-from vlfoundry.models.common.config import DecoderConfig
+from vlfoundry.infra.core.config import build, load_params, to_dict
+from vlfoundry.infra.core.stage import Context
 from vlfoundry.models.internvl.config import InternVLConfig
+from vlfoundry.models.layers.config import DecoderConfig
 
 ROOT = Path(__file__).parents[2]
 PROFILES = sorted(path.stem for path in (ROOT / "profiles").glob("*.yaml"))
@@ -67,7 +67,7 @@ def small(config: InternVLConfig) -> InternVLConfig:
 def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards of drawings, and a chat file with a photo."""
     from tests.tiny import drawings_with_captions
-    from vlfoundry.infra.shards import write_shards
+    from vlfoundry.infra.data.shards.write import write_shards
 
     root = tmp_path_factory.mktemp("material")
     samples = [s for s in drawings_with_captions(3) if s.meta["kind"] == "name"]
@@ -97,9 +97,9 @@ def tiny_params(profile: str, stage: str) -> dict[str, Any]:
 def make_starts(root: Path, stage: str, config: Any, folders: tuple[str, ...]) -> None:
     """What the stage starts from: models with fresh weights and one tokenizer."""
     from vlfoundry.models import tokenizer as tokenizers
-    from vlfoundry.models.internvl.load import save_model
+    from vlfoundry.models.internvl.init_from import RULES
     from vlfoundry.models.internvl.model import build as build_model
-    from vlfoundry.models.internvl.start import RULES
+    from vlfoundry.models.internvl.predict import save_model
 
     tokenizer = tokenizers.train(["a photo", "what is it?", "una foto"], 400)
     kinds = {
@@ -179,7 +179,7 @@ def test_one_batch_at_true_size(
     elif stage == "generative":
         assert first["pixels"] == (2, 3, side, side)
     else:
-        from vlfoundry.models.tiling import plan
+        from vlfoundry.models.preprocess.tiling import plan
 
         tiles = plan(*PHOTO_PX, model.pictures.tiling(side)).tiles
         assert first["pixels"] == (2 * tiles, 3, side, side)

@@ -10,16 +10,16 @@ import pytest
 
 from tests.eval_fakes import LANGUAGES, Guesser, Oracle, write_concept_set
 from tests.tiny import write_model
-from vlfoundry.eval.datasets import read_concept_set
+from vlfoundry.eval.compare.scores import read_document, read_scores
+from vlfoundry.eval.datasets.folders import read_concept_set
 from vlfoundry.eval.questions import KINDS, ask
-from vlfoundry.eval.run import evaluate_folder
-from vlfoundry.eval.scores import read_document, read_scores
+from vlfoundry.eval.runner import evaluate_folder
 from vlfoundry.eval.suites import NEEDS
 from vlfoundry.eval.variants import MODELS
-from vlfoundry.infra.config import build
-from vlfoundry.infra.errors import ConfigError, DataError, ModelError, UserError
-from vlfoundry.infra.stage import Context
-from vlfoundry.infra.tables import write_table
+from vlfoundry.infra.core.config import build
+from vlfoundry.infra.core.errors import ConfigError, DataError, ModelError, UserError
+from vlfoundry.infra.core.stage import Context
+from vlfoundry.infra.core.tables import write_table
 from vlfoundry.stages.evaluate import STAGE, Config
 
 SCENES = 30
@@ -63,7 +63,7 @@ def models(monkeypatch, root):
         return Oracle(data, asked, kind)
 
     module = types.SimpleNamespace(load_model=load_model)
-    monkeypatch.setitem(sys.modules, "vlfoundry.models.internvl.load", module)
+    monkeypatch.setitem(sys.modules, "vlfoundry.models.internvl.predict", module)
 
 
 def config(**changes):
@@ -95,7 +95,7 @@ def test_every_suite_is_scored_or_has_a_reason(root, models, variant):
 
 
 def test_outputs_are_the_same_bytes_each_time(root, models):
-    from vlfoundry.infra.fingerprint import fingerprint
+    from vlfoundry.infra.core.fingerprint import fingerprint
 
     first = fingerprint(run(root, "internvl_g").parent)
     assert fingerprint(run(root, "internvl_g").parent) == first
@@ -139,10 +139,12 @@ def test_the_source_under_test_must_not_have_been_trained_on(root, models):
 @pytest.fixture
 def resolved(monkeypatch, models, root):
     """What is named is looked at as it lies there, before any model is loaded."""
-    import vlfoundry.infra.registry
+    import vlfoundry.infra.registry.gto
 
     write_model(root / MODELS["internvl_c"], "internvl_c")
-    monkeypatch.setattr(vlfoundry.infra.registry, "resolve_model", lambda ref: root / MODELS[ref])
+    monkeypatch.setattr(
+        vlfoundry.infra.registry.gto, "resolve_model", lambda ref: root / MODELS[ref]
+    )
 
 
 def test_any_folder_can_be_scored(root, resolved, tmp_path, models):
@@ -182,7 +184,7 @@ def test_scores_that_cannot_be_stored_after_all_are_said(root, resolved, monkeyp
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("vlfoundry.eval.run.write_scores", full)
+    monkeypatch.setattr("vlfoundry.eval.runner.write_scores", full)
     out = tmp_path / "x.json"
     with pytest.raises(UserError, match=r"cannot write the scores to .*x\.json: no space left"):
         evaluate_folder("internvl_c", root / "data", "zero_shot", out, log=said.append)
@@ -198,11 +200,11 @@ def test_a_place_that_cannot_be_written_is_said_before_the_model_is_read(
     (tmp_path / "file").touch()
     (tmp_path / "locked").mkdir()
     (tmp_path / "locked" / "x.items").touch()
-    import vlfoundry.infra.registry
+    import vlfoundry.infra.registry.gto
 
     def too_late(ref):
         raise AssertionError("the model was looked for first")
 
-    monkeypatch.setattr(vlfoundry.infra.registry, "resolve_model", too_late)
+    monkeypatch.setattr(vlfoundry.infra.registry.gto, "resolve_model", too_late)
     with pytest.raises(UserError, match=r"(is a directory; name a file|is not a directory)"):
         evaluate_folder("internvl_c", root / "data", "zero_shot", tmp_path / place)

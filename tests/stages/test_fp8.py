@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from tests.tiny import PARAMS, ROOT, make_project, run_stage, start_fork, write_params
-from vlfoundry.infra import workfolder
-from vlfoundry.infra.config import load_params
+from vlfoundry.infra.core import workfolder
+from vlfoundry.infra.core.config import load_params
 from vlfoundry.infra.train.gap import smoothed
 
 STEPS = 20

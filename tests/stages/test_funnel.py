@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 
 from tests.tiny import LIMIT_S, make_project, start_process
-from vlfoundry.infra.artwork import read_artwork
-from vlfoundry.infra.config import build
-from vlfoundry.infra.errors import DataError
-from vlfoundry.infra.fingerprint import fingerprint
-from vlfoundry.infra.funnel import Verdict, dropped_table, rates
-from vlfoundry.infra.loader import ShardSet
-from vlfoundry.infra.noise import reencode
-from vlfoundry.infra.tables import read_table
+from vlfoundry.infra.core.config import build
+from vlfoundry.infra.core.errors import DataError
+from vlfoundry.infra.core.fingerprint import fingerprint
+from vlfoundry.infra.core.tables import read_table
+from vlfoundry.infra.data.funnel import Verdict, dropped_table, rates
+from vlfoundry.infra.data.shards.read import ShardSet
+from vlfoundry.infra.data.sources.concept_set import read_artwork
+from vlfoundry.infra.data.synthetic.noise import reencode
 from vlfoundry.models.scorer import evidence
 from vlfoundry.stages import bootstrap, decontaminate, dedup, filter, shard
 
@@ -128,7 +128,7 @@ def test_a_filter_never_reads_what_the_picture_shows(funnel, funnel_params, run_
     """Without concepts, and with a false truth, the same rows go."""
     (tmp_path / "artifacts/ingest").mkdir(parents=True)
     (tmp_path / "artifacts/bootstrap").symlink_to(funnel / "artifacts/bootstrap")
-    from vlfoundry.infra.tables import write_table
+    from vlfoundry.infra.core.tables import write_table
 
     for name in ("records", "truth", "images"):
         table = read_table(funnel / f"artifacts/ingest/{name}.parquet")
@@ -200,7 +200,7 @@ def test_leaked_test_pictures_are_found_by_name():
     test = read_artwork("data/twemoji.parquet")[:60]
     train = read_artwork("data/noto.parquet")[:60]
     rng = np.random.default_rng(0)
-    from vlfoundry.infra.images import decode_rgba
+    from vlfoundry.infra.data.images.bulk import decode_rgba
 
     leaked = [reencode(decode_rgba(drawing.image_bytes), rng) for drawing in test[:10]]
     training = decontaminate.prints([drawing.image_bytes for drawing in train] + leaked)
@@ -299,7 +299,7 @@ def test_witnesses_do_not_include_the_record_or_its_copies():
 
 
 def test_parameters_out_of_range_are_refused():
-    from vlfoundry.infra.errors import ConfigError
+    from vlfoundry.infra.core.errors import ConfigError
 
     for config, values in (
         (dedup.DedupConfig, {"max_bits": 40}),

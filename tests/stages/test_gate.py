@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from vlfoundry.eval.rules import Rule, decide
-from vlfoundry.eval.scores import mean_score, with_baseline, with_untrained, write_scores
+from vlfoundry.eval.compare.rules import Rule, decide
+from vlfoundry.eval.compare.scores import mean_score, with_baseline, with_untrained, write_scores
 from vlfoundry.eval.variants import MODELS, scores_file
-from vlfoundry.infra.config import build
-from vlfoundry.infra.errors import ConfigError
-from vlfoundry.infra.stage import Context
+from vlfoundry.infra.core.config import build
+from vlfoundry.infra.core.errors import ConfigError
+from vlfoundry.infra.core.stage import Context
 from vlfoundry.stages.gate import STAGE, Config
 
 ROOT = Path(__file__).parents[2]
@@ -166,7 +166,7 @@ def test_the_stage_writes_its_decision(tmp_path, at_least, passed):
 def test_rules_look_at_every_model_of_the_run():
     """Of params.yaml, and of every profile over it."""
     from vlfoundry.flows.recipes import PROFILES, with_profile
-    from vlfoundry.infra.config import load_params
+    from vlfoundry.infra.core.config import load_params
 
     params = load_params(ROOT / "params.yaml")
     profiles = sorted(path.stem for path in (ROOT / PROFILES).glob("*.yaml"))

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.cpu import least_cpu_s
-from vlfoundry.infra.stage import EXIT_USER_ERROR, main
+from vlfoundry.infra.core.stage import EXIT_USER_ERROR, main
 
 STAGES = (
     "ingest", "bootstrap", "filter", "dedup", "decontaminate", "shard", "pretrain_text",

@@ -7,14 +7,19 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from vlfoundry.infra.artwork import Concept, keyword_caption, read_artwork, read_concepts
-from vlfoundry.infra.config import build
-from vlfoundry.infra.errors import ConfigError, DataError
-from vlfoundry.infra.fingerprint import fingerprint
-from vlfoundry.infra.images import decode_rgba
-from vlfoundry.infra.phash import colour_grid
-from vlfoundry.infra.quality import effective_side
-from vlfoundry.infra.tables import read_table
+from vlfoundry.infra.core.config import build
+from vlfoundry.infra.core.errors import ConfigError, DataError
+from vlfoundry.infra.core.fingerprint import fingerprint
+from vlfoundry.infra.core.tables import read_table
+from vlfoundry.infra.data.images.bulk import decode_rgba
+from vlfoundry.infra.data.images.phash import colour_grid
+from vlfoundry.infra.data.rules.quality import effective_side
+from vlfoundry.infra.data.sources.concept_set import (
+    Concept,
+    keyword_caption,
+    read_artwork,
+    read_concepts,
+)
 from vlfoundry.stages.ingest import STAGE, Config, choose_classes, identical_pairs
 
 OUT = "artifacts/ingest"

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from tests.report_tree import build_tree
+from vlfoundry.eval.compare.scores import ENSEMBLE, Score, headline
 from vlfoundry.eval.report.collect import metrics
-from vlfoundry.eval.scores import ENSEMBLE, Score, headline
 from vlfoundry.flows.workspace import yaml_text
-from vlfoundry.infra.config import build
-from vlfoundry.infra.git import git
-from vlfoundry.infra.stage import Bound, Context
+from vlfoundry.infra.core.config import build
+from vlfoundry.infra.core.git import git
+from vlfoundry.infra.core.stage import Bound, Context
 from vlfoundry.stages import evaluate, report, sft
 
 CURVE = [{"step": 0, "loss": 2.5}, {"step": 1, "loss": 1.25}, {"step": 2, "loss": 1.125}]

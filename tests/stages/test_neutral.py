@@ -14,20 +14,20 @@ from typing import Any
 import pytest
 
 from tests.tiny import artifacts, run_stage
-from vlfoundry.infra.code import NEUTRAL, Code
-from vlfoundry.infra.meaning import Source
+from vlfoundry.infra.core.code import NEUTRAL, Code
+from vlfoundry.infra.core.meaning import Source
 
 STAGE = "contrastive"
 OTHERS: dict[str, Callable[..., Any]] = {
-    "infra.code.read_code": lambda wanted, *_, **__: {
+    "infra.core.code.read_code": lambda wanted, *_, **__: {
         step: Code(step=step, modules={}, identity="0" * 64, libraries={}) for step in wanted
     },
-    "infra.code.Code.stamp": lambda self: {"code": self.identity},
-    "infra.code.Code.counts_as": lambda self: self.identity,
-    "infra.code.Code.facts": lambda _self: {"code": "1" * 64},
-    "infra.meaning.read_source": lambda _text: Source("2" * 64, ()),
-    "infra.meaning.table_meaning": lambda _text: "3" * 64,
-    "infra.progress.Progress.__enter__": lambda self: self,
+    "infra.core.code.Code.stamp": lambda self: {"code": self.identity},
+    "infra.core.code.Code.counts_as": lambda self: self.identity,
+    "infra.core.code.Code.facts": lambda _self: {"code": "1" * 64},
+    "infra.core.meaning.read_source": lambda _text: Source("2" * 64, ()),
+    "infra.core.meaning.table_meaning": lambda _text: "3" * 64,
+    "infra.core.progress.Progress.__enter__": lambda self: self,
     "infra.train.telemetry.Stopwatch.phase": lambda *_: contextlib.nullcontext(),
     "infra.train.telemetry.Telemetry.__enter__": lambda self: self,
     "infra.train.mfu.peak_flops_per_s": lambda: (17.0, "nowhere"),
@@ -36,11 +36,11 @@ OTHERS: dict[str, Callable[..., Any]] = {
     "infra.train.mfu.Utilisation.mfu": lambda _self: 0.5,
     "infra.train.mfu.FlopCounter.__enter__": lambda self: self,
     "infra.train.mfu.FlopCounter.get_total_flops": lambda _self: 29,
-    "infra.workfolder.folder": lambda root, *_: elsewhere(root),
-    "infra.workfolder.lock_file": lambda root, _: elsewhere(root) / "lock",
+    "infra.core.workfolder.folder": lambda root, *_: elsewhere(root),
+    "infra.core.workfolder.lock_file": lambda root, _: elsewhere(root) / "lock",
 }
 """What cannot return None: something else."""
-TOLD_IN_LINEAGE = {"vlfoundry.infra.code", "vlfoundry.infra.meaning"}
+TOLD_IN_LINEAGE = {"vlfoundry.infra.core.code", "vlfoundry.infra.core.meaning"}
 """Of these a lineage.json tells, and it alone."""
 
 

@@ -8,16 +8,16 @@ from tests.official_text import ROWS, write_template, write_tokenizer
 from tests.tiny import PARAMS, ROOT, make_project, run_stage, write_params
 from vlfoundry.flows.recipes import with_profile
 from vlfoundry.flows.start import bring, new_profile, write_profile
-from vlfoundry.infra.config import load_params
+from vlfoundry.infra.core.config import load_params
 
 
 def publish(folder: Path) -> None:
     """A chat model as it is published: InternVL-Chat on InternLM2, with random weights."""
-    from vlfoundry.infra.config import build as build_config
+    from vlfoundry.infra.core.config import build as build_config
     from vlfoundry.models.internvl.config import InternVLConfig
     from vlfoundry.models.internvl.convert import export_model
-    from vlfoundry.models.internvl.load import save_model
     from vlfoundry.models.internvl.model import build
+    from vlfoundry.models.internvl.predict import save_model
     from vlfoundry.models.tokenizer import train
 
     model = copy.deepcopy(PARAMS["model"])

@@ -10,7 +10,7 @@ from PIL import Image
 
 from tests.official_text import ROWS, write_template, write_tokenizer
 from tests.tiny import PARAMS, make_project, run_stage
-from vlfoundry.infra.config import build as build_config
+from vlfoundry.infra.core.config import build as build_config
 
 TALK = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A square."}]
 STAGES = {
@@ -37,8 +37,8 @@ def save_start(root: Path, params: dict, tokenizer: str, template: str) -> Path:
     """A text model with an official tokenizer, where stage 1 takes its text tower from."""
     from vlfoundry.models.chat.official import official_tokenizer
     from vlfoundry.models.internvl.config import InternVLConfig
-    from vlfoundry.models.internvl.load import save_model
     from vlfoundry.models.internvl.model import build
+    from vlfoundry.models.internvl.predict import save_model
 
     write_tokenizer(root / "published", tokenizer)
     write_template(root / "published", template)
@@ -57,7 +57,7 @@ def save_start(root: Path, params: dict, tokenizer: str, template: str) -> Path:
     ],
 )
 def test_stages_go_on_with_an_official_tokenizer(tokenizer, template, folders, warm, tmp_path):
-    from vlfoundry.models.internvl.load import load_model
+    from vlfoundry.models.internvl.predict import load_model
 
     params = parameters()
     root = make_project(tmp_path / "project", params)

@@ -29,7 +29,7 @@ def history(root: Path, folder: str) -> list[dict[str, float]]:
 
 
 def test_stage_1_by_the_sigmoid_loss_and_stage_2_after_it(again) -> None:
-    from vlfoundry.models.internvl.load import load_model, read_weights
+    from vlfoundry.models.internvl.predict import load_model, read_weights
 
     params = copy.deepcopy(PARAMS)
     params["contrastive"]["objective"] = {"loss": "sigmoid"}

@@ -15,10 +15,10 @@ from vlfoundry.flows.graph import load_graph
 from vlfoundry.flows.recipes import with_profile
 from vlfoundry.flows.stamps import CODE
 from vlfoundry.flows.workspace import Variation, yaml_text
-from vlfoundry.infra.code import STEP_FILES, step_file
-from vlfoundry.infra.config import load_params
-from vlfoundry.infra.git import git
-from vlfoundry.infra.stage import Bound, Plot, parameters_of
+from vlfoundry.infra.core.code import STEP_FILES, step_file
+from vlfoundry.infra.core.config import load_params
+from vlfoundry.infra.core.git import git
+from vlfoundry.infra.core.stage import Bound, Plot, parameters_of
 
 ROOT = Path(__file__).parents[2]
 

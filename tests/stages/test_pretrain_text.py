@@ -5,11 +5,11 @@ import re
 import pytest
 
 from tests.tiny import PARAMS
-from vlfoundry.infra.config import build
-from vlfoundry.infra.errors import ConfigError
-from vlfoundry.infra.loader import ShardSet
-from vlfoundry.infra.scenes import conversation, imagine, parse_box
-from vlfoundry.infra.shards import Sample, write_shards
+from vlfoundry.infra.core.config import build
+from vlfoundry.infra.core.errors import ConfigError
+from vlfoundry.infra.data.shards.read import ShardSet
+from vlfoundry.infra.data.shards.write import Sample, write_shards
+from vlfoundry.infra.data.synthetic.scenes import conversation, imagine, parse_box
 from vlfoundry.infra.train.config import TrainConfig
 from vlfoundry.infra.train.session import Place
 from vlfoundry.stages.pretrain_text import Config, PretrainTextConfig, imagined, job, spoken_names

@@ -11,9 +11,9 @@ import pytest
 
 from tests.report_tree import CLASSES, build_tree
 from vlfoundry.eval.report import charts, collect, page
-from vlfoundry.infra.config import build
-from vlfoundry.infra.fingerprint import fingerprint
-from vlfoundry.infra.stage import Context
+from vlfoundry.infra.core.config import build
+from vlfoundry.infra.core.fingerprint import fingerprint
+from vlfoundry.infra.core.stage import Context
 from vlfoundry.stages.report import OUT, STAGE, Config
 
 MAX_PAGE_BYTES = 3_000_000
@@ -46,7 +46,7 @@ def test_funnel_counts_add_up(root):
 
 
 def test_precision_and_recall_are_those_of_a_hand_count(tmp_path):
-    from vlfoundry.infra.tables import write_table
+    from vlfoundry.infra.core.tables import write_table
 
     noise = ["shuffled", "shuffled", "overlay", "", "", "duplicate"]
     write_table(

@@ -5,13 +5,18 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from vlfoundry.infra.errors import ConfigError, DataError
-from vlfoundry.infra.images import encode_webp
-from vlfoundry.infra.loader import ShardSet
-from vlfoundry.infra.scenes import background_names, caption_question, conversation, parse_box
-from vlfoundry.infra.shards import Sample, write_shards
+from vlfoundry.infra.core.errors import ConfigError, DataError
+from vlfoundry.infra.data.images.bulk import encode_webp
+from vlfoundry.infra.data.shards.read import ShardSet
+from vlfoundry.infra.data.shards.write import Sample, write_shards
+from vlfoundry.infra.data.synthetic.scenes import (
+    background_names,
+    caption_question,
+    conversation,
+    parse_box,
+)
 from vlfoundry.infra.train.config import TrainConfig
-from vlfoundry.models.common.config import LoraConfig
+from vlfoundry.models.layers.config import LoraConfig
 from vlfoundry.stages.sft import SceneQuestions, SftStageConfig
 
 LANGUAGES = ("en", "zh", "ar")

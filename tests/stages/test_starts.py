@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from tests.tiny import PARAMS, ROOT, make_project, run_stage, start_fork, write_params
-from vlfoundry.infra import workfolder
-from vlfoundry.infra.config import load_params
-from vlfoundry.infra.fingerprint import fingerprint
+from vlfoundry.infra.core import workfolder
+from vlfoundry.infra.core.config import load_params
+from vlfoundry.infra.core.fingerprint import fingerprint
 
 STANDSTILL = 1e-30
 """a learning rate that changes no weight by anything that one sees"""

@@ -25,9 +25,9 @@ from tests.tiny import (
     start_process,
     write_params,
 )
-from vlfoundry.infra import workfolder
-from vlfoundry.infra.config import load_params
-from vlfoundry.infra.stage import EXIT_INTERRUPTED
+from vlfoundry.infra.core import workfolder
+from vlfoundry.infra.core.config import load_params
+from vlfoundry.infra.core.stage import EXIT_INTERRUPTED
 
 MADE_FOLDERS = tuple(
     f"artifacts/{stage}" for stage in ("pretrain_text", "contrastive", "generative", "sft")
@@ -115,7 +115,7 @@ def test_stage_2_leaves_stage_1_as_it_was(trained: Path) -> None:
 
 
 def test_stage_2_learns_what_is_new(trained: Path) -> None:
-    from vlfoundry.models.internvl.load import load_model
+    from vlfoundry.models.internvl.predict import load_model
 
     folder = trained / "artifacts/generative/model"
     untrained = load_model(folder, untrained_seed=PARAMS["seed"]).module.state_dict()
@@ -126,7 +126,7 @@ def test_stage_2_learns_what_is_new(trained: Path) -> None:
 
 @pytest.mark.parametrize("folder", ["contrastive", "generative"])
 def test_what_a_stage_made_embeds(trained: Path, folder: str) -> None:
-    from vlfoundry.models.internvl.load import load_model
+    from vlfoundry.models.internvl.predict import load_model
 
     model = load_model(trained / "artifacts" / folder / "model")
     pictures = np.random.default_rng(0).integers(0, 256, (3, 40, 40, 3), np.uint8)
@@ -137,7 +137,7 @@ def test_what_a_stage_made_embeds(trained: Path, folder: str) -> None:
 
 @pytest.mark.parametrize("folder", ["generative", "sft/simple", "sft/full"])
 def test_what_a_stage_made_writes(trained: Path, folder: str) -> None:
-    from vlfoundry.models.internvl.load import load_model
+    from vlfoundry.models.internvl.predict import load_model
     from vlfoundry.models.internvl.prompts import caption_prompt
 
     model = load_model(trained / "artifacts" / folder / "model")
@@ -150,7 +150,7 @@ def test_what_a_stage_made_writes(trained: Path, folder: str) -> None:
 
 def test_adapters_are_learnt_beside_a_base_that_stays(trained: Path, tmp_path: Path) -> None:
     """Stage 3 with LoRA; `full` goes on with the adapters that `simple` made."""
-    from vlfoundry.models.internvl.load import load_model
+    from vlfoundry.models.internvl.predict import load_model
 
     root = copied(trained, tmp_path / "lora", without=("work", "artifacts/sft"))
     params = copy.deepcopy(PARAMS)

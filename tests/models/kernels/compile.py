@@ -5,7 +5,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from vlfoundry.models.common.kernels import norms, pairs, residual, unshuffle
+from vlfoundry.models.kernels import norms, pairs, residual, unshuffle
 
 H100 = GPUTarget("cuda", 90, 32)
 ROW = {"WIDTH": 3200, "BLOCK": 4096, "INNER": tl.float32}

@@ -4,7 +4,7 @@ import math
 
 from benchmarks.gpu_kernels import Sizes, measure
 from tests.models.kernels.helpers import DEVICE
-from vlfoundry.models.common import kernels
+from vlfoundry.models import kernels
 
 
 def test_every_kernel_is_measured_beside_plain_pytorch(monkeypatch):

@@ -7,8 +7,8 @@ import torch
 from tests.models.kernels.helpers import assert_as_exact, gradients, leaves
 from vlfoundry.infra.backend import Layout
 from vlfoundry.infra.backend.parallel import parallel
-from vlfoundry.models.common.kernels.norms import query_key_norm, rms_norm
-from vlfoundry.models.common.parallel import tensor_group
+from vlfoundry.models.kernels.norms import query_key_norm, rms_norm
+from vlfoundry.models.layers.parallel import tensor_group
 
 EPS = 1e-6
 TOKENS, BATCH, HEADS, SIZE = 3, 2, 5, 4
@@ -83,7 +83,7 @@ def test_gradients_that_lie_otherwise():
 
 
 def test_more_rows_than_programs_share_them(monkeypatch):
-    monkeypatch.setattr("vlfoundry.models.common.kernels.rows.PROGRAMS", 4)
+    monkeypatch.setattr("vlfoundry.models.kernels.rows.PROGRAMS", 4)
     assert_as_exact(fused_heads, plain_heads, heads(torch.float32))
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from tests.models.kernels.helpers import DEVICE, assert_as_exact, leaves
-from vlfoundry.models.common import kernels
-from vlfoundry.models.common.kernels import pairs
+from vlfoundry.models import kernels
+from vlfoundry.models.kernels import pairs
 from vlfoundry.models.objectives.contrastive import ContrastiveConfig, info_nce, sigmoid_loss
 from vlfoundry.models.objectives.tiled import softplus_sum, two_way_logsumexp
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.models.kernels.helpers import DEVICE, assert_as_exact, gradients, leaves
-from vlfoundry.models.common.kernels.residual import scaled_residual
+from vlfoundry.models.kernels.residual import scaled_residual
 
 EPS = 1e-6
 
@@ -61,7 +61,7 @@ def test_any_width(width):
 
 
 def test_more_rows_than_programs_share_them(monkeypatch):
-    monkeypatch.setattr("vlfoundry.models.common.kernels.rows.PROGRAMS", 4)
+    monkeypatch.setattr("vlfoundry.models.kernels.rows.PROGRAMS", 4)
     given = inputs(torch.float32, tokens=7)
     assert_as_exact(fused, plain, given)
     again = gradients(fused, given)

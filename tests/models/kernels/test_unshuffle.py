@@ -5,9 +5,9 @@ import torch
 from torch.nn.functional import layer_norm
 
 from tests.models.kernels.helpers import assert_as_exact, leaves
-from vlfoundry.models.common.kernels import unshuffle
-from vlfoundry.models.common.kernels.unshuffle import shuffled_norm
 from vlfoundry.models.connector.model import pixel_shuffle
+from vlfoundry.models.kernels import unshuffle
+from vlfoundry.models.kernels.unshuffle import shuffled_norm
 
 EPS = 1e-5
 
@@ -52,7 +52,7 @@ def test_of_tokens_behind_a_class_token_and_samples_second():
 
 
 def test_wide_rows_that_several_programs_share(monkeypatch):
-    monkeypatch.setattr("vlfoundry.models.common.kernels.rows.PROGRAMS", 2)
+    monkeypatch.setattr("vlfoundry.models.kernels.rows.PROGRAMS", 2)
     monkeypatch.setattr(unshuffle, "COLUMN_BLOCK", 16)
     assert_as_exact(*pair((4, 6), 2, "v2"), inputs(torch.float32, (4, 6), 2, width=9))
 

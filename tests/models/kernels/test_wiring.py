@@ -9,11 +9,11 @@ from tests.models_helpers import pixels, tiny_config
 from vlfoundry.infra.backend import Layout, device_literals
 from vlfoundry.infra.backend.parallel import parallel
 from vlfoundry.infra.train.weights import gather_weights
-from vlfoundry.models.common import kernels
-from vlfoundry.models.common.kernels import norms, residual, unshuffle
-from vlfoundry.models.common.parallel import tensor_group
+from vlfoundry.models import kernels
 from vlfoundry.models.connector.config import ConnectorConfig
 from vlfoundry.models.internvl.model import build
+from vlfoundry.models.kernels import norms, residual, unshuffle
+from vlfoundry.models.layers.parallel import tensor_group
 
 SAMPLES = 2
 

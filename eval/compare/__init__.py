@@ -1,0 +1,1 @@
+"""Scores, their uncertainty, and the rules that a model must meet."""

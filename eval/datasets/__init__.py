@@ -1,0 +1,1 @@
+"""Data sets under test: a concept set or a pair set."""

@@ -1,0 +1,1 @@
+"""What every room stands on: errors, configurations, files, git, the frame of a step."""

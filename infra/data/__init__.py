@@ -1,0 +1,1 @@
+"""Images, sources, rules and shards: what training data are made of."""

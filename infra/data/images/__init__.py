@@ -1,0 +1,1 @@
+"""The one decoder, and what is done with small images in bulk."""

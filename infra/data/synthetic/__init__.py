@@ -1,0 +1,1 @@
+"""What only the embedded data has: planted noise, composed scenes."""

@@ -1,0 +1,1 @@
+"""Where and how wide a step runs."""

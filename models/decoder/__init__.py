@@ -1,0 +1,1 @@
+"""The causal decoder that language-model families share."""

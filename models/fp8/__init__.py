@@ -1,0 +1,1 @@
+"""FP8 as formulas: formats, scaling, matrix products."""

@@ -1,0 +1,1 @@
+"""Files of official models: configs, tables of weight names, vocabularies."""

@@ -1,0 +1,1 @@
+"""How a model is given images: geometry, tiling, normalisation."""
