@@ -8,7 +8,15 @@ import shutil
 import time
 from pathlib import Path
 
-from tests.tiny import ROOT, Running, Start, artifacts, make_project, run_stage, start_process
+from tests.support.tiny_project import (
+    ROOT,
+    Running,
+    Start,
+    artifacts,
+    make_project,
+    run_stage,
+    start_process,
+)
 from vlfoundry.infra.core.config import load_params
 from vlfoundry.infra.core.workfolder import folders, home
 

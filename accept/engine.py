@@ -28,7 +28,14 @@ from tests.models.test_layouts import (
 )
 from tests.models.test_layouts import LAYOUTS as MATRIX
 from tests.stages.conftest import TRAINING, TRAINING_IMPORTS
-from tests.tiny import LIMIT_S, PARAMS, artifacts, make_project, run_stage, start_fork
+from tests.support.tiny_project import (
+    LIMIT_S,
+    PARAMS,
+    artifacts,
+    make_project,
+    run_stage,
+    start_fork,
+)
 from vlfoundry.infra.core.stage import EXIT_INTERRUPTED
 
 pytestmark = pytest.mark.accept

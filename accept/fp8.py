@@ -17,7 +17,7 @@ from accept.clone import ROOT, fresh_clone
 from accept.meter import measure
 from benchmarks.harness import commit
 from tests.models.test_bf16 import CELLS, gradients_point_where_those_of_fp32_do
-from tests.tiny import write_params
+from tests.support.tiny_project import write_params
 from vlfoundry.infra.core.config import load_params
 
 pytestmark = pytest.mark.accept

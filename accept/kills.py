@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from accept.siege import Project, besiege, make_project
-from tests.flows.toy import make_toy, reproduce, sh
+from tests.support.toy_project import make_toy, reproduce, sh
 
 pytestmark = pytest.mark.accept
 

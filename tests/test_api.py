@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import vlfoundry
-from tests.flows.toy import commit_all, sh
-from tests.models_helpers import TEXTS, tiny_config
+from tests.support.tiny_models import TEXTS, tiny_config
+from tests.support.toy_project import commit_all, sh
 from vlfoundry.infra.core.code import closure
 from vlfoundry.infra.core.errors import ModelError
 from vlfoundry.infra.registry.gto import register_model

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from tests.eval_fakes import drawing, encoded, write_concept_set, write_pair_set
+from tests.support.fake_models import drawing, encoded, write_concept_set, write_pair_set
 from vlfoundry.eval.datasets.folders import ConceptSet, PairSet, read_concept_set, read_folder
 from vlfoundry.eval.datasets.pictures import decode_squares
 from vlfoundry.eval.suites.zero_shot import as_concept_set

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.models_helpers import TEXTS
+from tests.support.tiny_models import TEXTS
 from vlfoundry.eval.context import embed_pictures
 from vlfoundry.eval.datasets.folders import read_folder
 from vlfoundry.eval.reference import picture_features

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from tests.models_helpers import TEXTS, tiny_config
+from tests.support.tiny_models import TEXTS, tiny_config
 from vlfoundry.eval.parity.run import check_folder
 from vlfoundry.flows.cli import app
 from vlfoundry.infra.backend.devices import find_device

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.eval_fakes import drawing, encoded, write_concept_set, write_pair_set
-from tests.models_helpers import TEXTS, tiny_config
+from tests.support.fake_models import drawing, encoded, write_concept_set, write_pair_set
+from tests.support.tiny_models import TEXTS, tiny_config
 from vlfoundry.eval.context import Setting, embed_pictures, embed_texts
 from vlfoundry.eval.datasets.folders import read_folder
 from vlfoundry.eval.questions import replies

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from tests.eval_fakes import write_concept_set
-from tests.report_tree import REPOSITORY
+from tests.support.fake_models import write_concept_set
+from tests.support.report_tree import REPOSITORY
 from vlfoundry.eval.datasets.folders import read_concept_set
 from vlfoundry.eval.metrics.ranking import best_rank
 from vlfoundry.eval.reference import NearestPicture, squared_distances

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.eval_fakes import (
+from tests.support.fake_models import (
     LANGUAGES,
     Constant,
     Guesser,

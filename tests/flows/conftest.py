@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.flows.toy import make_toy, reproduce, sh
+from tests.support.toy_project import make_toy, reproduce, sh
 
 
 @pytest.fixture(scope="session")

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import typer.main
 
-from tests.cpu import least_cpu_s
-from tests.tiny import write_model
+from tests.support.cpu import least_cpu_s
+from tests.support.tiny_project import write_model
 from vlfoundry.flows.cli import app
 
 ROOT = Path(__file__).parents[2]

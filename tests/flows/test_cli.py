@@ -10,8 +10,8 @@ import pytest
 import typer.main
 from typer.testing import CliRunner
 
-from tests.cpu import least_cpu_s
-from tests.tiny import write_model
+from tests.support.cpu import least_cpu_s
+from tests.support.tiny_project import write_model
 from vlfoundry.eval.suites import linear_probe
 from vlfoundry.flows.cli import app
 from vlfoundry.infra.core.errors import DataError

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from tests.cpu import least_cpu_s
-from tests.flows.toy import steer
+from tests.support.cpu import least_cpu_s
+from tests.support.toy_project import steer
 from vlfoundry.flows.cli import app
 from vlfoundry.infra.registry.gto import register_model
 

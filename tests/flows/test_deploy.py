@@ -13,7 +13,7 @@ import pytest
 from ruamel.yaml import YAML
 from typer.testing import CliRunner
 
-from tests.flows.toy import wait_until
+from tests.support.toy_project import wait_until
 from vlfoundry.flows.cli import app
 from vlfoundry.flows.deploy import Deployment, pool_of, prefect_yaml
 from vlfoundry.flows.flowrun import COMMAND

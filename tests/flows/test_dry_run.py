@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from tests.flows.toy import sh
+from tests.support.toy_project import sh
 from vlfoundry.flows.cli import app
 from vlfoundry.flows.workspace import Variation, workspace
 

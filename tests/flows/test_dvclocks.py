@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.flows.toy import PARAMS_YAML, sh, steer, wait_until
+from tests.support.toy_project import PARAMS_YAML, sh, steer, wait_until
 from vlfoundry.flows import dvclocks
 from vlfoundry.flows.dvclocks import RWLOCK, clear_stale
 from vlfoundry.flows.graph import load_graph

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.flows.toy import sh
+from tests.support.toy_project import sh
 from vlfoundry.flows.graph import Graph, load_graph, order_lock
 from vlfoundry.infra.core.errors import ConfigError, DataError
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.flows.toy import processes_marked, wait_for_the_end, wait_until
+from tests.support.toy_project import processes_marked, wait_for_the_end, wait_until
 from vlfoundry.infra.core.guard import command_line, descendants
 
 CASE = Path(__file__).parents[1] / "cases" / "guard_leaves_stage"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.flows.toy import DVC_YAML, sh
+from tests.support.toy_project import DVC_YAML, sh
 from vlfoundry.flows.launch import run_pipeline
 from vlfoundry.flows.terminal import Terminal
 from vlfoundry.infra.core.errors import DataError

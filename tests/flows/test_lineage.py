@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
-from tests.flows.toy import commit_all, make_toy, sh
+from tests.support.toy_project import commit_all, make_toy, sh
 from vlfoundry.flows.cli import app
 from vlfoundry.flows.gc import states
 from vlfoundry.flows.lineage import lineage_lines, write_rows

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.flows.toy import sh
+from tests.support.toy_project import sh
 from vlfoundry.flows.lock import BusyError, run_lock
 from vlfoundry.flows.workspace import Variation, workspace
 from vlfoundry.infra.core.errors import ConfigError

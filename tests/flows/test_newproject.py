@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cpu import least_cpu_s
-from tests.flows.toy import sh
+from tests.support.cpu import least_cpu_s
+from tests.support.toy_project import sh
 from vlfoundry.flows.newproject import NewProject, data_files, make_project, with_comments
 from vlfoundry.flows.recipes import TEMPLATE, profiles, with_profile
 from vlfoundry.flows.workspace import Variation, workspace

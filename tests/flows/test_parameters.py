@@ -6,7 +6,7 @@ import io
 import pytest
 
 import vlfoundry.flows.launch
-from tests.tiny import ROOT
+from tests.support.tiny_project import ROOT
 from vlfoundry.flows.parameters import check_parameters
 from vlfoundry.flows.terminal import Terminal
 from vlfoundry.infra.core.config import apply_overrides, load_params

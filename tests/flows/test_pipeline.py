@@ -10,7 +10,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from tests.flows.toy import (
+from tests.support.toy_project import (
     comes_to,
     processes_marked,
     sh,

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from tests.models_helpers import tiny_config
+from tests.support.tiny_models import tiny_config
 from vlfoundry.flows.cli import app
 from vlfoundry.infra.core.errors import UserError
 from vlfoundry.infra.data.images.decode import decode

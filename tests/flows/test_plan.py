@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cpu import least_cpu_s
+from tests.support.cpu import least_cpu_s
 from vlfoundry.flows.plan import (
     DEFAULTS,
     command,

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.flows.toy import processes_marked, sh, steer
-from tests.small_disk import LIBC, MS_RDONLY, fill, small_disk
+from tests.support.small_disk import LIBC, MS_RDONLY, fill, small_disk
+from tests.support.toy_project import processes_marked, sh, steer
 from vlfoundry.flows.leftovers import clear_part_files
 from vlfoundry.flows.plan import machine_of
 from vlfoundry.infra.core.config import apply_overrides, load_params

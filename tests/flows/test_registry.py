@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.flows.toy import PARAMS_YAML, commit_all, reproduce, sh
+from tests.support.toy_project import PARAMS_YAML, commit_all, reproduce, sh
 from vlfoundry.flows.fetch import fetch
 from vlfoundry.flows.launch import finish
 from vlfoundry.flows.start import bring

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.flows.toy import PARAMS_YAML, processes_marked, sh
+from tests.support.toy_project import PARAMS_YAML, processes_marked, sh
 from vlfoundry.flows import walk as walking
 from vlfoundry.flows.dvclocks import RWLOCK
 from vlfoundry.flows.graph import load_graph, lock_is_whole

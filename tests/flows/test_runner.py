@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from tests.flows.toy import processes_marked, wait_for_the_end
+from tests.support.toy_project import processes_marked, wait_for_the_end
 from vlfoundry.flows.runner import run_guarded, run_stage
 from vlfoundry.infra.core.guard import command_line
 

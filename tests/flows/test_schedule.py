@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.flows.site import ROOT, Site, project_outside
-from tests.flows.toy import comes_to, sh, steer, wait_until
+from tests.support.site import ROOT, Site, project_outside
+from tests.support.toy_project import comes_to, sh, steer, wait_until
 
 PAGE = ROOT / "docs" / "nightly-run.md"
 TASKS = ("prepare", "train@a", "train@b", "score")

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.flows.toy import processes_marked, steer, wait_for_the_end, wait_until
+from tests.support.toy_project import processes_marked, steer, wait_for_the_end, wait_until
 from vlfoundry.flows.database import fault, set_aside
 from vlfoundry.flows.server import server
 

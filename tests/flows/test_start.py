@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.flows.toy import reproduce
-from tests.starts import CONFIG, make_folder
+from tests.support.start_models import CONFIG, make_folder
+from tests.support.toy_project import reproduce
 from vlfoundry.eval.variants import MODELS
 from vlfoundry.flows.start import (
     FITS,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.flows.toy import DVC_YAML, commit_all, sh, steer
+from tests.support.toy_project import DVC_YAML, commit_all, sh, steer
 from vlfoundry.flows.graph import load_graph
 from vlfoundry.flows.launch import EXIT_FAILED, EXIT_REJECTED, finish
 from vlfoundry.flows.terminal import Terminal

@@ -10,8 +10,8 @@ import pytest
 from typer.testing import CliRunner
 
 import vlfoundry.flows.cli
-from tests.flows.toy import DVC_YAML, commit_all, reproduce, sh
-from tests.tiny import ROOT
+from tests.support.tiny_project import ROOT
+from tests.support.toy_project import DVC_YAML, commit_all, reproduce, sh
 from vlfoundry.flows.graph import load_graph
 from vlfoundry.flows.launch import run_pipeline
 from vlfoundry.flows.terminal import Terminal

@@ -12,7 +12,7 @@ def single_gradients(run_ranks):
 
 
 def _gradients(layout, **options):
-    from tests import tower
+    from tests.support import tiny_tower as tower
     from vlfoundry.infra.backend.parallel import parallel
 
     with parallel(layout):

@@ -175,7 +175,7 @@ def test_installed_libraries_are_named() -> None:
 def test_the_step_takes_less_than_a_second(project: Path) -> None:
     """With what sources mean remembered; without, it may take two."""
     command = [sys.executable, "-m", "vlfoundry.infra.core.code"]
-    place = Path(code.__file__).parents[2]
+    place = Path(code.__file__).parents[3]
     (project / "vlfoundry").rename(project / "away")
     (project / "dvc.yaml").write_text("stages: {}\n")
     for _ in range(2):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.small_disk import MS_RDONLY, fill, small_disk
+from tests.support.small_disk import MS_RDONLY, fill, small_disk
 from vlfoundry.infra.core.errors import UserError
 from vlfoundry.infra.core.files import (
     LITTER,

@@ -83,7 +83,7 @@ def test_a_bucket_without_shards_is_refused(options):
 
 
 def test_a_data_set_under_evaluation_may_be_there(options, monkeypatch, tmp_path):
-    from tests.eval_fakes import write_concept_set
+    from tests.support.fake_models import write_concept_set
     from vlfoundry.eval.datasets.folders import read_folder
 
     s3 = fsspec.filesystem("s3", **options)

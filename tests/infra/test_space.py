@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.small_disk import fill, small_disk
+from tests.support.small_disk import fill, small_disk
 from vlfoundry.infra.core.errors import DataError
 from vlfoundry.infra.core.space import free_bytes, no_space, require_space
 

@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from tests import tower
-from tests.small_disk import fill, small_disk
+from tests.support import tiny_tower as tower
+from tests.support.small_disk import fill, small_disk
 from vlfoundry.infra.backend.ranks import RankError
 from vlfoundry.infra.core.errors import KilledError
 from vlfoundry.infra.core.space import NoSpaceError

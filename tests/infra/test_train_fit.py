@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from tests import tower
+from tests.support import tiny_tower as tower
 from vlfoundry.infra.backend import Layout
 from vlfoundry.infra.backend.ranks import RankError
 from vlfoundry.infra.core.errors import ConfigError, UserError

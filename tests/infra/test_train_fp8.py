@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from tests import tower
+from tests.support import tiny_tower as tower
 from vlfoundry.infra.backend import Layout
 from vlfoundry.infra.backend.fp8_config import Fp8Config
 from vlfoundry.infra.backend.ranks import RankError

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests import tower
+from tests.support import tiny_tower as tower
 from vlfoundry.infra.backend import Layout
 from vlfoundry.infra.backend.fp8_config import Fp8Config
 from vlfoundry.infra.train.config import TrainConfig

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from tests import tower
+from tests.support import tiny_tower as tower
 from vlfoundry.infra.backend import Layout
 from vlfoundry.infra.backend.ranks import RankError
 from vlfoundry.infra.core.errors import UserError
@@ -55,7 +55,7 @@ def test_rollback_is_a_run_that_never_saw_the_batches(run_ranks, tmp_path, rolle
     """Weights, moments and random states of the checkpoint, all three: else a bit would differ."""
 
     def shifted():
-        from tests.tower import data_batch_at
+        from tests.support.tiny_tower import data_batch_at
 
         def jump(number):
             return data_batch_at(number if number < 2 else number + 2)

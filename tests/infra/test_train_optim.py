@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests import tower
+from tests.support import tiny_tower as tower
 from vlfoundry.infra.backend import Layout
 from vlfoundry.infra.core.errors import ConfigError
 from vlfoundry.infra.train.config import TrainConfig
@@ -53,7 +53,7 @@ def test_layer_decay_of_one_tower(run_ranks):
 
 def test_layer_decay_of_two_towers(run_ranks):
     def factors():
-        from tests.tiny import PARAMS
+        from tests.support.tiny_project import PARAMS
         from vlfoundry.infra.backend.parallel import parallel
         from vlfoundry.infra.core.config import build
         from vlfoundry.infra.train.optim import lr_factors

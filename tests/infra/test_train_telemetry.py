@@ -8,7 +8,7 @@ import urllib.request
 
 import pytest
 
-from tests import tower
+from tests.support import tiny_tower as tower
 from vlfoundry.infra.backend import Layout
 from vlfoundry.infra.core.errors import ConfigError
 from vlfoundry.infra.train.config import TrainConfig

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests import tower
+from tests.support import tiny_tower as tower
 from vlfoundry.infra.backend import Layout
 from vlfoundry.infra.core.errors import ModelError
 

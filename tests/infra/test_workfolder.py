@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.small_disk import small_disk
+from tests.support.small_disk import small_disk
 from vlfoundry.infra.core import workfolder
 from vlfoundry.infra.core.workfolder import (
     GONE,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.models_helpers import chat_batch, count, on_meta, pixels, texts, tiny_config
+from tests.support.tiny_models import chat_batch, count, on_meta, pixels, texts, tiny_config
 from vlfoundry.infra.core.errors import ConfigError, LayoutError, ModelError
 from vlfoundry.models.families.llama.config import FLAVOURS as LLAMA_FLAVOURS
 from vlfoundry.models.families.llama.config import llama

@@ -6,7 +6,7 @@ import pytest
 from sentencepiece import SentencePieceTrainer
 
 from tests.models.test_chat import KINDS, tokenizer
-from tests.official_text import PIECES, write_template, write_tokenizer
+from tests.support.official_text import PIECES, write_template, write_tokenizer
 from vlfoundry.models.chat.control import GROUNDING, control_tokens, written_out
 from vlfoundry.models.chat.dialogue import TemplateDialogue
 from vlfoundry.models.chat.labels import IGNORE

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.models_helpers import TEXTS, tiny_config
+from tests.support.tiny_models import TEXTS, tiny_config
 from vlfoundry.infra.core.errors import ConfigError, ModelError
 from vlfoundry.models.families.llama.hf import config_from_official as llm_config
 from vlfoundry.models.internvl.convert import FORMATS, export_model, import_model

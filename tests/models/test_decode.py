@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.models_helpers import tiny_config
+from tests.support.tiny_models import tiny_config
 from vlfoundry.infra.backend import Layout
 from vlfoundry.infra.backend.parallel import parallel
 from vlfoundry.models.decoder import decode

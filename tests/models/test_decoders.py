@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from tests.models_helpers import count, on_meta
+from tests.support.tiny_models import count, on_meta
 from vlfoundry.infra.core.errors import ConfigError
 from vlfoundry.infra.train.weights import load_weights, pieces
 from vlfoundry.models.decoder.generate import greedy

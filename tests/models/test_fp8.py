@@ -16,7 +16,7 @@ from tests.models.test_layouts import (
     model_config,
     share,
 )
-from tests.models_helpers import pixels
+from tests.support.tiny_models import pixels
 from vlfoundry.infra.backend import Layout, device_literals
 from vlfoundry.infra.backend.fp8_config import MULTIPLE, Fp8Config
 from vlfoundry.infra.backend.parallel import parallel

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.models_helpers import TEXTS, tiny_config
-from tests.official_text import write_tokenizer
+from tests.support.official_text import write_tokenizer
+from tests.support.tiny_models import TEXTS, tiny_config
 from vlfoundry.flows.cli import main
 from vlfoundry.infra.core.errors import ModelError, UserError
 from vlfoundry.models.chat.official import official_tokenizer

@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.models_helpers import TEXTS, tiny_config
-from tests.official_text import ROWS, write_template, write_tokenizer
+from tests.support.official_text import ROWS, write_template, write_tokenizer
+from tests.support.tiny_models import TEXTS, tiny_config
 from vlfoundry.models.chat.official import official_tokenizer
 from vlfoundry.models.chat.templates import IMG_CONTEXT, TEMPLATES, Message
 from vlfoundry.models.internvl.convert import export_model, import_model

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from tests.models_helpers import tiny_config
+from tests.support.tiny_models import tiny_config
 from vlfoundry.infra.core.errors import ModelError
 from vlfoundry.infra.train.weights import pieces
 from vlfoundry.models.connector.config import ConnectorConfig

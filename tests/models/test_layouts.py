@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.models_helpers import chat_batch, pixels, stage2_batch, texts, tiny_config
+from tests.support.tiny_models import chat_batch, pixels, stage2_batch, texts, tiny_config
 from vlfoundry.infra.backend import Layout, device_literals
 from vlfoundry.infra.backend.parallel import parallel
 from vlfoundry.infra.backend.ranks import run_ranks

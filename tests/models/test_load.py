@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.models_helpers import TEXTS, tiny_config
+from tests.support.tiny_models import TEXTS, tiny_config
 from vlfoundry.infra.core.errors import ModelError
 from vlfoundry.models.chat.control import GROUNDING
 from vlfoundry.models.internvl.config import PARTS, InternVLConfig

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.models.test_parallel import loss_of
-from tests.models_helpers import TEXTS, chat_batch, pixels, texts, three_tasks, tiny_config
+from tests.support.tiny_models import TEXTS, chat_batch, pixels, texts, three_tasks, tiny_config
 from vlfoundry.infra.backend import Layout
 from vlfoundry.infra.backend.parallel import parallel
 from vlfoundry.infra.backend.ranks import run_ranks, this_rank

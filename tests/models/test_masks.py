@@ -2,7 +2,7 @@
 
 import torch
 
-from tests.models_helpers import pixels, texts, three_tasks, tiny_config
+from tests.support.tiny_models import pixels, texts, three_tasks, tiny_config
 from vlfoundry.models.internvl.model import build
 from vlfoundry.models.qllama.masks import contrastive_blocked, generative_blocked, matching_blocked
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.models_helpers import count, on_meta
+from tests.support.tiny_models import count, on_meta
 from vlfoundry.infra.train.config import TrainConfig
 from vlfoundry.models.families.llama.config import llama
 from vlfoundry.models.families.llama.model import Llama

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from tests.models_helpers import pixels, stage2_batch, texts, tiny_config
+from tests.support.tiny_models import pixels, stage2_batch, texts, tiny_config
 from vlfoundry.infra.core.errors import ConfigError
 from vlfoundry.models.internvit.config import internvit
 from vlfoundry.models.internvl.config import InternVLConfig

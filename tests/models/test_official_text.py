@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from tests.eval_fakes import write_concept_set
-from tests.models_helpers import TEXTS, tiny_config
-from tests.official_text import GOLDEN, RECORDED, ROWS, write_template, write_tokenizer
+from tests.support.fake_models import write_concept_set
+from tests.support.official_text import GOLDEN, RECORDED, ROWS, write_template, write_tokenizer
+from tests.support.tiny_models import TEXTS, tiny_config
 from vlfoundry.eval.runner import evaluate_folder
 from vlfoundry.infra.core.errors import ConfigError, DataError, ModelError
 from vlfoundry.models.chat.official import EMBEDDED_TOKENS, official_tokenizer

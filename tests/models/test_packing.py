@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.models_helpers import VOCAB, pixels, texts, tiny_config
+from tests.support.tiny_models import VOCAB, pixels, texts, tiny_config
 from vlfoundry.infra.core.errors import ModelError
 from vlfoundry.models.chat.examples import Example, packed
 from vlfoundry.models.internvl.config import InternVLConfig

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from tests.models_helpers import on_meta, pixels, tiny_config
+from tests.support.tiny_models import on_meta, pixels, tiny_config
 from vlfoundry.infra.backend import Layout
 from vlfoundry.infra.backend.parallel import parallel
 from vlfoundry.infra.train.config import TrainConfig

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from tests.models_helpers import TEXTS, chat_batch, pixels, texts, tiny_config
+from tests.support.tiny_models import TEXTS, chat_batch, pixels, texts, tiny_config
 from vlfoundry.infra.core.errors import ModelError
 from vlfoundry.infra.train.weights import load_weights
 from vlfoundry.models.families.llama.config import FLAVOURS as LANGUAGE

@@ -16,7 +16,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from tests.models_helpers import TEXTS, tiny_config
+from tests.support.tiny_models import TEXTS, tiny_config
 from vlfoundry.infra.core.errors import ModelError
 from vlfoundry.models.internvl.convert import export_model, import_model
 from vlfoundry.models.internvl.model import build

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from tests.models_helpers import TEXTS, tiny_config
+from tests.support.tiny_models import TEXTS, tiny_config
 from vlfoundry.infra.core.errors import ConfigError
 from vlfoundry.infra.data.images.geometry import crop, squeeze
 from vlfoundry.models.chat.examples import Conversations

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.models_helpers import tiny_config
+from tests.support.tiny_models import tiny_config
 from vlfoundry.infra.data.synthetic.scenes import KINDS, Drawing, compose, conversation
 from vlfoundry.models import tokenizer as tokenizers
 from vlfoundry.models.chat.examples import Example, padded

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.starts import CONFIG, make_folder
+from tests.support.start_models import CONFIG, make_folder
 from vlfoundry.infra.core.errors import ModelError
 from vlfoundry.models.connector.config import ConnectorConfig
 from vlfoundry.models.estimate.weights import weights

@@ -27,8 +27,10 @@ def run_python(*arguments: str, **environment: str) -> str:
 
 
 def test_it_equals_the_local_spec_on_the_stand_in():
-    """Names, checkpoints, losses, gradients and FP8's choices: see `te_cases.py`."""
-    output = run_python("-m", "pytest", "-p", "tests.te_standin", "tests/models/te_cases.py")
+    """Names, checkpoints, losses, gradients and FP8's choices: see `tests/support/te_cases.py`."""
+    output = run_python(
+        "-m", "pytest", "-p", "tests.support.fake_transformer_engine", "tests/support/te_cases.py"
+    )
     assert " passed" in output
     assert "skipped" not in output
 
@@ -50,15 +52,15 @@ def te_site(tmp_path_factory) -> str:
 def installed(te_site, tmp_path_factory) -> list[str]:
     """What Transformer Engine's own modules print, and then its optimizer: in one process."""
     code = (
-        "import sys; from tests import te_parameters; te_parameters.main('te');"
-        "from tests import te_masters; te_masters.main(sys.argv[1])"
+        "import sys; from tests.support import te_parameters; te_parameters.main('te');"
+        "from tests.support import te_masters; te_masters.main(sys.argv[1])"
     )
     folder = str(tmp_path_factory.mktemp("masters"))
     return run_python("-c", code, folder, PYTHONPATH=te_site).splitlines()
 
 
 def test_the_stand_in_has_the_parameters_of_the_installed_one(installed):
-    lines = run_python("-m", "tests.te_parameters", "stand-in").splitlines()
+    lines = run_python("-m", "tests.support.te_parameters", "stand-in").splitlines()
     assert installed[:-2] == lines
     assert "linear_qkv" in str(lines)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
-from tests.models_helpers import TEXTS, pixels, tiny_config
+from tests.support.tiny_models import TEXTS, pixels, tiny_config
 from vlfoundry.models.connector.config import ConnectorConfig
 from vlfoundry.models.internvl.convert import export_model, import_model
 from vlfoundry.models.internvl.model import build

@@ -100,7 +100,7 @@ def warm(run_ranks) -> None:
 @pytest.fixture(scope="session")
 def trained(warm, made_once) -> Path:
     """A tiny project in which all training stages have run; tests read it, and copy to change."""
-    from tests.tiny import make_project, run_stage
+    from tests.support.tiny_project import make_project, run_stage
 
     def make(root: Path) -> None:
         make_project(root)

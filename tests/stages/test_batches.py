@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.tiny import PARAMS, artifacts, run_stage, write_params
+from tests.support.tiny_project import PARAMS, artifacts, run_stage, write_params
 
 MADE = "artifacts/sft/simple"
 TALK = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A square."}]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from accept.crash import Target, besiege
-from tests.tiny import artifacts, start_fork
+from tests.support.tiny_project import artifacts, start_fork
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def small(config: InternVLConfig) -> InternVLConfig:
 @pytest.fixture(scope="module")
 def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards of drawings, and a chat file with a photo."""
-    from tests.tiny import drawings_with_captions
+    from tests.support.tiny_project import drawings_with_captions
     from vlfoundry.infra.data.shards.write import write_shards
 
     root = tmp_path_factory.mktemp("material")

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.eval_fakes import LANGUAGES, Guesser, Oracle, write_concept_set
-from tests.tiny import write_model
+from tests.support.fake_models import LANGUAGES, Guesser, Oracle, write_concept_set
+from tests.support.tiny_project import write_model
 from vlfoundry.eval.compare.scores import read_document, read_scores
 from vlfoundry.eval.datasets.folders import read_concept_set
 from vlfoundry.eval.questions import KINDS, ask

@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 
-from tests.tiny import LIMIT_S, make_project, start_process
+from tests.support.tiny_project import LIMIT_S, make_project, start_process
 from vlfoundry.infra.core.config import build
 from vlfoundry.infra.core.errors import DataError
 from vlfoundry.infra.core.fingerprint import fingerprint

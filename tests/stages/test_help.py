@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.cpu import least_cpu_s
+from tests.support.cpu import least_cpu_s
 from vlfoundry.infra.core.stage import EXIT_USER_ERROR, main
 
 STAGES = (

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.report_tree import build_tree
+from tests.support.report_tree import build_tree
 from vlfoundry.eval.compare.scores import ENSEMBLE, Score, headline
 from vlfoundry.eval.report.collect import metrics
 from vlfoundry.flows.workspace import yaml_text

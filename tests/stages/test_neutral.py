@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.tiny import artifacts, run_stage
+from tests.support.tiny_project import artifacts, run_stage
 from vlfoundry.infra.core.code import NEUTRAL, Code
 from vlfoundry.infra.core.meaning import Source
 

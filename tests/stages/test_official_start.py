@@ -4,8 +4,8 @@ import copy
 import json
 from pathlib import Path
 
-from tests.official_text import ROWS, write_template, write_tokenizer
-from tests.tiny import PARAMS, ROOT, make_project, run_stage, write_params
+from tests.support.official_text import ROWS, write_template, write_tokenizer
+from tests.support.tiny_project import PARAMS, ROOT, make_project, run_stage, write_params
 from vlfoundry.flows.recipes import with_profile
 from vlfoundry.flows.start import bring, new_profile, write_profile
 from vlfoundry.infra.core.config import load_params

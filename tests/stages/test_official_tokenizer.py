@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.official_text import ROWS, write_template, write_tokenizer
-from tests.tiny import PARAMS, make_project, run_stage
+from tests.support.official_text import ROWS, write_template, write_tokenizer
+from tests.support.tiny_project import PARAMS, make_project, run_stage
 from vlfoundry.infra.core.config import build as build_config
 
 TALK = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A square."}]

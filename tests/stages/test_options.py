@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny import PARAMS, run_stage, write_params
+from tests.support.tiny_project import PARAMS, run_stage, write_params
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from tests.tiny import PARAMS
+from tests.support.tiny_project import PARAMS
 from vlfoundry.infra.core.config import build
 from vlfoundry.infra.core.errors import ConfigError
 from vlfoundry.infra.data.shards.read import ShardSet

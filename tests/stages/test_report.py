@@ -9,7 +9,7 @@ import subprocess
 
 import pytest
 
-from tests.report_tree import CLASSES, build_tree
+from tests.support.report_tree import CLASSES, build_tree
 from vlfoundry.eval.report import charts, collect, page
 from vlfoundry.infra.core.config import build
 from vlfoundry.infra.core.fingerprint import fingerprint

@@ -9,7 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.tiny import PARAMS, ROOT, make_project, run_stage, start_fork, write_params
+from tests.support.tiny_project import (
+    PARAMS,
+    ROOT,
+    make_project,
+    run_stage,
+    start_fork,
+    write_params,
+)
 from vlfoundry.infra.core import workfolder
 from vlfoundry.infra.core.config import load_params
 from vlfoundry.infra.core.fingerprint import fingerprint

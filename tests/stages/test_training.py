@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.tiny import (
+from tests.support.tiny_project import (
     LIMIT_S,
     PARAMS,
     ROOT,

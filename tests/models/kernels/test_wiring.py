@@ -5,7 +5,7 @@ import dataclasses
 import torch
 
 from tests.models.kernels.helpers import DEVICE
-from tests.models_helpers import pixels, tiny_config
+from tests.support.tiny_models import pixels, tiny_config
 from vlfoundry.infra.backend import Layout, device_literals
 from vlfoundry.infra.backend.parallel import parallel
 from vlfoundry.infra.train.weights import gather_weights

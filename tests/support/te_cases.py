@@ -13,7 +13,7 @@ import torch
 
 import vlfoundry.infra.backend
 from tests.models import test_layouts as layouts
-from tests.models_helpers import pixels, tiny_config
+from tests.support.tiny_models import pixels, tiny_config
 from vlfoundry.infra.backend import Layout, install
 from vlfoundry.infra.backend.fp8_config import Fp8Config
 from vlfoundry.infra.backend.parallel import parallel

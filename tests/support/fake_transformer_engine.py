@@ -309,5 +309,5 @@ def _module(place: str, **contents: Any) -> types.ModuleType:
 
 
 def pytest_configure() -> None:
-    """`-p tests.te_standin`."""
+    """`-p tests.support.fake_transformer_engine`."""
     install()

@@ -17,7 +17,7 @@ from typing import Any
 
 import psutil
 
-from tests.flows.toy import commit_all, make_toy, wait_until
+from tests.support.toy_project import commit_all, make_toy, wait_until
 from vlfoundry.flows.kept import Kept, kept
 
 ROOT = Path(__file__).parents[2]

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from tests.tiny import PARAMS
+from tests.support.tiny_project import PARAMS
 from vlfoundry.infra.core.config import build
 from vlfoundry.models.estimate.weights import weights
 from vlfoundry.models.internvl.config import InternVLConfig

@@ -25,7 +25,7 @@ from vlfoundry.infra.core.config import canonical_json
 from vlfoundry.infra.core.fingerprint import fingerprint
 from vlfoundry.infra.data.shards.write import Sample, write_shards
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SOURCES = ("vlfoundry", "flows", "infra", "models", "eval", "stages")
 VENDORS = ("noto", "fxemoji", "emojitwo")
 LANGUAGES = ("en", "zh", "ar", "it")

@@ -1,6 +1,6 @@
 """Prints whether Transformer Engine's own optimizer comes back from a checkpoint as it was.
 
-    python -m tests.te_masters FOLDER
+    python -m tests.support.te_masters FOLDER
 
 It makes its state on a CPU (and could not step there).
 """
@@ -10,7 +10,7 @@ import sys
 
 import torch
 
-from tests.te_parameters import load_te
+from tests.support.te_parameters import load_te
 
 load_te()
 
@@ -19,7 +19,7 @@ from megatron.core.optimizer import distrib_optimizer  # noqa: E402
 from transformer_engine.pytorch.optimizers import FusedAdam  # noqa: E402
 
 import vlfoundry.infra.backend  # noqa: E402
-from tests.models_helpers import tiny_config  # noqa: E402
+from tests.support.tiny_models import tiny_config  # noqa: E402
 from vlfoundry.infra.backend import Layout, device_literals, install  # noqa: E402
 from vlfoundry.infra.backend.parallel import parallel  # noqa: E402
 from vlfoundry.infra.train import optim  # noqa: E402

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.eval_fakes import CAN, Guesser, looks
+from tests.support.fake_models import CAN, Guesser, looks
 from vlfoundry.eval import questions
 from vlfoundry.eval.datasets.folders import ConceptSet, read_concept_set
 from vlfoundry.eval.questions import KINDS, ask

@@ -1,6 +1,6 @@
 """Prints parameters, cuts and state of all models of the "te" layer spec.
 
-    python -m tests.te_parameters stand-in|te
+    python -m tests.support.te_parameters stand-in|te
 
 Once on the stand-in and once on Transformer Engine itself, which wants to be told that there is a
 GPU before it builds a module; on a CPU it can build, but not compute.
@@ -37,10 +37,10 @@ def main(kind: str) -> None:
         install()
         torch.cuda.is_available = lambda: True
     else:
-        from tests import te_standin
+        from tests.support import fake_transformer_engine as te_standin
 
         te_standin.install()
-    from tests.models_helpers import tiny_config
+    from tests.support.tiny_models import tiny_config
     from vlfoundry.infra.backend import Layout
     from vlfoundry.infra.backend.parallel import parallel
     from vlfoundry.models.internvl.config import PARTS
