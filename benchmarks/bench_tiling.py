@@ -48,7 +48,7 @@ def tiling() -> Iterator[tuple[Case, ...]]:
 
 
 def _cases(name: str, files: Sequence[bytes], config: "Tiling") -> Iterator[tuple[Case, ...]]:
-    from vlfoundry.models.preprocess.normalize import normalise
+    from vlfoundry.models.preprocess.normalize import normalize_uint8
     from vlfoundry.models.preprocess.tiling import tile
 
     def case(label: str, work: Callable[[bytes], object], **more: Any) -> Case:
@@ -68,7 +68,11 @@ def _cases(name: str, files: Sequence[bytes], config: "Tiling") -> Iterator[tupl
         pixels,
         cut,
         case("ours", lambda data: tile(data, config), against=pixels.name, facts=facts),
-        case("ours, pixel values", lambda data: normalise(tile(data, config)), against=pixels.name),
+        case(
+            "ours, pixel values",
+            lambda data: normalize_uint8(tile(data, config)),
+            against=pixels.name,
+        ),
         case("ours, tiles alone", lambda data: tile(data, config), against=cut.name, facts=facts),
     )
 
@@ -105,12 +109,12 @@ def _official(data: bytes, config: "Tiling") -> "Tensor":
     """float32 [N, 3, S, S]"""
     import torch
 
-    from vlfoundry.models.preprocess.normalize import standardise
+    from vlfoundry.models.preprocess.normalize import normalize_float
 
     planes = []
     for one in _official_tiles(data, config):
         pixels = torch.from_numpy(np.array(one)).permute(2, 0, 1).contiguous()
-        planes.append(standardise(pixels.float().div(255)[None])[0])
+        planes.append(normalize_float(pixels.float().div(255)[None])[0])
     return torch.stack(planes)
 
 

@@ -26,7 +26,7 @@ from vlfoundry.infra.core.config import build, load_params, parse_value
 from vlfoundry.infra.core.stage import Context, parameters_of
 from vlfoundry.infra.train.config import TrainConfig
 from vlfoundry.infra.train.gap import Gap, measure_gap, smoothed
-from vlfoundry.infra.train.session import Place
+from vlfoundry.infra.train.session import DataParallelSlice
 from vlfoundry.models.internvl.pipeline_split import check_layout
 from vlfoundry.stages.contrastive import STAGE, Config, job
 
@@ -44,7 +44,7 @@ def gap(config: Config, root: Path, work: Path, start: int = 0) -> Gap:
     context = Context(STAGE.bind(None), root, "gap")
 
     def make() -> tuple[Any, Any, Any]:
-        made = job(config, context, Place(rank=0, ranks=1))
+        made = job(config, context, DataParallelSlice(rank=0, ranks=1))
         moved(made.model, start)
         return made.model, made.objective, lambda step: made.finish(made.batch_at(step))
 

@@ -41,7 +41,7 @@ class Model(Protocol):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Setting:
+class EvalContext:
     """Everything that a suite needs besides the model and the data under test."""
 
     languages: tuple[str, ...]

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
-from vlfoundry.eval.context import Model, Setting, in_batches
+from vlfoundry.eval.context import EvalContext, Model, in_batches
 from vlfoundry.eval.datasets.folders import ConceptSet, DataFolder, Picture
 from vlfoundry.eval.reference import squared_distances
 from vlfoundry.infra.core.errors import DataError
@@ -110,7 +110,9 @@ def keep_scenes(items_dir: Path, questions: Sequence[Question]) -> None:
         Image.fromarray(question.image).save(folder / f"{question.id}.png")
 
 
-def nearest_answers(questions: Sequence[Question], kind: str, setting: Setting) -> list[Question]:
+def nearest_answers(
+    questions: Sequence[Question], kind: str, setting: EvalContext
+) -> list[Question]:
     """For each question, the most similar scene made of training drawings; [] without training.
 
     Its answer (in the question's language) is what a reference without learning would say.

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from vlfoundry.eval.compare.scores import Score, score_line, write_scores
-from vlfoundry.eval.context import Model, Setting
+from vlfoundry.eval.context import EvalContext, Model
 from vlfoundry.eval.datasets.folders import (
     ConceptSet,
     DataFolder,
@@ -66,7 +66,7 @@ def evaluate_folder(
         for line in data.told:
             log(f"labels: {line}")
     train = read_concept_set(data_dir, sources=train_sources) if train_sources else None
-    setting = Setting(
+    setting = EvalContext(
         languages=choose_languages(data, languages, suite, log),
         seed=seed,
         items_dir=items,
@@ -106,7 +106,7 @@ def _check_model(folder: Path, suite: str) -> None:
 def score_model(
     model: Model,
     data: DataFolder,
-    setting: Setting,
+    setting: EvalContext,
     *,
     suites: Sequence[str] = tuple(NEEDS),
     log: Callable[[str], None] = print,

@@ -42,7 +42,7 @@ FITS = {
 stages before that one does not come into it"""
 
 
-def bring(
+def import_model(
     root: Path | None,
     source: str,
     target: Path,
@@ -86,21 +86,21 @@ def bring(
     return _fetch(root, source, target, stage)
 
 
-def bring_with_profile(
+def import_with_profile(
     root: Path, source: str, target: Path, profile: Path, **asked: Any
 ) -> list[str]:
-    """`bring`, the text model that goes with it, and a profile for both; what was done.
+    """`import_model`, the text model that goes with it, and a profile for both; what was done.
 
     After an error nothing is left of them. An import that was killed can be repeated.
 
     Args:
         profile: as `new_profile` gives it.
-        asked: as `bring` takes it.
+        asked: as `import_model` takes it.
     """
     text = target.with_name(f"{target.name}-text")
     made = [folder for folder in (target, text) if not folder.exists()]
     try:
-        said = bring(root, source, target, again=True, **asked)
+        said = import_model(root, source, target, again=True, **asked)
         has_text = bring_text(root, source, target, text)
         said += [f"the text model of the same run is in {text}"] if has_text else []
         command = write_profile(root, profile, target, text if has_text else None)
@@ -116,7 +116,7 @@ def bring_text(root: Path, source: str, target: Path, text: Path) -> bool:
     language model, and it has the same tokenizer. False: `source` is no such model."""
     if Path(source).exists() or read_config(target)[0] != "internvl_c":
         return False
-    bring(root, source, text, stage="pretrain_text", again=True)
+    import_model(root, source, text, stage="pretrain_text", again=True)
     return True
 
 

@@ -19,9 +19,9 @@ from vlfoundry.infra.data.images.bulk import AugmentConfig, augment, check_augme
 from vlfoundry.infra.data.shards.pairs import PairStream
 from vlfoundry.infra.data.shards.read import ShardSet
 from vlfoundry.infra.train.config import TrainConfig
-from vlfoundry.infra.train.session import Job, Place, loss_plot, train
+from vlfoundry.infra.train.session import DataParallelSlice, Job, loss_plot, train
 from vlfoundry.models.internvl.config import InternVLConfig
-from vlfoundry.models.internvl.init_from import Start, plan_start
+from vlfoundry.models.internvl.init_from import InitPlan, plan_init
 from vlfoundry.models.internvl.pipeline_split import check_layout
 from vlfoundry.models.objectives.options import ContrastiveConfig
 
@@ -106,9 +106,9 @@ def _architecture(config: Config) -> InternVLConfig:
     return config.model.for_sigmoid() if with_bias else config.model
 
 
-def _start(config: Config, context: Context) -> Start:
+def _start(config: Config, context: Context) -> InitPlan:
     folders = asdict(config.contrastive.start)
-    return plan_start("contrastive", _architecture(config), folders, context.root)
+    return plan_init("contrastive", _architecture(config), folders, context.root)
 
 
 def kept_patches(
@@ -123,7 +123,7 @@ def kept_patches(
     return np.sort(draws.argsort(1)[:, :kept], axis=1)
 
 
-def job(config: Config, context: Context, place: Place) -> Job:
+def job(config: Config, context: Context, place: DataParallelSlice) -> Job:
     """What a rank trains, in `infra.backend.parallel`."""
     import torch
 
@@ -132,7 +132,7 @@ def job(config: Config, context: Context, place: Place) -> Job:
     from vlfoundry.models.internvl.prompts import SUMMARIZE
     from vlfoundry.models.layers.draws import drop_samples
     from vlfoundry.models.objectives.contrastive import Contrastive
-    from vlfoundry.models.preprocess.normalize import standardise
+    from vlfoundry.models.preprocess.normalize import normalize_float
 
     options, vision = config.contrastive, config.model.vision
     shards, masked_px = ShardSet(context.path(SHARDS)), options.masked_px or vision.image_px
@@ -157,7 +157,7 @@ def job(config: Config, context: Context, place: Place) -> Job:
             batch.captions, prefix=SUMMARIZE, max_tokens=options.max_tokens
         )
         tensors = {
-            "pixels": standardise(pictures),
+            "pixels": normalize_float(pictures),
             "ids": torch.from_numpy(ids),
             "mask": torch.from_numpy(mask),
         }

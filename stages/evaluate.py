@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vlfoundry.eval.compare.scores import headline, with_baseline, with_untrained, write_scores
-from vlfoundry.eval.context import Setting
+from vlfoundry.eval.context import EvalContext
 from vlfoundry.eval.datasets.folders import ConceptSet, read_concept_set
 from vlfoundry.eval.ranks import Team, run_team
 from vlfoundry.eval.reference import NearestPicture
@@ -128,7 +128,7 @@ def run(config: Config, context: Context) -> None:
             for name, model_folder, seed, kept in runs:
                 model = team.load(model_folder, untrained_seed=seed)
                 shutil.rmtree(kept, ignore_errors=True)  # no item of an earlier run may stay
-                setting = Setting(
+                setting = EvalContext(
                     languages=languages,
                     seed=config.seed,
                     items_dir=kept,

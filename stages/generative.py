@@ -16,9 +16,9 @@ from vlfoundry.infra.data.images.bulk import AugmentConfig, augment, check_augme
 from vlfoundry.infra.data.shards.pairs import PairStream
 from vlfoundry.infra.data.shards.read import ShardSet
 from vlfoundry.infra.train.config import TrainConfig
-from vlfoundry.infra.train.session import Job, Place, loss_plot, train
+from vlfoundry.infra.train.session import DataParallelSlice, Job, loss_plot, train
 from vlfoundry.models.internvl.config import InternVLConfig
-from vlfoundry.models.internvl.init_from import Start, plan_start
+from vlfoundry.models.internvl.init_from import InitPlan, plan_init
 from vlfoundry.models.internvl.pipeline_split import check_layout
 from vlfoundry.models.objectives.options import GenerativeConfig
 
@@ -92,12 +92,12 @@ def run(config: Config, context: Context) -> None:
     )
 
 
-def _start(config: Config, context: Context) -> Start:
+def _start(config: Config, context: Context) -> InitPlan:
     folders = asdict(config.generative.start)
-    return plan_start("generative", config.model, folders, context.root)
+    return plan_init("generative", config.model, folders, context.root)
 
 
-def _job(config: Config, context: Context, place: Place) -> Job:
+def _job(config: Config, context: Context, place: DataParallelSlice) -> Job:
     import torch
 
     from vlfoundry.models.internvl.freeze import freeze
@@ -105,7 +105,7 @@ def _job(config: Config, context: Context, place: Place) -> Job:
     from vlfoundry.models.internvl.predict import load_tokenizer, save_model
     from vlfoundry.models.layers.draws import drop_samples
     from vlfoundry.models.objectives.generative import Generative
-    from vlfoundry.models.preprocess.normalize import standardise
+    from vlfoundry.models.preprocess.normalize import normalize_float
 
     options, size_px = config.generative, config.model.vision.image_px
     pairs = PairStream(ShardSet(context.path(SHARDS)), seed=config.seed, size_px=size_px)
@@ -127,7 +127,7 @@ def _job(config: Config, context: Context, place: Place) -> Job:
             texts["group"] = groups(batch.metas[0], options.group, batch.positions)
         if config.model.vision.drop_path:
             texts["samples"] = drop_samples(config.seed, batch.positions)
-        return {"pixels": standardise(pictures), **texts}
+        return {"pixels": normalize_float(pictures), **texts}
 
     return Job(
         model=model,

@@ -32,7 +32,7 @@ from vlfoundry.infra.data.synthetic.scenes import (
     pick,
 )
 from vlfoundry.infra.train.config import TrainConfig
-from vlfoundry.infra.train.session import Job, Place, loss_plot, train
+from vlfoundry.infra.train.session import DataParallelSlice, Job, loss_plot, train
 from vlfoundry.models.internvl.config import InternVLConfig
 from vlfoundry.models.internvl.pipeline_split import check_layout
 from vlfoundry.models.objectives.options import NextTokenConfig
@@ -168,7 +168,9 @@ def imagined(
     return conversation(scene, kind, lang, {name: name}, box_grid=box_grid)
 
 
-def job(config: Config, lines: list[str], names: list[tuple[str, str]], place: Place) -> Job:
+def job(
+    config: Config, lines: list[str], names: list[tuple[str, str]], place: DataParallelSlice
+) -> Job:
     """What a rank trains, in `infra.backend.parallel`."""
     import torch
 

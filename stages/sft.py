@@ -31,9 +31,9 @@ from vlfoundry.infra.data.synthetic.scenes import (
     pick,
 )
 from vlfoundry.infra.train.config import TrainConfig
-from vlfoundry.infra.train.session import Job, Place, loss_plot, train
+from vlfoundry.infra.train.session import DataParallelSlice, Job, loss_plot, train
 from vlfoundry.models.internvl.config import InternVLConfig
-from vlfoundry.models.internvl.init_from import Start, plan_start
+from vlfoundry.models.internvl.init_from import InitPlan, plan_init
 from vlfoundry.models.internvl.pipeline_split import check_layout
 from vlfoundry.models.layers.config import LoraConfig
 from vlfoundry.models.objectives.options import NextTokenConfig
@@ -219,9 +219,9 @@ def architecture(config: Config) -> InternVLConfig:
     return model if most is None else model.with_tiles(most)
 
 
-def _start(config: Config, context: Context) -> Start:
+def _start(config: Config, context: Context) -> InitPlan:
     folders = config.sft.start.folders(context.variant)
-    return plan_start(context.bound.address, architecture(config), folders, context.root)
+    return plan_init(context.bound.address, architecture(config), folders, context.root)
 
 
 class SceneQuestions:
@@ -332,7 +332,7 @@ def _stream(config: Config, context: Context, dialogue: Dialogue) -> Conversatio
     return ConversationStream(sources, weights, seed=config.seed)
 
 
-def _job(config: Config, context: Context, place: Place) -> Job:
+def _job(config: Config, context: Context, place: DataParallelSlice) -> Job:
     import torch
 
     from vlfoundry.models.chat.examples import packed, padded
@@ -341,7 +341,7 @@ def _job(config: Config, context: Context, place: Place) -> Job:
     from vlfoundry.models.internvl.predict import load_tokenizer, save_model
     from vlfoundry.models.layers.draws import drop_samples
     from vlfoundry.models.objectives.next_token import ChatObjective
-    from vlfoundry.models.preprocess.normalize import normalise
+    from vlfoundry.models.preprocess.normalize import normalize_uint8
 
     assert context.variant
     options, kind = config.sft, KIND[context.variant]
@@ -397,7 +397,7 @@ def _job(config: Config, context: Context, place: Place) -> Job:
 
     def finish(made: dict[str, Any]) -> dict[str, Any]:
         rest = {name: value for name, value in made.items() if name != "pictures"}
-        return {**rest, "pixels": normalise(made["pictures"].numpy())}
+        return {**rest, "pixels": normalize_uint8(made["pictures"].numpy())}
 
     return Job(
         model=model,

@@ -17,7 +17,7 @@ from vlfoundry.infra.train.config import TrainConfig
 from vlfoundry.infra.train.loop import wrap
 from vlfoundry.infra.train.optim import build_optimizer, gradient_norm, set_step, update
 from vlfoundry.infra.train.step import Engine
-from vlfoundry.models.preprocess.normalize import normalise
+from vlfoundry.models.preprocess.normalize import normalize_uint8
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -76,7 +76,7 @@ def _batch(sizes: Sizes, step: int, pictures: np.ndarray, tokens: np.ndarray) ->
     words = tokens[rows, rng.integers(len(LANGUAGES), size=len(rows))]
     words = words[:, : min(words.shape[1], sizes.curve.text.max_tokens)]
     ids = torch.from_numpy(words)
-    images = normalise(pictures[rows])
+    images = normalize_uint8(pictures[rows])
     if install().precision == "bf16":
         images = images.bfloat16()
     return to_device({"pixels": images, "ids": ids, "mask": (ids != 0).long()})

@@ -137,7 +137,7 @@ def computed_by(model: InternViT, fp8: Fp8Config | None) -> str:
     """What really computes an encoder's products: no row may be taken for another's."""
     layer = model.decoder.layers[len(model.decoder.layers) // 2]
     linear = layer.get_submodule("mlp.linear_fc1")
-    library = "Transformer Engine" if hasattr(linear, "borrow") else "PyTorch"
+    library = "Transformer Engine" if hasattr(linear, "fuse_norm") else "PyTorch"
     if fp8 is None:
         return library
     if model.config.fp8:

@@ -11,12 +11,12 @@ import numpy as np
 
 from vlfoundry.eval.parity.check import Check, close, same
 from vlfoundry.infra.core.errors import DataError
-from vlfoundry.models.preprocess.normalize import normalise, standardise
+from vlfoundry.models.preprocess.normalize import normalize_float, normalize_uint8
 from vlfoundry.models.preprocess.tiling import Tiling, plan, single, tile
 
 GRIDS = "dynamic_preprocess.json"
 PICTURES = "image_tiles.json"
-# `normalise` rounds float32 in another order than the official transform.
+# `normalize_uint8` rounds float32 in another order than the official transform.
 STATISTICS_ATOL = 1e-5
 
 
@@ -102,7 +102,7 @@ def _whole(name: str, tiles: np.ndarray, row: dict[str, Any], key: str) -> list[
     digest = {f"{key}_sha256": _sha256(_official_pixels(tiles))}
     checks = [_recorded(f"{name}, pixel values", digest, row)]
     if f"{key}_mean" in row:
-        mean = normalise(tiles).double().mean((0, 2, 3)).numpy()
+        mean = normalize_uint8(tiles).double().mean((0, 2, 3)).numpy()
         wanted = np.asarray(row[f"{key}_mean"])
         checks.append(close(f"{name}, mean", mean, wanted, atol=STATISTICS_ATOL))
     return checks
@@ -117,7 +117,7 @@ def _tiles(name: str, tiles: np.ndarray, row: dict[str, Any]) -> list[Check]:
         "pixel_values_sha256": _sha256(_official_pixels(tiles)),
     }
     checks = [_recorded(f"{name}, {key}", {key: value}, row) for key, value in got.items()]
-    pixels = normalise(tiles).double()
+    pixels = normalize_uint8(tiles).double()
     corners = [(0, 0), (side - 1, 0), (0, side - 1), (side - 1, side - 1), (side // 2, side // 3)]
     numbers = {
         "tile_corner_pixels": (tiles[:, [y for _, y in corners], [x for x, _ in corners]], 0.0),
@@ -136,7 +136,7 @@ def _official_pixels(tiles: np.ndarray) -> np.ndarray:
     import torch
 
     planes = torch.from_numpy(np.ascontiguousarray(tiles.transpose(0, 3, 1, 2)))
-    return standardise(planes.float().div(255)).numpy()
+    return normalize_float(planes.float().div(255)).numpy()
 
 
 def _sha256(values: np.ndarray) -> str:

@@ -3,11 +3,11 @@
 from collections.abc import Callable, Sequence
 
 from vlfoundry.eval.compare.scores import ENSEMBLE, Score
-from vlfoundry.eval.context import Model, Setting
+from vlfoundry.eval.context import EvalContext, Model
 from vlfoundry.eval.datasets.folders import DataFolder
 from vlfoundry.infra.core.errors import ModelError
 
-SuiteRun = Callable[[Model, DataFolder, Setting], list[Score]]
+SuiteRun = Callable[[Model, DataFolder, EvalContext], list[Score]]
 
 NEEDS = {
     "zero_shot": "embed",

@@ -3,7 +3,7 @@
 import numpy as np
 
 from vlfoundry.eval.compare.scores import Score, mean_score, write_items
-from vlfoundry.eval.context import Model, Setting
+from vlfoundry.eval.context import EvalContext, Model
 from vlfoundry.eval.datasets.folders import DataFolder
 from vlfoundry.eval.metrics import compute
 from vlfoundry.eval.questions import ask, by_language, keep_scenes, nearest_answers, replies
@@ -14,7 +14,7 @@ IOU_THRESHOLD = 0.5
 MAX_NEW_TOKENS = 24
 
 
-def run(model: Model, data: DataFolder, setting: Setting) -> list[Score]:
+def run(model: Model, data: DataFolder, setting: EvalContext) -> list[Score]:
     """Share of boxes with IoU >= 0.5, the mean IoU, and the share of replies that hold a box.
 
     A reply without a box counts as IoU 0 and is reported. Chance is the best constant box.

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from vlfoundry.eval.compare.scores import Score, mean_score, write_items
-from vlfoundry.eval.context import Model, Setting
+from vlfoundry.eval.context import EvalContext, Model
 from vlfoundry.eval.datasets.folders import ConceptSet, DataFolder, Picture
 from vlfoundry.eval.metrics import compute
 from vlfoundry.eval.questions import (
@@ -59,7 +59,7 @@ class Task:
     """Language -> what is rightly said of the picture in it."""
 
 
-def run(model: Model, data: DataFolder, setting: Setting) -> list[Score]:
+def run(model: Model, data: DataFolder, setting: EvalContext) -> list[Score]:
     """Token F1 and chrF over all languages and for each; chance is the best constant caption.
 
     `in_language`, where the set has several languages, is the share of captions that say something,
@@ -154,7 +154,7 @@ def _values(measure: str, answers, references) -> np.ndarray:
     return np.array(result["per_item"])
 
 
-def _scene_tasks(data: ConceptSet, setting: Setting) -> list[Task]:
+def _scene_tasks(data: ConceptSet, setting: EvalContext) -> list[Task]:
     questions = ask(
         data, NAME, languages=setting.languages, count=setting.scenes, seed=setting.seed
     )
@@ -176,7 +176,7 @@ def _scene_tasks(data: ConceptSet, setting: Setting) -> list[Task]:
     ]
 
 
-def _picture_tasks(data: DataFolder, setting: Setting, is_chat: bool) -> list[Task]:
+def _picture_tasks(data: DataFolder, setting: EvalContext, is_chat: bool) -> list[Task]:
     rng = np.random.default_rng([setting.seed, len(data)])
     pool = [
         (index, lang, texts)
@@ -215,7 +215,7 @@ def _true_captions(data: DataFolder, picture: Picture, lang: str) -> tuple[str, 
     return (concept.names[lang], keywords) if keywords else (concept.names[lang],)
 
 
-def _nearest_names(data: DataFolder, setting: Setting) -> list[dict[str, str]]:
+def _nearest_names(data: DataFolder, setting: EvalContext) -> list[dict[str, str]]:
     """Names of the nearest training picture of each picture; [] without training pictures."""
     if setting.nearest is None or not isinstance(data, ConceptSet):
         return []

@@ -3,7 +3,7 @@
 import numpy as np
 
 from vlfoundry.eval.compare.scores import Score, mean_score, write_items
-from vlfoundry.eval.context import Model, Setting
+from vlfoundry.eval.context import EvalContext, Model
 from vlfoundry.eval.datasets.folders import DataFolder
 from vlfoundry.eval.metrics import compute
 from vlfoundry.eval.questions import (
@@ -20,7 +20,7 @@ NAME = "colour"
 MAX_NEW_TOKENS = 12
 
 
-def run(model: Model, data: DataFolder, setting: Setting) -> list[Score]:
+def run(model: Model, data: DataFolder, setting: EvalContext) -> list[Score]:
     """Exact match over all languages and for each; chance is the best constant answer.
 
     `in_words` is the share of replies that are a colour word of the language at all: one that is

@@ -8,7 +8,7 @@ import warnings
 import numpy as np
 
 from vlfoundry.eval.compare.scores import Score, mean_score, write_items
-from vlfoundry.eval.context import Model, Setting, probe_features
+from vlfoundry.eval.context import EvalContext, Model, probe_features
 from vlfoundry.eval.datasets.folders import ConceptSet, DataFolder
 from vlfoundry.eval.metrics import compute
 from vlfoundry.infra.core.errors import DataError
@@ -17,7 +17,7 @@ NAME = "linear_probe"
 MAX_ITERATIONS = 300
 
 
-def run(model: Model, data: DataFolder, setting: Setting) -> list[Score]:
+def run(model: Model, data: DataFolder, setting: EvalContext) -> list[Score]:
     """Accuracy on groups. Chance is the commonest group of the training pictures.
 
     The reference gives each picture the group of its nearest training picture.
@@ -83,7 +83,7 @@ def _fit_predict(features: np.ndarray, labels: list[str], to_label: np.ndarray) 
 
 
 def _nearest(
-    data: ConceptSet, test: ConceptSet, setting: Setting, labels: list[str]
+    data: ConceptSet, test: ConceptSet, setting: EvalContext, labels: list[str]
 ) -> float | None:
     if setting.nearest is None:
         return None

@@ -12,8 +12,8 @@ import numpy as np
 from vlfoundry.eval.compare.scores import Score, mean_score, write_items
 from vlfoundry.eval.context import (
     IMAGE_BATCH,
+    EvalContext,
     Model,
-    Setting,
     embed_pictures,
     embed_texts,
     in_batches,
@@ -33,7 +33,7 @@ KINDS = {"accuracy": "random", "hard_accuracy": "similar"}
 """score -> the wrong captions that it is about"""
 
 
-def run(model: Model, data: DataFolder, setting: Setting) -> list[Score]:
+def run(model: Model, data: DataFolder, setting: EvalContext) -> list[Score]:
     """Accuracy with wrong captions drawn at random, and with those that the model's embeddings find
     most similar to the picture (`hard_accuracy`): over all languages, and for each.
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from vlfoundry.eval.compare.scores import Score, mean_score, read_items, write_items
-from vlfoundry.eval.context import Model, Setting, embed_pictures, embed_texts
+from vlfoundry.eval.context import EvalContext, Model, embed_pictures, embed_texts
 from vlfoundry.eval.datasets.folders import ConceptSet, DataFolder
 from vlfoundry.eval.datasets.pairing import Pairs, keyword_caption, keyword_captions, pair_up
 from vlfoundry.eval.metrics import compute
@@ -20,7 +20,7 @@ NAME = "retrieval"
 CUTS = (1, 5, 10)
 
 
-def run(model: Model, data: DataFolder, setting: Setting) -> list[Score]:
+def run(model: Model, data: DataFolder, setting: EvalContext) -> list[Score]:
     """R@1, R@5 and R@10, image to text and text to image, for each language, and over all.
 
     A caption that two pictures share is one candidate and right for both; pictures that look the
@@ -46,7 +46,7 @@ def run(model: Model, data: DataFolder, setting: Setting) -> list[Score]:
 
 
 def _reference_logits(
-    setting: Setting, data: DataFolder, lang: str, pairs: Pairs
+    setting: EvalContext, data: DataFolder, lang: str, pairs: Pairs
 ) -> np.ndarray | None:
     """The nearest training picture's concept, read through that concept's caption."""
     if setting.nearest is None or not isinstance(data, ConceptSet):
@@ -88,7 +88,7 @@ def _score(data, setting, lang, pairs, direction, logits, right, nearest) -> lis
     ]
 
 
-def _over_all(scores: Sequence[Score], setting: Setting) -> Iterator[Score]:
+def _over_all(scores: Sequence[Score], setting: EvalContext) -> Iterator[Score]:
     """The cuts over both directions and all languages, each query the same."""
     files = dict.fromkeys(score.items for score in scores)
     queries = (

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from vlfoundry.eval.compare.scores import ENSEMBLE, Score, mean_score, write_items
-from vlfoundry.eval.context import Model, Setting, embed_pictures, embed_texts, unit
+from vlfoundry.eval.context import EvalContext, Model, embed_pictures, embed_texts, unit
 from vlfoundry.eval.datasets.folders import Concept, ConceptSet, DataFolder, PairSet
 from vlfoundry.eval.metrics import compute
 from vlfoundry.eval.metrics.ranking import best_rank, chance_at, top_candidates
@@ -20,7 +20,7 @@ TEMPLATES = ("{name}",)
 
 
 def run(
-    model: Model, data: DataFolder, setting: Setting, *, templates: Sequence[str] = TEMPLATES
+    model: Model, data: DataFolder, setting: EvalContext, *, templates: Sequence[str] = TEMPLATES
 ) -> list[Score]:
     """Top-1 and top-5 for each language and for the mean of the languages' class vectors.
 
@@ -112,7 +112,7 @@ def _class_vectors(
 
 def _score(
     data: ConceptSet,
-    setting: Setting,
+    setting: EvalContext,
     lang: str,
     pictures: np.ndarray,
     by_class: dict[str, np.ndarray],
@@ -162,7 +162,7 @@ def _hits(guesses: np.ndarray, right: np.ndarray) -> dict[int, np.ndarray]:
 
 
 def _reference_hits(
-    setting: Setting, classes: Sequence[str], right: np.ndarray, known: np.ndarray
+    setting: EvalContext, classes: Sequence[str], right: np.ndarray, known: np.ndarray
 ) -> dict[int, np.ndarray] | None:
     if setting.nearest is None:
         return None

@@ -58,7 +58,7 @@ def import_(
 
     Every tensor is accounted for, and kept in the type it has. Code in a pickle is never run.
     """
-    from vlfoundry.flows.start import bring, bring_with_profile, new_profile
+    from vlfoundry.flows.start import import_model, import_with_profile, new_profile
     from vlfoundry.infra.core.files import require_writable_folder
 
     asked: dict[str, Any] = {
@@ -68,9 +68,9 @@ def import_(
     if profile:
         root = find_root()
         path = new_profile(root, profile, target)
-        said = bring_with_profile(root, source, target, path, **asked)
+        said = import_with_profile(root, source, target, path, **asked)
     else:
-        said = bring(root_or_none(), source, target, **asked)
+        said = import_model(root_or_none(), source, target, **asked)
     for line in said:
         typer.echo(one_line(line))
 

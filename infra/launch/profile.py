@@ -21,7 +21,7 @@ SHIPPED = Path(__file__).parent / "profiles"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LauncherProfile:
+class ExecutionProfile:
     """How many processes a training stage starts here, and how they share the model."""
 
     name: str = "local"
@@ -105,7 +105,7 @@ def host_and_port(text: str, where: str) -> tuple[str, int]:
     return (host[1:-1] if bracketed else host) or "127.0.0.1", int(port)
 
 
-def local_profile(root: Path | None = None) -> LauncherProfile:
+def local_profile(root: Path | None = None) -> ExecutionProfile:
     """The profile that `VLFOUNDRY_LAUNCHER` names; `local` where it names none.
 
     root: the project; None: the one that the working directory lies in, or that directory.
@@ -115,7 +115,7 @@ def local_profile(root: Path | None = None) -> LauncherProfile:
     return load_profile(os.environ.get(ENVIRONMENT_VARIABLE) or "local", root)
 
 
-def load_profile(name: str, root: Path | None = None) -> LauncherProfile:
+def load_profile(name: str, root: Path | None = None) -> ExecutionProfile:
     """Read a launcher profile by its name, in the project or else in `infra/launch/profiles/`, or
     by the path of a YAML file, which may be relative to the project."""
     from vlfoundry.infra.core.config import build, load_params
@@ -132,5 +132,5 @@ def load_profile(name: str, root: Path | None = None) -> LauncherProfile:
             + f"{shipped} (which come with VLFoundry), or the path of a YAML file"
         )
     return build(
-        LauncherProfile, {"name": path.stem, **load_params(path)}, where=f"launcher {path.name}"
+        ExecutionProfile, {"name": path.stem, **load_params(path)}, where=f"launcher {path.name}"
     )

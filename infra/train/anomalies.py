@@ -12,7 +12,7 @@ from vlfoundry.infra.train.config import TrainConfig
 
 
 @dataclass(kw_only=True)
-class Account:
+class TrainerState:
     """Where a run stands. It lies in every checkpoint, so a resumed run decides alike."""
 
     step: int = 0
@@ -31,7 +31,7 @@ class Account:
         """Number of the next step's batch."""
         return self.step + self.batch_shift
 
-    def take_over(self, other: Account) -> None:
+    def take_over(self, other: TrainerState) -> None:
         """Become equal to another account; the lists stay the same objects."""
         self.step, self.batch_shift = other.step, other.batch_shift
         self.history[:] = other.history
@@ -44,8 +44,8 @@ class Account:
         return statistics.fmean(values) if values else None
 
 
-def why_bad(
-    terms: dict[str, float], grad_norm: float, account: Account, config: TrainConfig
+def find_anomaly(
+    terms: dict[str, float], grad_norm: float, account: TrainerState, config: TrainConfig
 ) -> str | None:
     """What is wrong with a step's loss or gradient; None: nothing.
 
@@ -64,7 +64,7 @@ def why_bad(
     return f"the loss {loss:.4g} is {loss / median:.1f} times the median of the last steps"
 
 
-def refuse_if_hopeless(reason: str, account: Account, config: TrainConfig) -> None:
+def raise_if_unrecoverable(reason: str, account: TrainerState, config: TrainConfig) -> None:
     """Raise UserError where the config says to stop, or enough steps have been bad."""
     advice = (
         f"lower train.lr ({config.lr:g}) or raise train.warmup_steps ({config.warmup}), "

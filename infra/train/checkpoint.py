@@ -33,7 +33,7 @@ from vlfoundry.infra.core.errors import KilledError
 from vlfoundry.infra.core.fingerprint import fingerprint
 from vlfoundry.infra.core.process import die_with_parent
 from vlfoundry.infra.core.space import no_space
-from vlfoundry.infra.train.anomalies import Account
+from vlfoundry.infra.train.anomalies import TrainerState
 from vlfoundry.infra.train.config import TrainConfig
 from vlfoundry.infra.train.ema import Ema
 from vlfoundry.infra.train.fp8 import Fp8Run
@@ -50,7 +50,7 @@ class Saved:
 
     folder: Path
     """where it lies"""
-    account: Account
+    account: TrainerState
     """where the run stood"""
     ranks: int
     """size of the world that wrote it; random states exist once a rank"""
@@ -83,7 +83,7 @@ class Checkpoints:
         self._model, self._optimizer, self._ema, self._fp8 = model, optimizer, ema, fp8
         self._pending: _Pending | None = None
 
-    def save(self, account: Account) -> None:
+    def save(self, account: TrainerState) -> None:
         """Begin to write the state; the one before is committed first."""
         import torch.distributed as dist
         from megatron.core import dist_checkpointing
@@ -231,7 +231,7 @@ class Checkpoints:
             part |= {"param_state": tensors, "param_state_sharding_type": SHARDING}
         self._optimizer.load_state_dict(dict(enumerate(parts)) if len(parts) > 1 else parts[0])
 
-    def _manifest(self, account: Account) -> dict[str, Any]:
+    def _manifest(self, account: TrainerState) -> dict[str, Any]:
         import torch.distributed as dist
 
         config = self._config
@@ -393,7 +393,9 @@ def newest(
         if damaged:
             log(f"checkpoint {path.name} is damaged ({damaged}); trying the one before")
             continue
-        return Saved(folder=path, account=Account(**manifest["account"]), ranks=manifest["ranks"])
+        return Saved(
+            folder=path, account=TrainerState(**manifest["account"]), ranks=manifest["ranks"]
+        )
     return None
 
 

@@ -15,7 +15,7 @@ from vlfoundry.infra.backend.placement import to_device
 from vlfoundry.infra.backend.ranks import stop_requests
 from vlfoundry.infra.core.progress import Progress
 from vlfoundry.infra.core.streams import Stream, stream_seed
-from vlfoundry.infra.train.anomalies import Account, refuse_if_hopeless, why_bad
+from vlfoundry.infra.train.anomalies import TrainerState, find_anomaly, raise_if_unrecoverable
 from vlfoundry.infra.train.checkpoint import Checkpoints, Saved, best_checkpoint, newest
 from vlfoundry.infra.train.config import TrainConfig
 from vlfoundry.infra.train.ema import Ema
@@ -188,7 +188,7 @@ class _Trainer:
         self.dry_run, self.measure = self._run.dry_run, self._run.measure
         self.watch, self.tokens = self._run.watch, self._run.tokens
         self.ema = Ema(model, config.ema_decay) if config.ema_decay else None
-        self.account = Account()
+        self.account = TrainerState()
         self.seen: dict[str, Any] = {}
         self._fp8 = Fp8Run(model)
         self._saved_step = -1
@@ -220,9 +220,9 @@ class _Trainer:
         lr = set_step(optimizer, account.step, config)
         with self.watch.phase("communication"):
             grad_norm = gradient_norm(optimizer)
-        reason = why_bad(terms, grad_norm, account, config)
+        reason = find_anomaly(terms, grad_norm, account, config)
         if reason:
-            refuse_if_hopeless(reason, account, config)
+            raise_if_unrecoverable(reason, account, config)
             self._pass_over(reason)
             return None
         with self.watch.phase("optimizer"):

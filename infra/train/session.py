@@ -18,7 +18,7 @@ from vlfoundry.infra.core.files import write_atomic
 from vlfoundry.infra.core.stage import Context, Interrupted, Plot
 from vlfoundry.infra.data.shards.packing import PackingConfig
 from vlfoundry.infra.data.shards.prefetch import Prefetch
-from vlfoundry.infra.launch.profile import LauncherProfile, local_profile
+from vlfoundry.infra.launch.profile import ExecutionProfile, local_profile
 from vlfoundry.infra.train.config import TrainConfig
 from vlfoundry.infra.train.loop import FitResult, Objective
 from vlfoundry.infra.train.mfu import Utilisation
@@ -30,7 +30,7 @@ HISTORY_FORMAT = "vlfoundry.history.v1"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Place:
+class DataParallelSlice:
     """Which share of each global batch a rank computes."""
 
     rank: int
@@ -72,7 +72,7 @@ def loss_plot(history: str, stage: str) -> Plot:
 def train(
     context: Context,
     config: TrainConfig,
-    make: Callable[[Place], Job],
+    make: Callable[[DataParallelSlice], Job],
     *,
     check: Callable[..., Layout],
     model_folder: str,
@@ -145,10 +145,10 @@ def train(
 def _work(
     context: Context,
     config: TrainConfig,
-    make: Callable[[Place], Job],
+    make: Callable[[DataParallelSlice], Job],
     layout: Layout,
     target: Path,
-    profile: LauncherProfile,
+    profile: ExecutionProfile,
     deadline: float,
 ) -> dict[str, Any]:
     """One rank's whole life."""
@@ -158,7 +158,7 @@ def _work(
     from vlfoundry.infra.train.loop import fit
 
     with parallel(layout, seed=config.seed, fp8=config.fp8):
-        place = Place(
+        place = DataParallelSlice(
             rank=parallel_state.get_data_parallel_rank(),
             ranks=parallel_state.get_data_parallel_world_size(),
             packing=profile.packing,

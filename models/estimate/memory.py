@@ -25,9 +25,9 @@ from vlfoundry.models.estimate.activations import (
     pass_bytes,
 )
 from vlfoundry.models.estimate.compute import layer_flops, pass_flops, sample_flops
-from vlfoundry.models.estimate.weights import Place, Weight
+from vlfoundry.models.estimate.weights import LayerRef, Weight
 from vlfoundry.models.estimate.workload import Pass, Workload, layer_states
-from vlfoundry.models.internvl.pipeline_split import Share, cut
+from vlfoundry.models.internvl.pipeline_split import StageLayers, split_layers
 
 GIB = 1 << 30
 _ALIGN = 64
@@ -195,9 +195,9 @@ def _states(work: Workload, layout: Layout, rank: int, element: int) -> Memory:
 
 
 @lru_cache(maxsize=64)
-def _layer_elements(work: Workload, tensor: int) -> dict[Place, tuple[int, int, int]]:
+def _layer_elements(work: Workload, tensor: int) -> dict[LayerRef, tuple[int, int, int]]:
     """By tower and layer elements of all parameters, of the trained ones, and those aligned."""
-    found: dict[Place, tuple[int, int, int]] = {}
+    found: dict[LayerRef, tuple[int, int, int]] = {}
     for weight in work.weights(tensor):
         size, trained = weight.elements, weight.name in work.names
         more = (size, size * trained, _aligned(size) * trained)
@@ -206,7 +206,7 @@ def _layer_elements(work: Workload, tensor: int) -> dict[Place, tuple[int, int, 
     return found
 
 
-def _places(work: Workload, layout: Layout, rank: int) -> set[Place]:
+def _places(work: Workload, layout: Layout, rank: int) -> set[LayerRef]:
     """Tower and layer of all that a pipeline rank holds."""
     shares = _shares(work, layout.stages)[rank :: layout.pipeline]
     return {(tower, i) for share in shares for tower, layers in share.items() for i in layers}
@@ -219,8 +219,8 @@ def rank_weights(work: Workload, layout: Layout, rank: int) -> list[Weight]:
 
 
 @lru_cache(maxsize=256)
-def _shares(work: Workload, stages: int) -> list[Share]:
-    return cut(work.kind, work.config, stages)
+def _shares(work: Workload, stages: int) -> list[StageLayers]:
+    return split_layers(work.kind, work.config, stages)
 
 
 def _activations(work: Workload, layout: Layout, held: _Held) -> float:
@@ -233,7 +233,7 @@ def _activations(work: Workload, layout: Layout, held: _Held) -> float:
     return samples * found + (whole if work.objective == "contrastive" else 0)
 
 
-def _layers_of(shares: list[Share], tower: str) -> tuple[int, ...]:
+def _layers_of(shares: list[StageLayers], tower: str) -> tuple[int, ...]:
     return tuple(layer for share in shares for layer in share.get(tower, ()))
 
 

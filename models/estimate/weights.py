@@ -16,7 +16,7 @@ from vlfoundry.models.internvit.config import InternViTConfig
 from vlfoundry.models.internvl.config import PARTS, InternVLConfig
 from vlfoundry.models.layers.config import DecoderConfig, LoraConfig
 
-Place = tuple[str, int]
+LayerRef = tuple[str, int]
 """tower and layer"""
 
 
@@ -157,7 +157,7 @@ def _contrast(config: InternVLConfig, *, with_queries: bool) -> Iterator[Weight]
         yield from _linear("itm_head", 2, text, read)
 
 
-def _pool(name: str, width: int, config: InternVLConfig, place: Place) -> Iterator[Weight]:
+def _pool(name: str, width: int, config: InternVLConfig, place: LayerRef) -> Iterator[Weight]:
     for part in ("q", "k", "v"):
         yield Weight(f"{name}.norm_{part}.weight", (width,), *place)
         yield Weight(f"{name}.norm_{part}.bias", (width,), *place)
@@ -166,7 +166,7 @@ def _pool(name: str, width: int, config: InternVLConfig, place: Place) -> Iterat
 
 
 def _connector(
-    name: str, config: ConnectorConfig, vision: int, width: int, place: Place
+    name: str, config: ConnectorConfig, vision: int, width: int, place: LayerRef
 ) -> Iterator[Weight]:
     inner = vision * config.merge**2
     if config.kind == "pixel_shuffle":
@@ -180,7 +180,7 @@ def _linear(
     name: str,
     rows: int,
     columns: int,
-    place: Place,
+    place: LayerRef,
     bias: bool = True,
     lora: LoraConfig | None = None,
     pairs: int = 1,

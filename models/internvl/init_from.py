@@ -103,7 +103,7 @@ SHOWN = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class Filling:
+class PartSource:
     """What comes from one folder."""
 
     folder: str
@@ -115,33 +115,33 @@ class Filling:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Start:
+class InitPlan:
     """Where every parameter of a new model begins."""
 
-    fillings: tuple[Filling, ...]
+    part_sources: tuple[PartSource, ...]
     """in the order in which they are loaded"""
     new: tuple[str, ...]
     """parts that begin from nothing"""
 
     def announce(self, log: Callable[[str], None], record: Callable[..., None]) -> None:
         """Print it, and store it in the run record."""
-        for filling in self.fillings:
-            parts = (t if t == s else f"{t} (its {s})" for t, s in filling.parts.items())
-            log(f"from {filling.folder} ({filling.kind}): {', '.join(parts)}")
+        for part_source in self.part_sources:
+            parts = (t if t == s else f"{t} (its {s})" for t, s in part_source.parts.items())
+            log(f"from {part_source.folder} ({part_source.kind}): {', '.join(parts)}")
         log(f"new: {', '.join(self.new) or 'nothing'}")
-        record(start={"from": [to_dict(f) for f in self.fillings], "new": list(self.new)})
+        record(start={"from": [to_dict(f) for f in self.part_sources], "new": list(self.new)})
 
     def fill(self, model: InternVL | Chunks, root: Path) -> None:
         """Load what this rank holds of it."""
         from vlfoundry.models.internvl.predict import load_parts
 
-        for filling in self.fillings:
-            load_parts(model, root / filling.folder, filling.parts)
+        for part_source in self.part_sources:
+            load_parts(model, root / part_source.folder, part_source.parts)
 
 
-def plan_start(
+def plan_init(
     address: str, config: InternVLConfig, folders: Mapping[str, str], root: Path
-) -> Start:
+) -> InitPlan:
     """What the model of a stage starts from; reads configs and headers alone.
 
     Args:
@@ -156,27 +156,27 @@ def plan_start(
     rule = RULES[address]
     wanted = {weight.name: weight.shape for weight in weights(rule.kind, config)}
     given: dict[str, str] = {}
-    fillings = []
+    part_sources = []
     for slot, takes in rule.takes.items():
         folder = folders[slot]
-        filling, there = _filling(folder, takes, wanted, root)
-        _refuse_other_architecture(filling, rule.kind, config, root)
-        refuse_other_adapters(config, root / folder, filling.parts)
-        for name in _filled(filling, wanted, there):
+        part_source, there = _part_source(folder, takes, wanted, root)
+        _refuse_other_architecture(part_source, rule.kind, config, root)
+        refuse_other_adapters(config, root / folder, part_source.parts)
+        for name in _filled_by(part_source, wanted, there):
             if given.setdefault(name, folder) != folder:
                 raise ModelError(
                     f"{given[name]} and {folder} both have {name!r} of the new model; name the "
                     f"one that you mean for both, in {_key(address)}"
                 )
-        fillings.append(filling)
+        part_sources.append(part_source)
     _refuse_other_tokenizers([folders[slot] for slot in rule.speak], _key(address), root)
     new = _new_parts(address, folders, wanted, given, root)
-    return Start(fillings=tuple(fillings), new=new)
+    return InitPlan(part_sources=tuple(part_sources), new=new)
 
 
-def _filling(
+def _part_source(
     folder: str, takes: Mapping[str, tuple[str, ...]], wanted: Shapes, root: Path
-) -> tuple[Filling, Shapes]:
+) -> tuple[PartSource, Shapes]:
     """The parts that a folder has of those that are taken, and what else is there."""
     kind, there = read_config(root / folder)[0], weight_shapes(root / folder)
     parts = {
@@ -186,20 +186,20 @@ def _filling(
         for source in [next((s for s in sources if any(is_below(n, s) for n in there)), None)]
         if source is not None
     }
-    return Filling(folder=folder, kind=kind, parts=parts), there
+    return PartSource(folder=folder, kind=kind, parts=parts), there
 
 
-def _filled(filling: Filling, wanted: Shapes, there: Shapes) -> Iterator[str]:
+def _filled_by(part_source: PartSource, wanted: Shapes, there: Shapes) -> Iterator[str]:
     """Names of the new model that are in the folder. Raises ModelError for another shape."""
     for name, shape in wanted.items():
-        for target, source in filling.parts.items():
+        for target, source in part_source.parts.items():
             theirs = source + name[len(target) :]
             if not is_below(name, target) or theirs not in there:
                 continue
             if there[theirs] != shape:
                 raise ModelError(
-                    f"{theirs!r} has shape {list(there[theirs])} in {filling.folder}, whose config "
-                    f"promises {list(shape)}; the folder is damaged, make it again"
+                    f"{theirs!r} has shape {list(there[theirs])} in {part_source.folder}, whose "
+                    f"config promises {list(shape)}; the folder is damaged, make it again"
                 )
             yield name
 
@@ -271,13 +271,13 @@ def _lacking(address: str, name: str, folders: Mapping[str, str], root: Path) ->
 
 
 def _refuse_other_architecture(
-    filling: Filling, kind: str, ours: InternVLConfig, root: Path
+    part_source: PartSource, kind: str, ours: InternVLConfig, root: Path
 ) -> None:
     """Shapes alone do not show heads, norms or the order of merged tokens."""
-    theirs = read_config(root / filling.folder)[1]
+    theirs = read_config(root / part_source.folder)[1]
     differing: dict[str, None] = {}
-    for target, source in filling.parts.items():
-        own, other = _facts(ours, kind, target), _facts(theirs, filling.kind, source)
+    for target, source in part_source.parts.items():
+        own, other = _facts(ours, kind, target), _facts(theirs, part_source.kind, source)
         for field, (label, value) in own.items():
             # What only one of both has (queries, say) is new, or stays behind.
             there, found = other.get(field, (label, value))
@@ -288,9 +288,9 @@ def _refuse_other_architecture(
     if differing:
         more = f"; and {len(differing) - SHOWN} more" if len(differing) > SHOWN else ""
         raise ModelError(
-            f"{filling.folder} ({filling.kind}) has another architecture: "
-            f"{'; '.join([*differing][:SHOWN])}{more}. Start from another folder, or run with the "
-            "folder's own `model`: `vlfoundry import SOURCE TARGET --profile NAME` writes a "
+            f"{part_source.folder} ({part_source.kind}) has another architecture: "
+            f"{'; '.join([*differing][:SHOWN])}{more}. Start from another folder, or run with "
+            "the folder's own `model`: `vlfoundry import SOURCE TARGET --profile NAME` writes a "
             "profile with it"
         )
 

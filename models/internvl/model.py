@@ -24,7 +24,11 @@ from vlfoundry.models.decoder.model import Decoder, at_end, mask_of_holes
 from vlfoundry.models.families.llama.model import Llama
 from vlfoundry.models.internvit.model import InternViT
 from vlfoundry.models.internvl.config import PARTS, InternVLConfig
-from vlfoundry.models.internvl.pipeline_split import Share, cut, meet_in_loss
+from vlfoundry.models.internvl.pipeline_split import (
+    StageLayers,
+    has_independent_towers,
+    split_layers,
+)
 from vlfoundry.models.layers.canonical import initialise, set_init, set_rule
 from vlfoundry.models.layers.config import LayerSpecKind
 from vlfoundry.models.layers.megatron import MegatronModule
@@ -69,13 +73,13 @@ def build(
         raise ConfigError(f"model kind {kind!r} does not exist; known: {sorted(PARTS)}")
     config.check(kind)
     layout = current_layout()
-    if layout.text_stands_apart and not meet_in_loss(kind):
+    if layout.text_stands_apart and not has_independent_towers(kind):
         raise LayoutError(
             f"layout.text_tensor {layout.text_tensor} is for a text tower that meets the vision "
             f"tower in the loss alone, which {kind} has not; leave it out"
         )
     # Interleaved: rank r of R holds the stages r, r + R, r + 2R ...
-    shares = cut(kind, config, layout.stages)[pipeline_rank() :: layout.pipeline]
+    shares = split_layers(kind, config, layout.stages)[pipeline_rank() :: layout.pipeline]
     chunks = [InternVL(kind, config, spec, share) for share in shares]
     for chunk in chunks:
         initialise(chunk, seed)
@@ -94,9 +98,9 @@ class InternVL(Part):
         kind: str,
         config: InternVLConfig,
         spec: LayerSpecKind = "local",
-        share: Share | None = None,
+        share: StageLayers | None = None,
     ):
-        share = cut(kind, config, 1)[0] if share is None else share
+        share = split_layers(kind, config, 1)[0] if share is None else share
         parts = PARTS[kind]
         vision = InternViT(config.vision, spec, share["vision"]) if "vision" in share else None
         layout = current_layout()
@@ -157,13 +161,13 @@ class InternVL(Part):
     def _image(self, state: State, batch: Mapping[str, Any]) -> State:
         """`pixels` [B, 3, H, W], maybe `kept` [B, K] (FLIP) and `samples` [B] -> unit "image"
         [B, E]. InternVL-G adds the unit vectors of both its heads."""
-        self._see(state, batch)
+        self._run_vision(state, batch)
         if self._has_seen:
             vision = _rows_first(state["vision"])
             state["image"] = normalize(self.clip_projector(vision), dim=-1)
         if self.kind != "internvl_g":
             return {"image": state["image"]} if self._has_seen else state
-        self._ask(state, len(batch["pixels"]))
+        self._run_queries(state, len(batch["pixels"]))
         if self._has_read:
             queries = normalize(self.clip_projector2(_rows_first(state["text"])), dim=-1)
             return {"image": normalize(state["image"] + queries, dim=-1)}
@@ -172,7 +176,7 @@ class InternVL(Part):
     def _vision(self, state: State, batch: Mapping[str, Any]) -> State:
         """`pixels` as for "image" -> "vision.i" [B, 1 + patches, D] for each i of `wanted`: what
         goes into the first layer, and what comes out of the i-th."""
-        self._see(state, batch, batch["wanted"])
+        self._run_vision(state, batch, batch["wanted"])
         if not self._has_seen:
             return state
         del state["vision"]
@@ -182,7 +186,7 @@ class InternVL(Part):
         """As "image", by the vision tower and its own head alone."""
         if "image" in state:
             return state
-        self._see(state, batch)
+        self._run_vision(state, batch)
         if self._has_seen:
             return {"image": normalize(self.clip_projector(_rows_first(state["vision"])), dim=-1)}
         return state
@@ -201,7 +205,7 @@ class InternVL(Part):
         [B, T, D]."""
         ids = batch["ids"]
         mask = batch["cu_seqlens"] if "cu_seqlens" in batch else batch["mask"]
-        _advance(
+        _run_decoder(
             self.text, state, "text", lambda: self.text.embed(ids), ids.shape[1],
             mask_of_holes(mask),
         )  # fmt: skip
@@ -217,7 +221,7 @@ class InternVL(Part):
         names = ("match", "summary", "caption")
         masks = (matching_blocked, contrastive_blocked, generative_blocked)
         self._see_both(state, batch)
-        self._pair(state, batch, names, masks)
+        self._run_pairs(state, batch, names, masks)
         if not self._has_read:
             return state
         size = len(batch["pixels"])
@@ -234,10 +238,10 @@ class InternVL(Part):
     def _match(self, state: State, batch: Mapping[str, Any]) -> State:
         """`pixels` [N, 3, H, W], `match_ids` and `match_mask` [B, T], `picture` [B], the image of
         each text -> "match" logits [B, 2] (1: match)."""
-        self._see(state, batch)
+        self._run_vision(state, batch)
         if self._has_seen:
             state["vision"] = state["vision"][:, batch["picture"]]
-        self._pair(state, batch, ("match",), (matching_blocked,))
+        self._run_pairs(state, batch, ("match",), (matching_blocked,))
         if not self._has_read:
             return state
         queries, _ = self._queries_and_texts(state)
@@ -253,7 +257,7 @@ class InternVL(Part):
         names = ("negative", "positive", "summary")
         masks = (matching_blocked, matching_blocked, contrastive_blocked)
         self._see_both(state, batch)
-        self._pair(state, batch, names, masks)
+        self._run_pairs(state, batch, names, masks)
         if not self._has_read:
             return state
         size = len(batch["pixels"])
@@ -271,8 +275,8 @@ class InternVL(Part):
         [N, 3, H, W] or none, maybe another `context_id` than ours -> "hidden" [B, T, D]."""
         pixels, ids = batch.get("pixels"), batch["ids"]
         if pixels is not None and len(pixels):
-            self._look(state, batch)
-        _advance(
+            self._visual_tokens(state, batch)
+        _run_decoder(
             self.language, state, "language",
             lambda: self._chat_embeddings(
                 ids, state.pop("visual", None), len(pixels if pixels is not None else ()),
@@ -296,7 +300,9 @@ class InternVL(Part):
         """Whether the text tower ends here."""
         return self.text is not None and self.text.ends
 
-    def _see(self, state: State, batch: Mapping[str, Any], wanted: Sequence[int] = ()) -> None:
+    def _run_vision(
+        self, state: State, batch: Mapping[str, Any], wanted: Sequence[int] = ()
+    ) -> None:
         """Run the vision tower: state "vision", whole where it ends, and "vision.i" if wanted."""
         if self.vision is None:
             return
@@ -307,22 +313,22 @@ class InternVL(Part):
         state |= {f"vision.{index}": tokens for index, tokens in found.items()}
 
     def _see_both(self, state: State, batch: Mapping[str, Any]) -> None:
-        """As `_see`, and state "backbone" [B, E], a unit vector for each image."""
-        self._see(state, batch)
+        """As `_run_vision`, and state "backbone" [B, E], a unit vector for each image."""
+        self._run_vision(state, batch)
         if self._has_seen:
             vision = _rows_first(state["vision"])
             state["backbone"] = normalize(self.clip_projector(vision), dim=-1)
 
-    def _ask(self, state: State, images: int) -> None:
+    def _run_queries(self, state: State, images: int) -> None:
         """Run QLLaMA's queries about images: state "text"."""
         if self.text is None:
             return
-        _advance(
+        _run_decoder(
             self.text, state, "text", lambda: self.text.before_image(images),
             self.text.num_queries, self.text.open_mask(), _rows_first(state["vision"]),
         )  # fmt: skip
 
-    def _pair(
+    def _run_pairs(
         self, state: State, batch: Mapping[str, Any], names: Sequence[str], masks: Sequence
     ) -> None:
         """Run QLLaMA over [queries | text] of several tasks: state "text"."""
@@ -335,7 +341,7 @@ class InternVL(Part):
         blocked = torch.cat(
             [mask(queries, batch[f"{n}_mask"]) for n, mask in zip(names, masks, strict=True)]
         )
-        _advance(
+        _run_decoder(
             self.text, state, "text", lambda: self.text.before_pairs(ids),
             queries + ids.shape[1], blocked, _rows_first(state["vision"]),
         )  # fmt: skip
@@ -344,7 +350,7 @@ class InternVL(Part):
         hidden = _rows_first(state["text"])
         return hidden[:, : self.text.num_queries], hidden[:, self.text.num_queries :]
 
-    def _look(self, state: State, batch: Mapping[str, Any]) -> None:
+    def _visual_tokens(self, state: State, batch: Mapping[str, Any]) -> None:
         """Images to tokens for the language model: state "visual" [N, tokens, D], queries first,
         then patches."""
         pixels = batch["pixels"]
@@ -352,7 +358,7 @@ class InternVL(Part):
         select = self.model_config.connector.select_layer
         select = select if select >= 0 else vision.depth + 1 + select
         full = self.kind == "chat_full"
-        self._see(state, batch, [select])
+        self._run_vision(state, batch, [select])
         if self._has_seen:
             patch_px = vision.patch_px
             grid = (pixels.shape[2] // patch_px, pixels.shape[3] // patch_px)
@@ -362,7 +368,7 @@ class InternVL(Part):
             if not full:
                 del state["vision"]
         if full and self.text is not None:
-            self._ask(state, len(pixels))
+            self._run_queries(state, len(pixels))
             if self._has_read:
                 queries = self.query_connector(_rows_first(state.pop("text")))
                 state["visual"] = torch.cat([queries, state["visual"]], 1)
@@ -383,7 +389,7 @@ class InternVL(Part):
     def visual_tokens(self, pixels: Tensor) -> Tensor:
         """[N, 3, H, W] -> [N, tokens, D] for the language model: queries first, then patches."""
         state: State = {}
-        self._look(state, {"pixels": pixels})
+        self._visual_tokens(state, {"pixels": pixels})
         return state["visual"]
 
     def chat_embeddings(
@@ -533,7 +539,7 @@ def _text_tower(config: InternVLConfig, parts: frozenset[str], spec: LayerSpecKi
     )
 
 
-def _advance(
+def _run_decoder(
     tower: Decoder | None,
     state: State,
     name: str,

@@ -14,7 +14,7 @@ from vlfoundry.infra.core.errors import LayoutError
 from vlfoundry.models.internvl.config import PARTS, InternVLConfig
 from vlfoundry.models.internvl.widths import check_widths
 
-Share = dict[str, range]
+StageLayers = dict[str, range]
 """tower -> its layers that are here; a tower that is not named has none here"""
 
 # What a batch goes through one after another. The towers of InternVL-C meet in the loss alone, so
@@ -27,7 +27,7 @@ _SERIES = {
 
 
 @lru_cache(maxsize=64)
-def cut(kind: str, config: InternVLConfig, stages: int) -> list[Share]:
+def split_layers(kind: str, config: InternVLConfig, stages: int) -> list[StageLayers]:
     """What each of `stages` holds, in order; consecutive layers, of about equal cost.
 
     Raises:
@@ -45,7 +45,7 @@ def cut(kind: str, config: InternVLConfig, stages: int) -> list[Share]:
         )
     series = _SERIES.get(kind)
     chains = [series] if series else [(tower,) for tower in depths]
-    shares: list[Share] = [{} for _ in range(stages)]
+    shares: list[StageLayers] = [{} for _ in range(stages)]
     for chain in chains:
         layers = [(tower, index) for tower in chain for index in range(depths[tower])]
         if len(layers) < stages:
@@ -65,7 +65,7 @@ def cut(kind: str, config: InternVLConfig, stages: int) -> list[Share]:
     return shares
 
 
-def meet_in_loss(kind: str) -> bool:
+def has_independent_towers(kind: str) -> bool:
     """Whether a configuration has two towers that meet in the loss alone, so that each may have a
     layout of its own."""
     return kind not in _SERIES and {"vision", "text"} <= set(PARTS[kind])
@@ -89,7 +89,7 @@ def check_layout(
         ConfigError: FP8 cannot multiply these sizes, or they do not go together.
     """
     config.check(kind)
-    if not meet_in_loss(kind):
+    if not has_independent_towers(kind):
         layout = dataclasses.replace(layout, text_tensor=None)
     vision = ModelFacts(
         name="vision",
@@ -113,7 +113,7 @@ def check_layout(
     layout.check(*(facts[tower] for tower in facts if tower in PARTS[kind]))
     for tower in apart:
         layout.of_text.check(tower)
-    cut(kind, config, layout.stages)
+    split_layers(kind, config, layout.stages)
     if fp8:
         check_widths(kind, config, layout, fp8)
     return layout

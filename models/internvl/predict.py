@@ -33,7 +33,7 @@ from vlfoundry.models.internvl.folder import (
 from vlfoundry.models.internvl.model import Chunks, InternVL, build
 from vlfoundry.models.internvl.prompts import SUMMARIZE
 from vlfoundry.models.internvl.tokenizer import load_tokenizer
-from vlfoundry.models.preprocess.normalize import normalise
+from vlfoundry.models.preprocess.normalize import normalize_uint8
 from vlfoundry.models.tokenizer import TextTokenizer, pad
 
 BATCH = 64
@@ -256,7 +256,7 @@ class Model:
         return self.tokenizer.decode(row, keep_special=True).strip()
 
     def _pixels(self, squares: np.ndarray) -> Tensor:
-        return normalise(squares).to(self.device)
+        return normalize_uint8(squares).to(self.device)
 
     def _there(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.device)

@@ -29,8 +29,8 @@ from vlfoundry.models.layers.norms import (
     FullWidthQKRMSNorm,
     NormKind,
     RMSNorm,
-    lent_norm,
     query_key_norm,
+    shared_norm,
 )
 from vlfoundry.models.layers.specs import Maker, Parts
 
@@ -59,8 +59,8 @@ class PlainLayer(TransformerLayer):
             (self.input_layernorm, self.self_attention.linear_qkv),
             (self.pre_mlp_layernorm, self.mlp.linear_fc1),
         ):
-            if hasattr(linear, "borrow"):
-                linear.borrow(norm)
+            if hasattr(linear, "fuse_norm"):
+                linear.fuse_norm(norm)
 
 
 class ScaledLayer(PlainLayer):
@@ -207,7 +207,7 @@ def _norm_and_linear(
     """Classes of a norm and of the linear behind it, `together` if there is such a one."""
     if together is None or alone:
         return parts.norms[norm], linear
-    return lent_norm(norm), together
+    return shared_norm(norm), together
 
 
 def _self_attention(

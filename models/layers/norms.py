@@ -108,7 +108,7 @@ class _Lent:
         return x
 
 
-class LentRMSNorm(_Lent, RMSNorm):
+class SharedInputRMSNorm(_Lent, RMSNorm):
     """RMSNorm's weight, lent to the linear behind it."""
 
 
@@ -172,6 +172,6 @@ def query_key_norm(
     )  # fmt: skip
 
 
-def lent_norm(kind: NormKind) -> type[LentRMSNorm] | type[LentLayerNorm]:
+def shared_norm(kind: NormKind) -> type[SharedInputRMSNorm] | type[LentLayerNorm]:
     """The class that holds the vectors of a norm which the linear behind it computes."""
-    return {"rms": LentRMSNorm, "layer": LentLayerNorm}[kind]
+    return {"rms": SharedInputRMSNorm, "layer": LentLayerNorm}[kind]

@@ -140,7 +140,7 @@ class TeRowLinear(_Linear, TERowParallelLinear):
 class TeNormColumnLinear(_Linear, TELayerNormColumnParallelLinear):
     """A norm and a column linear, in FP8 with one pass less over the tokens.
 
-    The norm's vectors are another module's: `borrow`.
+    The norm's vectors are another module's: `fuse_norm`.
     """
 
     def __init__(self, *args, **kwargs):
@@ -148,7 +148,7 @@ class TeNormColumnLinear(_Linear, TELayerNormColumnParallelLinear):
         for name in ("layer_norm_weight", "layer_norm_bias"):
             self._parameters.pop(name, None)
 
-    def borrow(self, norm: nn.Module) -> None:
+    def fuse_norm(self, norm: nn.Module) -> None:
         """Use the vectors of this norm, which stay its parameters and not ours."""
         self.__dict__["layer_norm_weight"] = norm.weight
         self.__dict__["layer_norm_bias"] = getattr(norm, "bias", None)

@@ -24,7 +24,7 @@ def over_background(image: np.ndarray, background: tuple[int, int, int]) -> np.n
     return composite(image, background)
 
 
-def normalise(images: np.ndarray) -> Tensor:
+def normalize_uint8(images: np.ndarray) -> Tensor:
     """uint8 [B, H, W, 3] -> float32 [B, 3, H, W], ImageNet mean and deviation taken out."""
     import torch
 
@@ -34,7 +34,7 @@ def normalise(images: np.ndarray) -> Tensor:
     return pixels.float().mul_(1 / (255 * std)).sub_(mean / std)
 
 
-def standardise(pictures: Tensor) -> Tensor:
+def normalize_float(pictures: Tensor) -> Tensor:
     """float32 [B, 3, H, W] in 0..1 -> the same with ImageNet's mean and deviation taken out."""
     import torch
 

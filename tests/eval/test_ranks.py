@@ -9,7 +9,7 @@ import torch
 
 from tests.support.fake_models import drawing, encoded, write_concept_set, write_pair_set
 from tests.support.tiny_models import TEXTS, tiny_config
-from vlfoundry.eval.context import Setting, embed_pictures, embed_texts
+from vlfoundry.eval.context import EvalContext, embed_pictures, embed_texts
 from vlfoundry.eval.datasets.folders import read_folder
 from vlfoundry.eval.questions import replies
 from vlfoundry.eval.ranks import run_team
@@ -252,7 +252,7 @@ def test_a_set_of_drawings_is_scored_over_ranks(models: Path, place, tmp_path, r
     )  # fmt: skip
     assert scores[0].n == 6
     data = read_folder(folder)
-    setting = Setting(languages=("en",), seed=0, items_dir=tmp_path)
+    setting = EvalContext(languages=("en",), seed=0, items_dir=tmp_path)
     assert setting.nearest is None
     assert len(replies(load_model(models / "chat_simple"), [np.asarray(drawing(1))], ["a"], 2)) == 1
     assert embed_texts(load_model(models / "internvl_c"), ["a", "b", "a"]).shape == (3, 8)

@@ -19,7 +19,7 @@ from tests.support.fake_models import (
     write_pair_set,
 )
 from vlfoundry.eval.compare.scores import read_items
-from vlfoundry.eval.context import Setting
+from vlfoundry.eval.context import EvalContext
 from vlfoundry.eval.datasets.folders import read_concept_set, read_folder
 from vlfoundry.eval.questions import KINDS, ask
 from vlfoundry.eval.reference import NearestPicture
@@ -49,7 +49,7 @@ def data(folder):
 @pytest.fixture
 def setting(folder, data, tmp_path):
     train = read_concept_set(folder, sources=["train"])
-    return Setting(
+    return EvalContext(
         languages=LANGUAGES,
         seed=0,
         items_dir=tmp_path / "items",
@@ -154,7 +154,7 @@ def test_retrieval_on_a_pair_set_with_several_captions(tmp_path):
     assert said[1:] == choose_said(data, ["it"])
     assert "6 of 12 pictures have no caption in 'it'" in said[1]
     assert choose_said(data, ["en"]) == []
-    setting = Setting(languages=languages, seed=0, items_dir=tmp_path / "items")
+    setting = EvalContext(languages=languages, seed=0, items_dir=tmp_path / "items")
     scores = by_key(suite_run("retrieval")(Oracle(data), data, setting))
     assert scores["retrieval/image_to_text_r1/en"].n == 12
     assert scores["retrieval/text_to_image_r1/en"].n == 24
@@ -224,7 +224,7 @@ def test_matching_on_a_pair_set(tmp_path):
         ]
 
     data = read_folder(write_pair_set(tmp_path, rows(lambda i: [f"first {i}", f"second {i // 2}"])))
-    setting = Setting(languages=("en",), seed=0, items_dir=tmp_path / "items")
+    setting = EvalContext(languages=("en",), seed=0, items_dir=tmp_path / "items")
     scores = by_key(suite_run("matching")(Oracle(data), data, setting))
     assert scores["matching/accuracy"].value == scores["matching/hard_accuracy"].value == 1.0
     assert scores["matching/accuracy"].n == 14
@@ -240,7 +240,7 @@ def test_a_picture_to_which_every_caption_belongs_is_not_asked_about(tmp_path):
 
     rows = [row(0, "a", "b"), row(1, "a"), row(2, "b")]
     data = read_folder(write_pair_set(tmp_path, rows))
-    setting = Setting(languages=("en",), seed=0, items_dir=tmp_path / "items")
+    setting = EvalContext(languages=("en",), seed=0, items_dir=tmp_path / "items")
     scores = by_key(suite_run("matching")(Guesser(), data, setting))
     assert scores["matching/accuracy"].n == 4
     asked = read_items(tmp_path / "items" / "matching.jsonl")
@@ -258,7 +258,7 @@ def test_zero_shot_on_a_pair_set_uses_its_labels(tmp_path):
         for i in range(12)
     ]
     data = read_folder(write_pair_set(tmp_path / "a", rows))
-    setting = Setting(languages=(), seed=0, items_dir=tmp_path / "items")
+    setting = EvalContext(languages=(), seed=0, items_dir=tmp_path / "items")
 
     class Knows(Oracle):
         def __init__(self):
@@ -427,6 +427,6 @@ def test_classes_of_one_name_cannot_be_told_apart(tmp_path):
         row["name"] = [{"lang": "en", "text": "same"}]
     pq.write_table(pa.Table.from_pylist(table), tmp_path / "concepts.parquet")
     data = read_folder(tmp_path)
-    setting = Setting(languages=("en",), seed=0, items_dir=tmp_path / "items")
+    setting = EvalContext(languages=("en",), seed=0, items_dir=tmp_path / "items")
     with pytest.raises(DataError, match=r"all 4 concepts are called 'same' in 'en'"):
         suite_run("zero_shot")(Guesser(), data, setting)

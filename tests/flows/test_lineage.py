@@ -15,7 +15,7 @@ from tests.support.toy_project import commit_all, make_toy, sh
 from vlfoundry.flows.cli import app
 from vlfoundry.flows.gc import states
 from vlfoundry.flows.lineage import lineage_lines, write_rows
-from vlfoundry.flows.start import bring
+from vlfoundry.flows.start import import_model
 from vlfoundry.infra.core.errors import DataError, UserError
 from vlfoundry.infra.core.workfolder import KEY_FILE, key_of
 from vlfoundry.infra.registry.gto import register_model
@@ -154,7 +154,7 @@ def test_a_folder_outside_of_the_project(run: Path, tmp_path: Path) -> None:
 def test_what_it_went_on_from(run: Path) -> None:
     """A start that is a registered model, and one of which nothing is known."""
     version = register_model(run, Path("artifacts/contrastive/model"))
-    bring(run, version.ref, run / "data/start/last")
+    import_model(run, version.ref, run / "data/start/last")
     (run / "data/start/found").mkdir()
     (run / "data/start/found/config.json").write_text(json.dumps({"kind": "text"}))
     text = "artifacts/shard/stage1"

@@ -16,7 +16,7 @@ from vlfoundry.flows.leftovers import clear_part_files
 from vlfoundry.flows.plan import machine_of
 from vlfoundry.infra.core.config import apply_overrides, load_params
 from vlfoundry.infra.core.errors import ConfigError
-from vlfoundry.infra.launch.profile import LauncherProfile, host_and_port, load_profile
+from vlfoundry.infra.launch.profile import ExecutionProfile, host_and_port, load_profile
 
 RUN = [sys.executable, "-m", "vlfoundry.flows.cli"]
 MS_REMOUNT, MS_BIND = 32, 4096
@@ -82,7 +82,7 @@ def test_files_that_are_not_yaml(toy: Path, monkeypatch: pytest.MonkeyPatch) -> 
 )
 def test_addresses(text: str, expected: tuple[str, int]) -> None:
     assert host_and_port(text, "x") == expected
-    assert LauncherProfile(name="here", prometheus=text).prometheus == text
+    assert ExecutionProfile(name="here", prometheus=text).prometheus == text
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_addresses(text: str, expected: tuple[str, int]) -> None:
 )
 def test_addresses_that_cannot_be(text: str) -> None:
     with pytest.raises(ConfigError, match=r"launcher here: prometheus is .* expected host:port"):
-        LauncherProfile(name="here", prometheus=text)
+        ExecutionProfile(name="here", prometheus=text)
 
 
 def test_prometheus_answers_over_ipv6(tmp_path: Path) -> None:

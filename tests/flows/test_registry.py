@@ -12,7 +12,7 @@ import pytest
 from tests.support.toy_project import PARAMS_YAML, commit_all, reproduce, sh
 from vlfoundry.flows.fetch import fetch
 from vlfoundry.flows.launch import finish
-from vlfoundry.flows.start import bring
+from vlfoundry.flows.start import import_model
 from vlfoundry.infra.core.dvccache import cache_folder, md5_of, object_path
 from vlfoundry.infra.core.errors import DataError, ModelError
 from vlfoundry.infra.core.git import git
@@ -172,7 +172,7 @@ def test_a_stage_that_models_of_two_kinds_have_is_not_one_of_them(trained: Path)
     assert find_version(trained, "toy_b#champion").ref == "toy_b@v0.1.0"
     assert find_version(trained, "toy_a").ref == "toy_a@v0.1.0"
     with pytest.raises(ModelError, match="several models"):
-        bring(trained, "champion", trained / "data/start/champion")
+        import_model(trained, "champion", trained / "data/start/champion")
     assert not (trained / "data/start/champion").exists()
 
 
@@ -230,12 +230,12 @@ def test_what_is_fetched_is_what_the_run_made(trained: Path, tmp_path: Path) -> 
     here = object_path(cache_folder(trained), md5)
     overwrite(here)
     with pytest.raises(DataError, match=r"weights in DVC's cache is damaged .*vlfoundry fetch"):
-        bring(trained, version.ref, target)
+        import_model(trained, version.ref, target)
     assert list(target.parent.iterdir()) == []
     here.unlink()
     (here / "inside").mkdir(parents=True)  # nobody's file
     fetch(trained, version.ref)
-    bring(trained, version.ref, target)
+    import_model(trained, version.ref, target)
     assert md5_of(target / "weights") == md5
     overwrite(here)
     overwrite(store / "files" / "md5" / md5[:2] / md5[2:])

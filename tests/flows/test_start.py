@@ -12,9 +12,9 @@ from tests.support.toy_project import reproduce
 from vlfoundry.eval.variants import MODELS
 from vlfoundry.flows.start import (
     FITS,
-    bring,
-    bring_with_profile,
     describe,
+    import_model,
+    import_with_profile,
     new_profile,
     write_profile,
 )
@@ -26,7 +26,7 @@ from vlfoundry.infra.core.stage import ORIGIN_FILE, parameters_of, read_origin
 from vlfoundry.infra.registry.gto import register_model
 from vlfoundry.models.internvl.config import PARTS, internvl
 from vlfoundry.models.internvl.folder import read_config
-from vlfoundry.models.internvl.init_from import RULES, plan_start
+from vlfoundry.models.internvl.init_from import RULES, plan_init
 
 ROOT = Path(__file__).parents[2]
 MODEL = Path("artifacts/train/a")
@@ -46,7 +46,7 @@ def test_a_registered_model_comes_whole_and_says_which_it_is(trained: Path) -> N
     version = register_model(trained, MODEL, promote="champion")
     shutil.rmtree(trained / "artifacts")
     target = trained / "data/start/champion"
-    said = bring(trained, "champion", target)
+    said = import_model(trained, "champion", target)
     assert said == [f"{MODEL} of toy_a@v0.1.0 is in {target}, every file checked"]
     assert sorted(without_origin(target)) == ["config.json", "weights"]
     assert (target / "weights").read_text().startswith("train-a")
@@ -54,25 +54,25 @@ def test_a_registered_model_comes_whole_and_says_which_it_is(trained: Path) -> N
         "format": "vlfoundry.origin.v1", "ref": "toy_a@v0.1.0", "path": str(MODEL),
         "commit": version.commit, "md5": version.md5,
     }  # fmt: skip
-    bring(trained, "toy_a@v0.1.0", trained / "data/start/again")
+    import_model(trained, "toy_a@v0.1.0", trained / "data/start/again")
     assert fingerprint(trained / "data/start/again") == fingerprint(target)  # the same run key
 
     with pytest.raises(ModelError, match="champion is there already"):
-        bring(trained, "champion", target)
+        import_model(trained, "champion", target)
     with pytest.raises(ModelError, match=r"no model 'nobody'.*registered: toy_a@v0\.1\.0"):
-        bring(trained, "nobody", trained / "data/start/x")
+        import_model(trained, "nobody", trained / "data/start/x")
     with pytest.raises(ModelError, match=r"copied as it is; leave out \['--kind'\]"):
-        bring(trained, "champion", trained / "data/start/x", kind="vision")
+        import_model(trained, "champion", trained / "data/start/x", kind="vision")
     with pytest.raises(DataError, match="artifacts/pretrain_text/model is not a folder that dvc"):
-        bring(trained, "champion", trained / "data/start/x", stage="pretrain_text")
+        import_model(trained, "champion", trained / "data/start/x", stage="pretrain_text")
     with pytest.raises(ModelError, match="registered names need a project"):
-        bring(None, "champion", trained / "data/start/x")
+        import_model(None, "champion", trained / "data/start/x")
     for cached in (trained / ".dvc/cache/files/md5").rglob("*"):
         if cached.is_file() and cached.read_bytes().startswith(b"train-a"):
             cached.chmod(0o644)
             cached.write_text("rotten")
     with pytest.raises(DataError, match="is damaged"):
-        bring(trained, "champion", trained / "data/start/x")
+        import_model(trained, "champion", trained / "data/start/x")
     assert not (trained / "data/start/x").exists()
 
 
@@ -84,27 +84,29 @@ def test_another_model_of_a_registered_run(trained: Path) -> None:
     work.write_text(work.read_text().replace("*sys.argv[1:])\nout", '*sys.argv[1:], "model")\nout'))
     reproduce(trained)
     register_model(trained, Path("artifacts/train/a/model"), promote="champion")
-    bring(trained, "champion", trained / "data/start/b", stage="train@b")
+    import_model(trained, "champion", trained / "data/start/b", stage="train@b")
     assert (trained / "data/start/b/weights").read_text().startswith("train-b")
     origin = read_origin(trained / "data/start/b")
     assert origin is not None
     assert (origin["ref"], origin["path"]) == ("toy_a@v0.1.0", "artifacts/train/b/model")
     with pytest.raises(ModelError, match="--stage is for registered names"):
-        bring(trained, str(trained / "data/start/b"), trained / "data/start/x", stage="train@b")
+        import_model(
+            trained, str(trained / "data/start/b"), trained / "data/start/x", stage="train@b"
+        )
 
 
 def test_a_folder_of_ours_comes_whole_and_keeps_its_origin(tmp_path: Path) -> None:
     made = make_folder(tmp_path / "artifacts/contrastive/model", "internvl_c")
     digest = fingerprint(made)
-    bring(tmp_path, str(made), tmp_path / "data/start/one")
+    import_model(tmp_path, str(made), tmp_path / "data/start/one")
     one = tmp_path / "data/start/one"
     assert without_origin(one) == without_origin(made)
     assert fingerprint(made) == digest
     origin = read_origin(one)
     assert describe(origin) == f"copy of artifacts/contrastive/model (sha256 {digest[:12]})"
-    bring(tmp_path, str(one), tmp_path / "data/start/two")
+    import_model(tmp_path, str(one), tmp_path / "data/start/two")
     assert read_origin(tmp_path / "data/start/two") == origin
-    elsewhere = bring(tmp_path / "data", str(made), tmp_path / "three")
+    elsewhere = import_model(tmp_path / "data", str(made), tmp_path / "three")
     assert "three" in elsewhere[0]
     origin = read_origin(tmp_path / "three")
     assert origin is not None
@@ -122,7 +124,7 @@ def test_a_damaged_folder_of_ours_is_not_brought(tmp_path: Path, harm: str) -> N
     else:
         weights.write_bytes(content[: len(content) // 2] if harm == "cut" else b"\x99" * 1000)
     with pytest.raises(ModelError, match="is damaged" if harm != "gone" else "does not exist"):
-        bring(None, str(made), tmp_path / "target")
+        import_model(None, str(made), tmp_path / "target")
     assert [path.name for path in tmp_path.iterdir()] == ["made"]
 
 
@@ -132,25 +134,25 @@ def test_a_folder_of_ours_does_not_bring_what_lies_elsewhere(tmp_path: Path) -> 
     (source / "official").mkdir()
     (source / "official" / "tokenizer_config.json").symlink_to(tmp_path / "secret.json")
     with pytest.raises(ModelError, match=r"is a link to .*secret\.json, outside of"):
-        bring(None, str(source), tmp_path / "target")
+        import_model(None, str(source), tmp_path / "target")
     (source / "official" / "tokenizer_config.json").unlink()
     os.mkfifo(source / "official" / "tokenizer_config.json")
     with pytest.raises(ModelError, match="is a named pipe, expected a file"):
-        bring(None, str(source), tmp_path / "target")
+        import_model(None, str(source), tmp_path / "target")
     (source / "official" / "tokenizer_config.json").unlink()
     # A cache of DVC that artifacts are links into is the checkout's own.
     cached = tmp_path / ".dvc" / "cache" / "object"
     cached.parent.mkdir(parents=True)
     (source / "weights.safetensors").rename(cached)
     (source / "weights.safetensors").symlink_to(cached)
-    bring(tmp_path, str(source), tmp_path / "target")
+    import_model(tmp_path, str(source), tmp_path / "target")
     assert not (tmp_path / "target" / "weights.safetensors").is_symlink()
 
 
 def test_official_weights_say_what_they_were(tmp_path: Path) -> None:
     golden = ROOT / "tests/eval/golden/internvl_chat"
     target = tmp_path / "data/start/chat"
-    said = bring(tmp_path, str(golden), target)
+    said = import_model(tmp_path, str(golden), target)
     assert "(internvl_chat) is the chat_simple in" in said[0]
     assert describe(read_origin(target)) == "imported from internvl_chat (internvl_chat)"
     shutil.copytree(ROOT / "profiles", tmp_path / "profiles")
@@ -230,8 +232,8 @@ def test_what_profiles_set_is_what_stages_take(tmp_path: Path, kind: str) -> Non
             make_folder(tmp_path / "c", "internvl_c")
             rest = {"model": "c", "head": "text", "language": "text", "vision": "c"}
             folders = {slot: rest.get(slot, address) for slot in rule.takes}
-            start = plan_start(address, CONFIG, folders | dict.fromkeys(chosen, "start"), tmp_path)
-            assert any(filling.folder == "start" for filling in start.fillings)
+            start = plan_init(address, CONFIG, folders | dict.fromkeys(chosen, "start"), tmp_path)
+            assert any(part_source.folder == "start" for part_source in start.part_sources)
 
 
 class Run:
@@ -264,7 +266,9 @@ def registered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 def test_the_text_model_of_its_run_comes_with_a_champion(checkout: Path, registered: Run) -> None:
     """What `--profile` of a registered InternVL-C sets: the stages after stage 1 too."""
     folder = checkout / "data/start/champion"
-    said = bring_with_profile(checkout, "champion", folder, new_profile(checkout, "weekly", folder))
+    said = import_with_profile(
+        checkout, "champion", folder, new_profile(checkout, "weekly", folder)
+    )
     assert said[-1] == "profiles/weekly.yaml is written: vlfoundry run --profile weekly"
     assert read_origin(folder)["path"] == MODELS["internvl_c"]
     params = Variation(profile="weekly").apply(checkout)
@@ -278,12 +282,12 @@ def test_the_text_model_of_its_run_comes_with_a_champion(checkout: Path, registe
     }  # fmt: skip
 
     a_path = checkout / "data/start/copy"  # nobody knows its run
-    bring_with_profile(checkout, str(folder), a_path, new_profile(checkout, "copy", a_path))
+    import_with_profile(checkout, str(folder), a_path, new_profile(checkout, "copy", a_path))
     assert not (checkout / "data/start/copy-text").exists()
     shutil.rmtree(registered.source / "internvl_c")
     make_folder(registered.source / "internvl_c", "internvl_g")  # has a head of its own
     other = checkout / "data/start/g"
-    bring_with_profile(checkout, "champion", other, new_profile(checkout, "g", other))
+    import_with_profile(checkout, "champion", other, new_profile(checkout, "g", other))
     assert not (checkout / "data/start/g-text").exists()
 
 
@@ -303,21 +307,21 @@ def test_an_import_with_a_profile_leaves_all_or_nothing(checkout: Path, register
     before = sorted(checkout.rglob("*"))
     registered.lacks_text = True
     with pytest.raises(DataError, match="lacks it"):
-        bring_with_profile(checkout, "champion", folder, profile)
+        import_with_profile(checkout, "champion", folder, profile)
     assert list(folder.parent.iterdir()) == []
     shutil.rmtree(checkout / "data")
     assert sorted(checkout.rglob("*")) == before
 
-    bring(checkout, "champion", folder)  # killed here; or before the profile was written
+    import_model(checkout, "champion", folder)  # killed here; or before the profile was written
     registered.lacks_text = False
     for fetched in (1, 0):
         registered.fetched.clear()
-        bring_with_profile(checkout, "champion", folder, profile)
+        import_with_profile(checkout, "champion", folder, profile)
         assert len(registered.fetched) == fetched
         profile.unlink()
     (folder / "origin.json").unlink()
     with pytest.raises(ModelError, match="champion is there already"):
-        bring_with_profile(checkout, "champion", folder, profile)
+        import_with_profile(checkout, "champion", folder, profile)
     assert (folder / "config.json").is_file()  # not ours to delete
 
 

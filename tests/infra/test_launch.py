@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from vlfoundry.infra.core.errors import ConfigError
-from vlfoundry.infra.launch.profile import SHIPPED, LauncherProfile, load_profile, local_profile
+from vlfoundry.infra.launch.profile import SHIPPED, ExecutionProfile, load_profile, local_profile
 
 
 def test_the_default_is_two_ranks_of_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,11 +67,11 @@ def test_a_launcher_of_the_project_goes_first(
 
 def test_a_layout_that_does_not_divide_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"3 ranks cannot be shared by tensor 2 x pipeline 1"):
-        LauncherProfile(ranks=3, tensor=2)
+        ExecutionProfile(ranks=3, tensor=2)
     with pytest.raises(ConfigError, match="threads is 0, expected 1 or more"):
-        LauncherProfile(threads=0)
+        ExecutionProfile(threads=0)
     with pytest.raises(ConfigError, match="limit_s is 0, expected more than 0, or null"):
-        LauncherProfile(limit_s=0)
+        ExecutionProfile(limit_s=0)
 
 
 def test_a_stage_leaves_with_its_parent() -> None:

@@ -8,7 +8,7 @@ from tests.support import tiny_tower as tower
 from vlfoundry.infra.backend import Layout
 from vlfoundry.infra.backend.ranks import RankError
 from vlfoundry.infra.core.errors import UserError
-from vlfoundry.infra.train.anomalies import Account, why_bad
+from vlfoundry.infra.train.anomalies import TrainerState, find_anomaly
 from vlfoundry.infra.train.config import TrainConfig
 
 BASE = {
@@ -125,8 +125,10 @@ def test_a_spike_is_passed_over(run_ranks, tmp_path):
 
 def test_what_is_bad():
     config = TrainConfig(**BASE, spike_factor=2.0, spike_steps=3)
-    account = Account(step=3, history=[{"step": i, "loss": x} for i, x in enumerate((1, 9, 2))])
-    assert why_bad({"loss": 4.0}, 1.0, account, config) is None
-    assert why_bad({"loss": 4.1}, 1.0, account, config) is not None
-    assert why_bad({"loss": 4.1}, 1.0, Account(), config) is None
-    assert why_bad({"loss": 1.0}, math.inf, account, config) == "the gradient norm is inf"
+    account = TrainerState(
+        step=3, history=[{"step": i, "loss": x} for i, x in enumerate((1, 9, 2))]
+    )
+    assert find_anomaly({"loss": 4.0}, 1.0, account, config) is None
+    assert find_anomaly({"loss": 4.1}, 1.0, account, config) is not None
+    assert find_anomaly({"loss": 4.1}, 1.0, TrainerState(), config) is None
+    assert find_anomaly({"loss": 1.0}, math.inf, account, config) == "the gradient norm is inf"

@@ -22,7 +22,7 @@ from vlfoundry.infra.train.weights import Piece, gather_weights, pieces
 from vlfoundry.models.internvl.config import InternVLConfig
 from vlfoundry.models.internvl.freeze import freeze
 from vlfoundry.models.internvl.model import build
-from vlfoundry.models.internvl.pipeline_split import check_layout, cut
+from vlfoundry.models.internvl.pipeline_split import check_layout, split_layers
 from vlfoundry.models.layers.packing import pack_rows
 from vlfoundry.models.layers.parallel import data_group
 from vlfoundry.models.objectives.contrastive import Contrastive, ContrastiveConfig
@@ -387,16 +387,18 @@ def test_a_packet_is_what_was_put_in():
 
 def test_layers_are_cut_evenly_and_in_order():
     config = model_config()
-    assert cut("chat_simple", config, 1) == [{"vision": range(4), "language": range(4)}]
+    assert split_layers("chat_simple", config, 1) == [{"vision": range(4), "language": range(4)}]
     for kind in ("internvl_g", "chat_full"):
-        shares = cut(kind, config, 4)
+        shares = split_layers(kind, config, 4)
         for tower in ("vision", "text"):
             held = [index for share in shares for index in share.get(tower, ())]
             assert held == list(range(4))
     halves = range(2), range(2, 4)
-    assert cut("internvl_c", config, 2) == [{"vision": half, "text": half} for half in halves]
+    assert split_layers("internvl_c", config, 2) == [
+        {"vision": half, "text": half} for half in halves
+    ]
 
 
 def test_what_cannot_be_cut_is_refused():
     with pytest.raises(LayoutError, match="4 layers for 5"):
-        cut("internvl_c", model_config(), 5)
+        split_layers("internvl_c", model_config(), 5)

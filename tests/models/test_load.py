@@ -15,7 +15,7 @@ from vlfoundry.models.internvl.model import build
 from vlfoundry.models.internvl.predict import load_model, load_parts, read_config, save_model
 from vlfoundry.models.internvl.prompts import IGNORE, caption_prompt, caption_rows, labelled_rows
 from vlfoundry.models.layers.config import DecoderConfig
-from vlfoundry.models.preprocess.normalize import MEAN, STD, normalise, over_background
+from vlfoundry.models.preprocess.normalize import MEAN, STD, normalize_uint8, over_background
 from vlfoundry.models.tokenizer import (
     BOS_ID,
     EOS_ID,
@@ -109,7 +109,7 @@ def test_caption_prompts_are_not_learnt(tokenizer):
 def test_pixels_are_normalised():
     image = np.full((1, 2, 2, 3), 255, np.uint8)
     expected = (1 - np.array(MEAN)) / np.array(STD)
-    assert np.allclose(normalise(image)[0, :, 0, 0].numpy(), expected, atol=1e-5)
+    assert np.allclose(normalize_uint8(image)[0, :, 0, 0].numpy(), expected, atol=1e-5)
 
 
 def test_transparency_shows_the_background():

@@ -100,7 +100,7 @@ def asked(tokenizer, monkeypatch):
 def test_a_chat_model_is_asked_on_what_it_is_trained_on(
     pictures: PictureConfig, data: bytes, asked, tokenizer, tmp_path: Path
 ) -> None:
-    from vlfoundry.models.preprocess.normalize import normalise
+    from vlfoundry.models.preprocess.normalize import normalize_uint8
 
     (tmp_path / "it.png").write_bytes(data)
     talk = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "It."}]
@@ -114,7 +114,7 @@ def test_a_chat_model_is_asked_on_what_it_is_trained_on(
     example = file.example(0, np.random.default_rng(0))
     model.generate([data], ["What?"], 3)
     ((given, (prompt,)),) = seen
-    assert np.array_equal(given, normalise(example.pictures()).numpy())
+    assert np.array_equal(given, normalize_uint8(example.pictures()).numpy())
     context = tokenizer.context_id
     assert prompt.count(context) == example.ids.count(context) == example.tiles * tokens
     assert example.ids[: len(prompt)] == prompt

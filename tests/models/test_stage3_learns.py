@@ -13,7 +13,7 @@ from vlfoundry.models.internvit.config import InternViTConfig
 from vlfoundry.models.internvl.model import build
 from vlfoundry.models.layers.config import DecoderConfig
 from vlfoundry.models.objectives.next_token import ChatObjective
-from vlfoundry.models.preprocess.normalize import normalise
+from vlfoundry.models.preprocess.normalize import normalize_uint8
 
 SIDE_PX, SCENES, STEPS = 24, 64, 600
 NAMES = {
@@ -66,7 +66,7 @@ def test_stage_3_learns_scenes_by_heart_and_says_them(kinds) -> None:
         for (prompt, answer), scene in zip(exchanges, scenes, strict=True)
     ]
     made = padded(examples, tokenizer.pad_id)
-    pixels = normalise(made.pop("pictures"))
+    pixels = normalize_uint8(made.pop("pictures"))
     batch = {name: torch.from_numpy(value) for name, value in made.items()}
     batch |= {"pixels": pixels, "context_id": dialogue.context_id}
 

@@ -10,7 +10,7 @@ from vlfoundry.infra.core.errors import ModelError
 from vlfoundry.models.connector.config import ConnectorConfig
 from vlfoundry.models.estimate.weights import weights
 from vlfoundry.models.internvl.config import PARTS, InternVLConfig
-from vlfoundry.models.internvl.init_from import RULES, Start, plan_start
+from vlfoundry.models.internvl.init_from import RULES, InitPlan, plan_init
 from vlfoundry.models.layers.config import DecoderConfig, LoraConfig
 from vlfoundry.models.qllama.config import QLlamaConfig
 
@@ -23,16 +23,16 @@ QUERIES = {
 }
 
 
-def plan(root: Path, address: str, config: InternVLConfig = CONFIG, **folders: str) -> Start:
+def plan(root: Path, address: str, config: InternVLConfig = CONFIG, **folders: str) -> InitPlan:
     """Of folders that are made when nothing is there, each of the kind that is its name."""
     for folder in set(folders.values()):
         if not (root / folder).exists():
             make_folder(root / folder, folder)
-    return plan_start(address, config, folders, root)
+    return plan_init(address, config, folders, root)
 
 
-def taken(start: Start) -> dict[str, dict[str, str]]:
-    return {filling.folder: filling.parts for filling in start.fillings}
+def taken(start: InitPlan) -> dict[str, dict[str, str]]:
+    return {part_source.folder: part_source.parts for part_source in start.part_sources}
 
 
 def same(*parts: str) -> dict[str, str]:
@@ -114,7 +114,7 @@ def test_every_weight_comes_from_somewhere(tmp_path: Path) -> None:
     for address, rule in RULES.items():
         start = plan(tmp_path, address, **dict.fromkeys(rule.takes, rule.kind))
         assert start.new == ()
-        targets = {target for filling in start.fillings for target in filling.parts}
+        targets = {target for part_source in start.part_sources for target in part_source.parts}
         for weight in weights(rule.kind, CONFIG):
             assert any(f"{weight.name}.".startswith(f"{target}.") for target in targets), weight
 

@@ -120,14 +120,14 @@ def dry_run(root: Path, profile: str, stage: str) -> list[dict[str, Any]]:
 
     from vlfoundry.infra.backend import Layout
     from vlfoundry.infra.backend.parallel import parallel
-    from vlfoundry.infra.train.session import Place
+    from vlfoundry.infra.train.session import DataParallelSlice
 
     name, _, variant = stage.partition("@")
     module = importlib.import_module(f"vlfoundry.stages.{name}")
     params = tiny_params(profile, stage)
     config = build(module.Config, {key: params[key] for key in module.STAGE.parameters})
     context = Context(module.STAGE.bind(variant or None), root, "key")
-    place = Place(rank=0, ranks=1)
+    place = DataParallelSlice(rank=0, ranks=1)
     with parallel(Layout(), seed=0):
         if name == "pretrain_text":
             lines = ["a photo", "una foto"]

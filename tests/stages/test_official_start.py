@@ -7,7 +7,7 @@ from pathlib import Path
 from tests.support.official_text import ROWS, write_template, write_tokenizer
 from tests.support.tiny_project import PARAMS, ROOT, make_project, run_stage, write_params
 from vlfoundry.flows.recipes import with_profile
-from vlfoundry.flows.start import bring, new_profile, write_profile
+from vlfoundry.flows.start import import_model, new_profile, write_profile
 from vlfoundry.infra.core.config import load_params
 
 
@@ -43,7 +43,7 @@ def test_official_weights_train_on_and_go_back(warm, tmp_path: Path) -> None:
     root = make_project(tmp_path / "project", params)
     target = root / "data/start/chat"
     profile = new_profile(root, "on", target)
-    bring(root, str(tmp_path / "published"), target)
+    import_model(root, str(tmp_path / "published"), target)
     assert write_profile(root, profile, target) == "vlfoundry run --profile on --stage sft@simple"
     write_params(root, with_profile(params, root, "on"))
 

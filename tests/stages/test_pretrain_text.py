@@ -11,7 +11,7 @@ from vlfoundry.infra.data.shards.read import ShardSet
 from vlfoundry.infra.data.shards.write import Sample, write_shards
 from vlfoundry.infra.data.synthetic.scenes import conversation, imagine, parse_box
 from vlfoundry.infra.train.config import TrainConfig
-from vlfoundry.infra.train.session import Place
+from vlfoundry.infra.train.session import DataParallelSlice
 from vlfoundry.stages.pretrain_text import Config, PretrainTextConfig, imagined, job, spoken_names
 
 TRAIN = TrainConfig(steps=1, batch_samples=8, lr=1e-3)
@@ -84,7 +84,7 @@ def test_lines_are_as_long_as_asked_for(share: float) -> None:
     keys = ("seed", "languages", "box_grid", "model")
     config = build(Config, {key: PARAMS[key] for key in keys} | {"pretrain_text": options})
     lines = [" ".join(["warm day"] * count) for count in range(1, 30, 7)]
-    batch = job(config, lines, NAMES, Place(rank=0, ranks=1)).batch_at(0)
+    batch = job(config, lines, NAMES, DataParallelSlice(rank=0, ranks=1)).batch_at(0)
     longest = int(batch["mask"].sum(1).max())
     assert longest == 11 if share == 0 else longest > 11  # a question keeps its answer
 

@@ -20,7 +20,7 @@ from vlfoundry.infra.data.shards.read import SampleStream, global_order, rank_sl
 WINDOW = 1 << 14
 
 
-class Place(NamedTuple):
+class SampleRef(NamedTuple):
     """One sample of a mixture."""
 
     source: str
@@ -65,7 +65,7 @@ class Mixture:
         ]
         self._windows: dict[int, _Order] = {}
 
-    def indices(self, start: int, count: int) -> list[Place]:
+    def indices(self, start: int, count: int) -> list[SampleRef]:
         """The global samples start, start + 1, ..., start + count - 1."""
         names = list(self.counts)
         each = np.array(list(self.counts.values()))
@@ -75,15 +75,15 @@ class Mixture:
             here, order = windows == window, self._window(window)
             source[here] = order.source[places[here]]
             number[here] = order.number[places[here]] + window * each[source[here]]
-        result: list[Place | None] = [None] * count
+        result: list[SampleRef | None] = [None] * count
         for which in np.unique(source).tolist():
             rows = np.flatnonzero(source == which)
             found = self._streams[which].at(number[rows])
             for row, (epoch, index) in zip(rows.tolist(), found, strict=True):
-                result[row] = Place(names[which], epoch, index)
+                result[row] = SampleRef(names[which], epoch, index)
         return [place for place in result if place is not None]
 
-    def rank_indices(self, step: int, batch: int, rank: int, ranks: int) -> list[Place]:
+    def rank_indices(self, step: int, batch: int, rank: int, ranks: int) -> list[SampleRef]:
         """The contiguous slice of global batch `step` that belongs to `rank` of `ranks`."""
         return self.indices(*rank_slice(step, batch, rank, ranks))
 

@@ -37,7 +37,7 @@ _new = tuple.__new__  # a named tuple's own is a call of Python more
 
 Span = tuple[int, int, int]
 """shard, first byte, number of bytes"""
-Place = tuple[int, int, int, int, int]
+MemberSpan = tuple[int, int, int, int, int]
 """of a sample: shard; first byte and number of bytes of its picture; the same of its JSON"""
 Pair = tuple[bytes, bytes]
 
@@ -99,7 +99,7 @@ class ShardSet(Sequence[Sample]):
         """
         spans: list[Span] = []
         for i in indices:
-            shard, image_at, image_size, meta_at, meta_size = self._place(i)
+            shard, image_at, image_size, meta_at, meta_size = self._span(i)
             spans += [(shard, image_at, image_size), (shard, meta_at, meta_size)]
         parts = self._storage.read(spans)
         return [
@@ -109,13 +109,13 @@ class ShardSet(Sequence[Sample]):
 
     def metas(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         """Caption, language and so on of several samples, without touching the pictures."""
-        places = map(self._place, indices)
+        places = map(self._span, indices)
         parts = self._storage.read([(shard, at, size) for shard, _, _, at, size in places])
         return [self._parse(i, part) for i, part in zip(indices, parts, strict=True)]
 
     def images(self, indices: Sequence[int]) -> list[bytes]:
         """The encoded pictures alone of several samples."""
-        places = map(self._place, indices)
+        places = map(self._span, indices)
         return self._storage.read([(shard, at, size) for shard, at, size, _, _ in places])
 
     @functools.cached_property
@@ -128,7 +128,7 @@ class ShardSet(Sequence[Sample]):
 
     def members(self, i: int) -> Pair:
         """A sample as it stands in its shard: the encoded picture, and JSON."""
-        return self._storage.pair(self._place(i))
+        return self._storage.pair(self._span(i))
 
     def image_bytes(self, i: int) -> bytes:
         """The encoded picture alone."""
@@ -140,7 +140,7 @@ class ShardSet(Sequence[Sample]):
 
     def where(self, i: int) -> str:
         """A sample's shard, place in it and key, for messages."""
-        shard, start, *_ = self._place(i)
+        shard, start, *_ = self._span(i)
         return f"{self.folder}/{self._names[shard]} at byte {start} (sample {self._keys[i]!r})"
 
     @contextlib.contextmanager
@@ -173,7 +173,7 @@ class ShardSet(Sequence[Sample]):
         for start, stop in zip([0, *breaks], [*breaks, len(self)], strict=True):
             yield range(int(start), int(stop))
 
-    def _place(self, i: int) -> Place:
+    def _span(self, i: int) -> MemberSpan:
         if not 0 <= i < len(self._keys):
             raise IndexError(f"sample {i} of {len(self._keys)}")
         return _PLACE.unpack_from(self._places, _PLACE.size * i)  # pyrefly: ignore[bad-return]
@@ -182,7 +182,7 @@ class ShardSet(Sequence[Sample]):
 class _Storage(Protocol):
     def read(self, spans: Sequence[Span]) -> list[bytes]: ...
 
-    def pair(self, place: Place) -> Pair:
+    def pair(self, place: MemberSpan) -> Pair:
         """`read` of a sample's two spans, without a list of them."""
         ...
 
@@ -202,7 +202,7 @@ class _MappedShards:
             for shard, start, size in spans
         ]
 
-    def pair(self, place: Place) -> Pair:
+    def pair(self, place: MemberSpan) -> Pair:
         shard, at, size, then_at, then_size = place
         mapped = self._maps.get(shard) or self._map(shard)
         return mapped[at : at + size], mapped[then_at : then_at + then_size]
@@ -259,7 +259,7 @@ class _RemoteShards:
             result.append(contents[block][offset : offset + size])
         return result
 
-    def pair(self, place: Place) -> Pair:
+    def pair(self, place: MemberSpan) -> Pair:
         shard, at, size, then_at, then_size = place
         first, second = self.read([(shard, at, size), (shard, then_at, then_size)])
         return first, second

@@ -29,7 +29,7 @@ def gradients(use_kernels: bool, layout: Layout) -> dict:
         model = model.to(DEVICE).train()
         batch = {"pixels": pixels(SAMPLES).to(DEVICE), "samples": torch.arange(SAMPLES)}
         state: dict = {}
-        model._look(state, batch)
+        model._visual_tokens(state, batch)
         state["visual"].sin().sum().backward()
         for parameter in model.parameters():
             grad = parameter.grad
