@@ -13,8 +13,8 @@ from benchmarks.harness import Case, LeftOut, benchmark
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from vlfoundry.models.families.llama.config import LlamaConfig
-    from vlfoundry.models.families.llama.model import Llama
+    from vlfoundry.models.decoder.model import Decoder
+    from vlfoundry.models.layers.config import DecoderConfig
 
 SEED = 64
 PROMPT_TOKENS, NEW_TOKENS = 64, 64
@@ -30,12 +30,12 @@ def decode() -> Iterator[LeftOut | tuple[Case, ...]]:
     """New tokens a CPU-second."""
     import torch
 
-    from vlfoundry.models.families.llama.config import LlamaConfig
+    from vlfoundry.models.layers.config import DecoderConfig
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     for width, depth, heads, groups, hidden in SIZES:
-        config = LlamaConfig(
+        config = DecoderConfig(
             vocab_size=VOCAB, width=width, depth=depth, heads=heads, key_value_heads=groups,
             mlp_hidden=hidden, max_tokens=PROMPT_TOKENS + NEW_TOKENS,
         )  # fmt: skip
@@ -44,14 +44,14 @@ def decode() -> Iterator[LeftOut | tuple[Case, ...]]:
     torch.set_num_threads(threads)
 
 
-def _cases(config: "LlamaConfig", batch: int) -> Iterator[LeftOut | tuple[Case, ...]]:
+def _cases(config: "DecoderConfig", batch: int) -> Iterator[LeftOut | tuple[Case, ...]]:
     import torch
 
     from vlfoundry.models.decoder.generate import greedy
-    from vlfoundry.models.families.llama.model import Llama
+    from vlfoundry.models.decoder.model import Decoder
     from vlfoundry.models.layers.canonical import initialise
 
-    model = Llama(config).eval()
+    model = Decoder(config).eval()
     initialise(model, SEED)
     draw = torch.Generator().manual_seed(SEED)
     ids = torch.randint(VOCAB, (batch, PROMPT_TOKENS), generator=draw)
@@ -80,7 +80,7 @@ def _cases(config: "LlamaConfig", batch: int) -> Iterator[LeftOut | tuple[Case, 
     yield (*peers, own, limit)
 
 
-def _products(model: "Llama", batch: int) -> None:
+def _products(model: "Decoder", batch: int) -> None:
     import torch
     from torch.nn.functional import linear
 
@@ -91,7 +91,7 @@ def _products(model: "Llama", batch: int) -> None:
             linear(torch.ones(batch, weight.shape[1]), weight)
 
 
-def _transformers(model: "Llama", ids: "Tensor", label: str, shared: dict) -> Case | LeftOut:
+def _transformers(model: "Decoder", ids: "Tensor", label: str, shared: dict) -> Case | LeftOut:
     name = f"transformers' generate, {label}"
     if importlib.util.find_spec("transformers") is None:
         return LeftOut(name=name, reason="transformers is not installed; `make bench LOCK=bench`")
@@ -99,11 +99,11 @@ def _transformers(model: "Llama", ids: "Tensor", label: str, shared: dict) -> Ca
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from vlfoundry.models.decoder.hf_keys import decoder_keys
-    from vlfoundry.models.families.llama.hf import config_to_official
+    from vlfoundry.models.families import write_official
     from vlfoundry.models.official.keymap import split_all
 
     config = model.decoder_config
-    peer: Any = LlamaForCausalLM(LlamaConfig(**config_to_official(config))).eval()
+    peer: Any = LlamaForCausalLM(LlamaConfig(**write_official(config))).eval()
     peer.load_state_dict(split_all(decoder_keys(config), model.state_dict()))
     mask = torch.ones_like(ids)
 

@@ -135,7 +135,7 @@ def _header(name: str, content: Mapping[str, Any]) -> Recipe:
 
 
 def _flavour(recipe: Recipe) -> dict[str, Any]:
-    from vlfoundry.models.families.llama.config import llama
+    from vlfoundry.models.families import flavour
     from vlfoundry.models.internvit.config import internvit
     from vlfoundry.models.internvl.config import internvl
 
@@ -143,5 +143,5 @@ def _flavour(recipe: Recipe) -> dict[str, Any]:
     if recipe.vision:
         changes["vision"] = internvit(recipe.vision)
     if recipe.language:
-        changes["language"] = llama(recipe.language)
-    return dataclasses.asdict(internvl(recipe.flavour, **changes))
+        changes["language"] = flavour(recipe.language)
+    return to_dict(internvl(recipe.flavour, **changes))

@@ -6,7 +6,7 @@ import dataclasses
 import time
 from dataclasses import dataclass
 
-from vlfoundry.models.families.llama.config import llama
+from vlfoundry.models.families import flavour
 from vlfoundry.models.internvit.config import InternViTConfig, internvit
 from vlfoundry.models.internvl.config import InternVLConfig
 from vlfoundry.models.layers.config import DecoderConfig
@@ -87,9 +87,9 @@ FULL = Sizes(
     gemm_side=8192,
     stages=InternVLConfig(
         vision=dataclasses.replace(WIDE, depth=12),
-        text=dataclasses.replace(llama("chinese-alpaca-7b"), depth=8),
+        text=dataclasses.replace(flavour("chinese-alpaca-7b"), depth=8),
         queries=QLlamaConfig(num_queries=96),
-        language=dataclasses.replace(llama("vicuna-7b"), depth=8),
+        language=dataclasses.replace(flavour("vicuna-7b"), depth=8),
         embed_dim=768,
         pool_heads=16,
     ),

@@ -141,9 +141,29 @@ def check_languages(languages: Sequence[str]) -> None:
         raise ConfigError(f"languages has {', '.join(twice)} twice; expected each once")
 
 
+SPARSE = {"sparse": True}
+"""metadata of a dataclass field that is written down only where it differs from its default: an
+option that is added later changes nothing (no run key, no file) where it is not used"""
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """The plain JSON form of a config; `build` makes an equal config from it."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
+    return json.loads(json.dumps(_plain(config)))
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {
+            field.name: _plain(found)
+            for field in dataclasses.fields(value)
+            for found in [getattr(value, field.name)]
+            if not (field.metadata.get("sparse") and found == field.default)
+        }
+    if isinstance(value, Mapping):
+        return {key: _plain(found) for key, found in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(found) for found in value]
+    return value
 
 
 def canonical_json(value: Any) -> str:

@@ -18,10 +18,10 @@ from torch.nn.functional import linear, scaled_dot_product_attention, silu
 
 from vlfoundry.models.decoder.model import Decoder
 from vlfoundry.models.layers.attention import KeyValueCache, SDPAttention, additive
-from vlfoundry.models.layers.layer import PlainLayer
+from vlfoundry.models.layers.layer import HeadNormSelfAttention, PlainLayer
 from vlfoundry.models.layers.linear import ColumnLinear, RowLinear, UnbiasedColumnLinear
 from vlfoundry.models.layers.megatron import MLP, SelfAttention
-from vlfoundry.models.layers.norms import RMSNorm, rms_norm
+from vlfoundry.models.layers.norms import HeadRMSNorm, RMSNorm, rms_norm
 
 _PLAIN = {
     "input_layernorm": RMSNorm,
@@ -37,6 +37,8 @@ _PLAIN = {
 """the modules of a layer whose sum `PlainWeights` computes"""
 _WEIGHTS = {f"{name}.weight" for name in _PLAIN if "norm" in name or "linear" in name}
 _QKV_BIAS = "self_attention.linear_qkv.bias"
+_HEAD_NORMS = {"self_attention.q_layernorm": HeadRMSNorm, "self_attention.k_layernorm": HeadRMSNorm}
+"""modules that a layer may have as well"""
 
 
 class Continuation:
@@ -104,6 +106,8 @@ class PlainWeights:
     qkv: Tensor
     """[G * (R + 2) * H, D]: the queries of a group, its key, its value"""
     qkv_bias: Tensor | None
+    head_norms: tuple[Tensor, Tensor] | None
+    """[H] each: of queries and of keys"""
     projection: Tensor
     """[in, out], as is `down`"""
     mlp_norm: Tensor
@@ -126,6 +130,16 @@ class PlainWeights:
         rows = x.shape[0]
         mixed = linear(rms_norm(x, self.attention_norm, self.eps), self.qkv, self.qkv_bias)
         mixed = mixed.view(rows, self.groups, -1, self.head_size)  # [B, G, R + 2, H]
+        if self.head_norms is not None:
+            query, key = self.head_norms
+            mixed = torch.cat(
+                [
+                    rms_norm(mixed[:, :, :-2], query, self.eps),
+                    rms_norm(mixed[:, :, -2:-1], key, self.eps),
+                    mixed[:, :, -1:],
+                ],
+                2,
+            )
         mixed = torch.addcmul(mixed * cos, mixed.roll(self.head_size // 2, -1), sin)
         key, value = self.cache.append(mixed[None, :, :, -2:]).permute(3, 1, 2, 0, 4).unbind()
         # A group's queries take the place of tokens, so that no key is repeated for them.
@@ -156,10 +170,14 @@ def plain_layers(decoder: Decoder) -> list[PlainWeights] | None:
 def _is_plain(layer: torch.nn.Module) -> bool:
     modules = dict(layer.named_modules())
     names = {n for n, _ in layer.named_parameters() if not n.startswith("cross_attention.")}
+    kinds, weights = _PLAIN, _WEIGHTS
+    if type(modules.get("self_attention")) is HeadNormSelfAttention:
+        kinds = _PLAIN | _HEAD_NORMS | {"self_attention": HeadNormSelfAttention}
+        weights = _WEIGHTS | {f"{name}.weight" for name in _HEAD_NORMS}
     return (
         type(layer) is PlainLayer
-        and names - {_QKV_BIAS} == _WEIGHTS
-        and all(_is_exactly(modules.get(name), kind) for name, kind in _PLAIN.items())
+        and names - {_QKV_BIAS} == weights
+        and all(_is_exactly(modules.get(name), kind) for name, kind in kinds.items())
         and not any(m._forward_hooks or m._forward_pre_hooks for m in modules.values())
     )
 
@@ -170,11 +188,14 @@ def _is_exactly(module: torch.nn.Module | None, kind: type) -> bool:
 
 def _weights(layer: PlainLayer) -> PlainWeights:
     attention, mlp = layer.self_attention, layer.mlp
-    core = attention.core_attention
+    core, norms = attention.core_attention, None
+    if type(attention) is HeadNormSelfAttention:
+        norms = attention.q_layernorm.weight, attention.k_layernorm.weight
     return PlainWeights(
         attention_norm=layer.input_layernorm.weight,
         qkv=attention.linear_qkv.weight,
         qkv_bias=attention.linear_qkv.bias,
+        head_norms=norms,
         projection=attention.linear_proj.weight.T,
         mlp_norm=layer.pre_mlp_layernorm.weight,
         gate_up=mlp.linear_fc1.weight,

@@ -1,4 +1,4 @@
-"""Weights of a LLaMA in the Hugging Face layout, or of an InternLM2, and ours."""
+"""Weights of a decoder in the Hugging Face layout, or in InternLM2's, and ours."""
 
 from __future__ import annotations
 
@@ -76,7 +76,11 @@ def _layer(config: DecoderConfig) -> Iterator[Key]:
     yield _qkv(config, "weight", (width,))
     if config.qkv_bias:
         yield _qkv(config, "bias", ())
-    yield one("self_attention.linear_proj.weight", (width, width), "self_attn.o_proj.weight")
+    for norm in ("q", "k") if config.qk_norm else ():
+        name = f"self_attn.{norm}_norm.weight"
+        yield one(f"self_attention.{norm}_layernorm.weight", (config.head_size,), name)
+    shape = (width, config.heads_width)
+    yield one("self_attention.linear_proj.weight", shape, "self_attn.o_proj.weight")
     yield Key(
         ours="mlp.linear_fc1.weight",
         shape=(2 * hidden, width),

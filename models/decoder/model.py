@@ -202,6 +202,7 @@ def decoder_layer_spec(config: DecoderConfig, parts: Parts, **cross_attention) -
         causal=True,
         qkv_bias=config.qkv_bias,
         lora=config.lora,
+        head_norms=config.qk_norm,
         **cross_attention,
     )
     return ModuleSpec(module=PlainLayer, submodules=submodules)

@@ -98,13 +98,18 @@ def _vision_layer(work: Workload, tokens: float, trained: bool, kept: Kept) -> f
 def _decoder_layer(work: Workload, step: Pass, tokens: float, trained: bool, kept: Kept) -> float:
     config = work.config.text if step.stack == "text" else work.config.chat
     stream, hidden = tokens * config.width, tokens * config.mlp_hidden
+    heads = tokens * config.heads_width
     between = 2 * kept.rms(trained) + 2 * trained
     # Rotated q and k and the core's output; v is a view of q, k, v in one, or, where groups share
     # keys and values, both are repeated.
-    grouped = (config.key_value_heads or config.heads) != config.heads
-    inside = 4 if grouped else 6
+    shared = (config.key_value_heads or config.heads) / config.heads
+    inside: float = 4 if shared < 1 else 6
+    if config.qk_norm:
+        # The norms of q and k: in fp32 they keep their inputs, which are views of q, k, v in one.
+        whole = (1 + 2 * shared) * (shared < 1)
+        inside += whole if kept.element == 4 else kept.rms(trained) * (1 + shared)
     mlp = 4 + trained  # gate and up in one, up again, SiLU of the gate, their product
-    return kept.between(between * stream) + kept.inside(inside * stream + mlp * hidden)
+    return kept.between(between * stream) + kept.inside(inside * heads + mlp * hidden)
 
 
 def _adapters(work: Workload, step: Pass, tokens: float, kept: Kept) -> float:
@@ -113,7 +118,8 @@ def _adapters(work: Workload, step: Pass, tokens: float, kept: Kept) -> float:
     config, lora = parts[step.stack], parts[step.stack].lora
     copies = 2 if lora.dropout else 1
     between = sum(name in ("qkv", "fc1") for name in lora.linears) * config.width
-    inside = ("proj" in lora.linears) * config.width + ("fc2" in lora.linears) * config.mlp_hidden
+    heads = config.heads * config.head_size
+    inside = ("proj" in lora.linears) * heads + ("fc2" in lora.linears) * config.mlp_hidden
     pairs = {"qkv": 3, "fc1": 2} if step.stack != "vision" else {}
     narrow = sum(pairs.get(name, 1) for name in lora.linears) * lora.rank
     return (

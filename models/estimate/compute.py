@@ -85,7 +85,7 @@ def _self_costs(work: Workload, step: Pass, tensor: int) -> tuple[float, float]:
         weights = vision.width * (4 * inner + 2 * vision.mlp_hidden)
     else:
         config = work.config.text if step.stack == "text" else work.config.chat
-        inner = config.width
+        inner = config.heads_width
         groups = config.key_value_heads or config.heads
         mixed = inner + 2 * groups * config.head_size
         weights = config.width * (mixed + inner + 3 * config.mlp_hidden)

@@ -105,7 +105,7 @@ def _decoder(part: str, config: DecoderConfig, tensor: int, *, head: bool) -> It
     width, depth = config.width, config.depth
     vocabulary = padded(config.vocab_size, tensor) // tensor
     groups = config.key_value_heads or config.heads
-    inner, hidden = width // tensor, config.mlp_hidden // tensor
+    inner, hidden = config.heads_width // tensor, config.mlp_hidden // tensor
     mixed = (config.heads + 2 * groups) * config.head_size // tensor
     yield Weight(f"{part}.embedding.weight", (vocabulary, width), part, 0)
     for layer in range(depth):
@@ -117,6 +117,8 @@ def _decoder(part: str, config: DecoderConfig, tensor: int, *, head: bool) -> It
         yield from _linear(
             f"{attention}.linear_qkv", mixed, width, bias=config.qkv_bias, pairs=3, **adapt
         )
+        for norm in ("q", "k") if config.qk_norm else ():
+            yield Weight(f"{attention}.{norm}_layernorm.weight", (config.head_size,), *place)
         linears = (
             (f"{attention}.linear_proj", width, inner, 1),
             (f"{mlp}.linear_fc1", 2 * hidden, width, 2),

@@ -11,7 +11,7 @@ from typing import Literal
 
 from vlfoundry.infra.core.errors import ConfigError
 from vlfoundry.models.connector.config import ConnectorConfig
-from vlfoundry.models.families.llama.config import llama
+from vlfoundry.models.families import family_of, flavour
 from vlfoundry.models.internvit.config import InternViTConfig, internvit
 from vlfoundry.models.layers.config import DecoderConfig, LoraConfig, check_numbers
 from vlfoundry.models.preprocess.geometry import PictureConfig, Sight
@@ -76,6 +76,9 @@ class InternVLConfig:
             ConfigError: with the arithmetic.
         """
         parts = PARTS[kind]
+        for name, decoder in (("text", self.text), ("language", self.chat)):
+            if name in parts:
+                family_of(decoder)
         widths = {"vision": self.vision.width, "text": self.text.width}
         for name, width in widths.items():
             pooled = name == "vision" or "queries" in parts
@@ -174,10 +177,10 @@ def _paper() -> InternVLConfig:
     return InternVLConfig(
         pictures=PictureConfig(geometry="pad"),
         vision=internvit("6b"),
-        text=llama("chinese-alpaca-7b"),
+        text=flavour("chinese-alpaca-7b"),
         queries=PAPER,
         connector=ConnectorConfig(kind="mlp2x", select_layer=-4, init_std=0.02),
-        language=llama("vicuna-7b"),
+        language=flavour("vicuna-7b"),
         embed_dim=768,
         pool_heads=16,
     )
@@ -188,7 +191,7 @@ def _chat(
 ) -> InternVLConfig:
     return InternVLConfig(
         vision=internvit(vision),
-        language=llama(language),
+        language=flavour(language),
         pictures=pictures,
         connector=ConnectorConfig(kind="pixel_shuffle", init_std=0.02, **connector),
     )

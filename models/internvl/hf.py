@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from vlfoundry.infra.core.errors import ConfigError, ModelError
 from vlfoundry.infra.core.givenfiles import shown
 from vlfoundry.models.connector.config import ConnectorConfig
-from vlfoundry.models.decoder.hf_keys import decoder_keys, internlm2_keys
-from vlfoundry.models.families.llama import hf as llama_hf
+from vlfoundry.models.decoder.hf_keys import decoder_keys
+from vlfoundry.models.decoder.official import rope_parameters
+from vlfoundry.models.families import (
+    families,
+    family_of,
+    family_of_official,
+    read_official,
+    write_official,
+)
 from vlfoundry.models.internvit import hf as vision_hf
 from vlfoundry.models.internvit.config import InternViTConfig
 from vlfoundry.models.internvl.config import InternVLConfig
@@ -54,7 +61,7 @@ def _dual(config: Mapping) -> InternVLConfig:
     said = read(config, DUAL)
     _refuse_lora(config)
     qllama = said["qllama_config"]
-    text = llama_hf.config_from_official(qllama, "qllama_config", kind="llama")
+    text = read_official(qllama, "qllama_config", name="llama")
     vision = vision_hf.config_from_official(said["vision_config"] or {}, "vision_config")
     if said["force_image_size"]:
         # The class makes its position embedding of this size, whatever the tower's config says.
@@ -81,7 +88,7 @@ def _dual(config: Mapping) -> InternVLConfig:
 
 def _chat(config: Mapping) -> InternVLConfig:
     said = read(config, CHAT)
-    language = llama_hf.config_from_official(said["llm_config"], "llm_config")
+    language = read_official(said["llm_config"], "llm_config")
     _require_row(config, said, "img_context_token_id", "llm_config", language)
     vision = vision_hf.config_from_official(said["vision_config"] or {}, "vision_config")
     if said["force_image_size"] not in (None, vision.image_px):
@@ -174,7 +181,7 @@ def config_to_official(config: InternVLConfig, kind: str) -> dict[str, Any]:
             "architectures": ["InternVLModel"],
             "model_type": "internvl",
             "vision_config": vision,
-            "qllama_config": llama_hf.config_to_official(in_llama_form(config.text)) | queries,
+            "qllama_config": write_official(in_llama_form(config.text)) | queries,
             "hidden_size": config.text.width,
             "num_query_token": config.queries.num_queries,
             "clip_embed_dim": config.embed_dim,
@@ -185,7 +192,7 @@ def config_to_official(config: InternVLConfig, kind: str) -> dict[str, Any]:
         "architectures": ["InternVLChatModel"],
         "model_type": "internvl_chat",
         "vision_config": vision,
-        "llm_config": llama_hf.config_to_official(config.chat),
+        "llm_config": write_official(config.chat),
         "ps_version": config.connector.ps_version,
         "select_layer": config.connector.select_layer,
         "downsample_ratio": 1 / config.connector.shuffle_side,
@@ -232,14 +239,15 @@ def config_from_native(config: Mapping) -> InternVLConfig:
     official = {theirs: tower[name] for name, theirs in _NATIVE_VISION.items()}
     official["model_type"] = "intern_vit_6b"
     vision = vision_hf.config_from_official(official | sides, "vision_config")
-    kind = llama_hf.kind_of(text, "text_config", default="qwen2")
-    if text.get("model_type") not in (None, "", kind):
+    family = family_of_official(text, "text_config", default="qwen2")
+    if text.get("model_type") not in (None, "", family.name):
         # transformers goes by the type, the official chat models by the class.
-        expected = f"{kind}, as its architectures say"
+        expected = f"{family.name}, as its architectures say"
         raise wrong(text, "text_config", "model_type", text["model_type"], expected)
-    if kind == "internlm2":
-        raise wrong(text, "text_config", "model_type", kind, "llama or qwen2")
-    language = llama_hf.config_from_official(text, "text_config", kind=kind)
+    if not family.in_transformers:
+        known = " or ".join(f.name for f in families().values() if f.in_transformers)
+        raise wrong(text, "text_config", "model_type", family.name, known)
+    language = read_official(text, "text_config", name=family.name)
     _require_row(config, said, "image_token_id", "text_config", language)
     return InternVLConfig(
         vision=vision,
@@ -280,13 +288,13 @@ def config_to_native(config: InternVLConfig, image_token_id: int) -> dict[str, A
     official = config_to_official(config, "chat_simple")
     vision = {name: official["vision_config"][theirs] for name, theirs in _NATIVE_VISION.items()}
     sides = {name: [official["vision_config"][name]] * 2 for name in ("patch_size", "image_size")}
-    text = llama_hf.config_to_official(language)
+    text = write_official(language)
     del text["rope_theta"], text["rope_scaling"]
     return {
         "architectures": ["InternVLForConditionalGeneration"],
         "model_type": "internvl",
         "vision_config": vision | sides | {"model_type": "internvl_vision"},
-        "text_config": text | {"rope_parameters": llama_hf.rope_parameters(language)},
+        "text_config": text | {"rope_parameters": rope_parameters(language)},
         "image_token_id": image_token_id,
         "image_seq_length": config.visual_tokens("chat_simple"),
         "downsample_ratio": official["downsample_ratio"],
@@ -315,7 +323,7 @@ def config_from_llava(config: Mapping) -> InternVLConfig:
             "config.json says nothing of the vision tower but its name, "
             f"{shown(said['mm_vision_tower'])}; give the config.json of that with --tower-config"
         )
-    language, tower = llama_hf.config_from_official(config, kind="llama"), config[TOWER]
+    language, tower = read_official(config, name="llama"), config[TOWER]
     if said["mm_projector_type"] == "two_mlp":
         try:
             whole = _dual(tower)
@@ -333,7 +341,7 @@ def config_from_llava(config: Mapping) -> InternVLConfig:
 def config_to_llava(config: InternVLConfig, kind: str) -> dict[str, Any]:
     """The inverse of `config_from_llava`, for "chat_simple" or "chat_full"."""
     full = kind == "chat_full"
-    return llama_hf.config_to_official(in_llama_form(config.chat)) | {
+    return write_official(in_llama_form(config.chat)) | {
         "architectures": ["LlavaLlamaForCausalLM"],
         "model_type": "llava",
         # The official code tells the towers apart by what stands in this name.
@@ -368,7 +376,7 @@ def keys(config: InternVLConfig, kind: str) -> Iterator[Key]:
     if kind in ("internvl_c", "internvl_g"):
         return _dual_keys(config, with_queries=kind == "internvl_g")
     if kind == "chat_simple":
-        return _chat_keys(config, _language_keys(config.chat))
+        return _chat_keys(config, family_of(config.chat).keys(config.chat))
     raise ModelError(f"no official table of names is for a {kind}; there are those of {KINDS}")
 
 
@@ -382,8 +390,9 @@ def llava_keys(config: InternVLConfig, kind: str) -> Iterator[Key]:
         raise ModelError(
             f"the connector is of kind {config.connector.kind!r}; LLaVA's form has 'mlp2x' alone"
         )
-    if config.chat.qkv_bias:
-        raise ModelError("the language model's q, k and v have a bias; LLaVA's form has a LLaMA")
+    family = family_of(in_llama_form(config.chat)).name
+    if family != "llama":
+        raise ModelError(f"the language model is of the family {family}; LLaVA's form has a LLaMA")
     return _llava_keys(config, with_queries=kind == "chat_full")
 
 
@@ -513,11 +522,7 @@ def _qllama_keys(config: InternVLConfig, *, head: bool) -> Iterator[Key]:
     yield one("text.query_tokens", shape, "query_tokens", (1, *shape))
 
 
-def _language_keys(config: DecoderConfig) -> Iterator[Key]:
-    return internlm2_keys(config) if config.names == "internlm2" else decoder_keys(config)
-
-
-def _chat_keys(config: InternVLConfig, language: Iterator[Key]) -> Iterator[Key]:
+def _chat_keys(config: InternVLConfig, language: Iterable[Key]) -> Iterator[Key]:
     if config.connector.kind != "pixel_shuffle":
         raise ModelError(
             f"the connector is of kind {config.connector.kind!r}; InternVL-Chat's and "

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from vlfoundry.models.families.llama.hf import kind_of
+from vlfoundry.models.families import families, family_of_official
 from vlfoundry.models.internvl.hf import TOWER
 from vlfoundry.models.official.configs import (
     CHAT,
-    DECODERS,
     DUAL,
     LLAVA,
     NATIVE,
@@ -56,22 +55,23 @@ def _parts(format: str, facts: Mapping[str, Any]) -> Iterator[Read]:
     elif format in ("internvl_14b", "internvl_c_pth"):
         yield facts, DUAL, ""
         yield facts.get("vision_config") or {}, VISION, "vision_config"
-        yield facts["qllama_config"], DECODERS["llama"], "qllama_config"
+        yield facts["qllama_config"], families()["llama"].table, "qllama_config"
     elif format == "internvl_chat":
         yield facts, CHAT, ""
         yield facts.get("vision_config") or {}, VISION, "vision_config"
-        yield facts["llm_config"], DECODERS[kind_of(facts["llm_config"])], "llm_config"
+        language = facts["llm_config"]
+        yield language, family_of_official(language).table, "llm_config"
     elif format == "transformers":
         text = facts["text_config"]
         yield facts, NATIVE, ""
         yield facts.get("vision_config") or {}, NATIVE_VISION, "vision_config"
-        yield text, DECODERS[kind_of(text, default="qwen2")], "text_config"
+        yield text, family_of_official(text, default="qwen2").table, "text_config"
     else:
         yield from _llava(format, facts)
 
 
 def _llava(format: str, facts: Mapping[str, Any]) -> Iterator[Read]:
-    llama = DECODERS["llama"]
+    llama = families()["llama"].table
     harmless = names(LLAVA.harmless, llama.harmless)
     yield facts, Table(fields={**LLAVA.fields, **llama.fields}, harmless=harmless), ""
     inner = "internvl_14b" if format == "llava_full" else "internvit"

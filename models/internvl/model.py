@@ -21,7 +21,6 @@ from vlfoundry.models.connector.config import ConnectorConfig
 from vlfoundry.models.connector.model import Connector
 from vlfoundry.models.decoder.generate import greedy
 from vlfoundry.models.decoder.model import Decoder, at_end, mask_of_holes
-from vlfoundry.models.families.llama.model import Llama
 from vlfoundry.models.internvit.model import InternViT
 from vlfoundry.models.internvl.config import PARTS, InternVLConfig
 from vlfoundry.models.internvl.pipeline_split import (
@@ -109,7 +108,7 @@ class InternVL(Part):
             text = _text_tower(config, parts, spec, share["text"]) if "text" in share else None
         language = None
         if "language" in share:
-            language = Llama(config.chat, spec=spec, layers=share["language"])
+            language = Decoder(config.chat, spec=spec, layers=share["language"])
         super().__init__(schedule_config((vision or language or text).config))
         self.kind = kind
         self.model_config = config
@@ -533,7 +532,7 @@ class Chunks(MegatronModule):
 def _text_tower(config: InternVLConfig, parts: frozenset[str], spec: LayerSpecKind, layers: range):
     head = "text_head" in parts
     if "queries" not in parts:
-        return Llama(config.text, head=head, spec=spec, layers=layers)
+        return Decoder(config.text, head=head, spec=spec, layers=layers)
     return QLlama(
         config.text, config.queries, config.vision.width, head=head, spec=spec, layers=layers
     )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from vlfoundry.infra.core.config import SPARSE
 
 MOST = 1 << 31
 """beyond any size of a model: a number that is larger is a slip of the pen or worse"""
@@ -116,7 +118,10 @@ class LoraConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """A causal transformer in LLaMA's shape: RMSNorm, SwiGLU, rotary positions, no biases."""
+    """A causal transformer in LLaMA's shape: RMSNorm, SwiGLU, rotary positions, no biases.
+
+    `models.families` says which options go together.
+    """
 
     vocab_size: int = 4096
     """tokens, special ones included"""
@@ -128,6 +133,8 @@ class DecoderConfig:
     """attention heads"""
     key_value_heads: int | None = None
     """heads of keys and values (grouped-query attention); None: as many as heads"""
+    head_dim: int | None = field(default=None, metadata=SPARSE)
+    """channels of a head, where that is not width / heads; None: it is"""
     mlp_hidden: int = 352
     """hidden size of the SwiGLU MLP"""
     max_tokens: int = 80
@@ -136,14 +143,17 @@ class DecoderConfig:
     """of all norms"""
     qkv_bias: bool = False
     """bias on the q, k, v projection, as in Qwen2 (nothing else has one)"""
+    qk_norm: bool = field(default=False, metadata=SPARSE)
+    """RMSNorm of each head's queries and keys before they are rotated, as in Qwen3"""
     rope_base: float = 10000.0
     """of the rotary position embedding"""
     rope_scaling: RopeScaling | None = None
     """how rotary positions are stretched; None: not at all"""
     tied_head: bool = False
     """one matrix for token embeddings and head, as in Qwen2-0.5B"""
-    names: Literal["llama", "internlm2"] = "llama"
-    """how official chat checkpoints name and cut the weights; what is computed is the same"""
+    names: str = "llama"
+    """how official chat checkpoints name and cut the weights ("llama" or "internlm2"); what is
+    computed is the same"""
     init_std: float | None = None
     """of the initial matrices (truncated normal); None: 1 / sqrt(width)"""
     embedding_init_std: float = 1.0
@@ -154,11 +164,16 @@ class DecoderConfig:
     def __post_init__(self) -> None:
         check_numbers(
             self,
-            sizes=("vocab_size", "width", "depth", "heads", "key_value_heads", "mlp_hidden"),
+            sizes=(
+                *("vocab_size", "width", "depth", "heads", "key_value_heads", "head_dim"),
+                "mlp_hidden",
+            ),
             above_zero=("max_tokens", "eps", "rope_base"),
             from_zero=("init_std", "embedding_init_std"),
         )
-        if self.width % self.heads:
+        if self.head_dim is not None and self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} is odd; rotary positions need an even one")
+        if self.head_dim is None and self.width % self.heads:
             raise ValueError(f"width {self.width} does not divide by heads {self.heads}")
         if self.head_size % 2:
             raise ValueError(
@@ -169,8 +184,6 @@ class DecoderConfig:
             raise ValueError(
                 f"heads {self.heads} does not divide by key_value_heads {self.key_value_heads}"
             )
-        if self.names == "internlm2" and self.qkv_bias:
-            raise ValueError("qkv_bias has no place among the names of InternLM2; use names=llama")
 
     @property
     def matrix_std(self) -> float:
@@ -179,4 +192,10 @@ class DecoderConfig:
 
     @property
     def head_size(self) -> int:
-        return self.width // self.heads
+        """`head_dim` with None resolved."""
+        return self.head_dim or self.width // self.heads
+
+    @property
+    def heads_width(self) -> int:
+        """Channels of all heads together, which the projection behind attention reads."""
+        return self.heads * self.head_size

@@ -27,6 +27,7 @@ from vlfoundry.models.layers.megatron import (
 )
 from vlfoundry.models.layers.norms import (
     FullWidthQKRMSNorm,
+    HeadRMSNorm,
     NormKind,
     RMSNorm,
     query_key_norm,
@@ -154,6 +155,18 @@ class FullNormSelfAttention(SelfAttention):
         return *query_key_norm(query, key, self.q_layernorm, self.k_layernorm), value
 
 
+class HeadNormSelfAttention(SelfAttention):
+    """Self-attention with the q and k of each head normalised, before they are rotated.
+
+    Attached here for the reason that `FullNormSelfAttention` gives.
+    """
+
+    def __init__(self, config: TransformerConfig, submodules, *args, **kwargs):
+        super().__init__(config, submodules, *args, **kwargs)
+        self.q_layernorm = HeadRMSNorm(config)
+        self.k_layernorm = HeadRMSNorm(config)
+
+
 def layer_submodules(
     parts: Parts,
     *,
@@ -162,6 +175,7 @@ def layer_submodules(
     qkv_bias: bool,
     lora: LoraConfig | None,
     full_norm_width: int | None = None,
+    head_norms: bool = False,
     **others,
 ) -> TransformerLayerSubmodules:
     """Norm, attention, norm, MLP.
@@ -174,6 +188,7 @@ def layer_submodules(
         lora: adapters; theirs is the normed input, so that a linear which has one stays apart
             from its norm.
         full_norm_width: asks for q/k norms over that many true channels.
+        head_norms: asks for q/k norms of each head by itself.
         **others: add cross-attention.
     """
     adapted = lora.linears if lora else ()
@@ -189,7 +204,7 @@ def layer_submodules(
     )
     return TransformerLayerSubmodules(
         input_layernorm=qkv_norm,
-        self_attention=_self_attention(parts, qkv, causal, full_norm_width),
+        self_attention=_self_attention(parts, qkv, causal, full_norm_width, head_norms),
         self_attn_bda=plain_residual,
         pre_mlp_layernorm=fc1_norm,
         mlp=partial(
@@ -211,13 +226,19 @@ def _norm_and_linear(
 
 
 def _self_attention(
-    parts: Parts, linear_qkv: Maker, causal: bool, full_norm_width: int | None
+    parts: Parts,
+    linear_qkv: Maker,
+    causal: bool,
+    full_norm_width: int | None,
+    head_norms: bool,
 ) -> ModuleSpec:
     params: dict = {"attn_mask_type": AttnMaskType.causal if causal else AttnMaskType.no_mask}
+    module = HeadNormSelfAttention if head_norms else SelfAttention
     if full_norm_width is not None:
         params["true_width"] = full_norm_width
+        module = FullNormSelfAttention
     return ModuleSpec(
-        module=SelfAttention if full_norm_width is None else FullNormSelfAttention,
+        module=module,
         params=params,
         submodules=SelfAttentionSubmodules(
             linear_qkv=linear_qkv, core_attention=parts.attention, linear_proj=parts.row

@@ -159,6 +159,25 @@ class FullWidthQKRMSNorm(Part):
         return relax_padding(sharded, {f"{prefix}weight": self.weight})
 
 
+class HeadRMSNorm(RMSNorm):
+    """RMSNorm of each head by itself, with one weight [H] that all heads share (Qwen3).
+
+    Each tensor rank has some of the heads, so the weight's gradient is summed over them here:
+    Megatron would do so by the parameter's name, and only if a flag is set.
+    """
+
+    def __init__(self, config: TransformerConfig):
+        super().__init__(config, config.kv_channels, config.layernorm_epsilon)
+        self.weight.sequence_parallel = False  # summed already
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [S, B, N, H], this rank's heads."""
+        weight = self.weight
+        if self.tp_group.size() > 1:
+            weight = copy_to_tensor_model_parallel_region(weight, group=self.tp_group)
+        return rms_norm(x, weight, self.eps)
+
+
 def query_key_norm(
     query: Tensor, key: Tensor, query_norm: FullWidthQKRMSNorm, key_norm: FullWidthQKRMSNorm
 ) -> tuple[Tensor, Tensor]:

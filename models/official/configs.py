@@ -127,7 +127,18 @@ _DECODER_HARMLESS = _GENERAL | names(
 )
 
 
-def _decoder(*, vocab: int, hidden: int, tokens: int, groups: int | None) -> Table:
+def decoder_table(
+    *, vocab: int, hidden: int, tokens: int, groups: int | None, **others: Field
+) -> Table:
+    """The fields of a decoder's config class.
+
+    Args:
+        vocab: default of `vocab_size`.
+        hidden: default of `intermediate_size`.
+        tokens: default of `max_position_embeddings`.
+        groups: default of `num_key_value_heads`; None: as many as heads.
+        **others: fields that differ from those of the other families, or that they lack.
+    """
     return Table(
         fields={
             **_DECODER,
@@ -135,19 +146,11 @@ def _decoder(*, vocab: int, hidden: int, tokens: int, groups: int | None) -> Tab
             "intermediate_size": size(hidden, most=HIDDEN),
             "max_position_embeddings": size(tokens, most=TOKENS),
             "num_key_value_heads": size(groups, most=HEADS, null=True),
+            **others,
         },
         harmless=_DECODER_HARMLESS,
     )
 
-
-DECODERS = {
-    "llama": _decoder(vocab=32000, hidden=11008, tokens=2048, groups=None),
-    "qwen2": _decoder(vocab=151936, hidden=22016, tokens=32768, groups=32),
-    # Its class also has biases by default; a file of such a model has them as tensors, which are
-    # named as surplus.
-    "internlm2": _decoder(vocab=103168, hidden=11008, tokens=2048, groups=None),
-}
-"""by model type"""
 
 _LORA_RANK = size(0, least=0, most=WIDTH, null=True)
 CHAT = Table(
@@ -274,7 +277,8 @@ LLAVA = Table(
 )
 SHAPES = names(
     """hidden_size num_hidden_layers num_attention_heads num_key_value_heads intermediate_size
-    vocab_size patch_size image_size norm_type qkv_bias attention_bias qk_normalization use_qk_norm
+    head_dim vocab_size patch_size image_size norm_type qkv_bias attention_bias qk_normalization
+    use_qk_norm
     tie_word_embeddings clip_embed_dim num_query_token cross_attention_frequency
     downsample_ratio""",
 )

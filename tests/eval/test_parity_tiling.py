@@ -9,7 +9,7 @@ import pytest
 
 from vlfoundry.eval.parity.tiling import check_tiling, is_tiling
 from vlfoundry.infra.core.errors import DataError
-from vlfoundry.models.preprocess.normalize import tiling
+from vlfoundry.models.preprocess import tiling
 
 OFFICIAL = Path(__file__).parents[1] / "models" / "golden" / "tiling" / "official"
 

@@ -24,7 +24,7 @@ from vlfoundry.flows.recipes import recipes, with_profile
 from vlfoundry.infra.core.config import build, load_params
 from vlfoundry.infra.core.errors import ConfigError
 from vlfoundry.infra.train.config import TrainConfig
-from vlfoundry.models.families.llama.config import llama
+from vlfoundry.models.families import flavour
 from vlfoundry.models.internvl.config import internvl
 
 ROOT = Path(__file__).parents[2]
@@ -149,7 +149,7 @@ def test_stage_1_masks_half_of_196_px_and_ends_with_half_a_billion_samples_at_22
 
 def test_a_recipe_s_model_is_its_flavour_s_and_not_that_of_params_yaml():
     config = job_of("chat-v1.5-40b-pretrain").heaviest.config
-    assert config.chat == llama("yi-34b")
+    assert config.chat == flavour("yi-34b")
     assert config.connector == internvl("chat-v1.5-26b").connector
     generative = parameters("internvl-g")["generative"]
     assert generative.keys() == {"start", "max_tokens", "trainable", "train"}  # see flows.recipes

@@ -7,7 +7,7 @@ import torch
 
 from vlfoundry.models.decoder.beam import beam_search
 from vlfoundry.models.decoder.generate import causal_blocked, greedy
-from vlfoundry.models.families.llama.model import Llama
+from vlfoundry.models.decoder.model import Decoder
 from vlfoundry.models.layers.canonical import initialise
 from vlfoundry.models.layers.config import DecoderConfig
 
@@ -19,7 +19,7 @@ def llama():
     config = DecoderConfig(
         vocab_size=VOCAB, width=16, depth=2, heads=2, mlp_hidden=12, init_std=0.6
     )
-    model = Llama(config).eval()
+    model = Decoder(config).eval()
     initialise(model, 7)
     return model
 

@@ -5,9 +5,8 @@ import torch
 
 from tests.support.tiny_models import chat_batch, count, on_meta, pixels, texts, tiny_config
 from vlfoundry.infra.core.errors import ConfigError, LayoutError, ModelError
-from vlfoundry.models.families.llama.config import FLAVOURS as LLAMA_FLAVOURS
-from vlfoundry.models.families.llama.config import llama
-from vlfoundry.models.families.llama.model import Llama
+from vlfoundry.models.decoder.model import Decoder
+from vlfoundry.models.families import flavour, flavours
 from vlfoundry.models.internvit.config import FLAVOURS as VIT_FLAVOURS
 from vlfoundry.models.internvit.config import InternViTConfig, internvit
 from vlfoundry.models.internvit.model import InternViT
@@ -29,9 +28,9 @@ def test_vision_flavours_build(name):
     assert count(on_meta(lambda: InternViT(internvit(name)))) > 0
 
 
-@pytest.mark.parametrize("name", LLAMA_FLAVOURS)
-def test_llama_flavours_build(name):
-    assert count(on_meta(lambda: Llama(llama(name)))) > 0
+@pytest.mark.parametrize("name", flavours())
+def test_language_models_build(name):
+    assert count(on_meta(lambda: Decoder(flavour(name)))) > 0
 
 
 @pytest.mark.parametrize("kind", PARTS)

@@ -9,7 +9,7 @@ from vlfoundry.infra.backend.parallel import parallel
 from vlfoundry.models.decoder import decode
 from vlfoundry.models.decoder.beam import beam_search
 from vlfoundry.models.decoder.generate import causal_blocked, greedy
-from vlfoundry.models.families.llama.model import Llama
+from vlfoundry.models.decoder.model import Decoder
 from vlfoundry.models.internvl.model import build
 from vlfoundry.models.layers.attention import key_value_cache
 from vlfoundry.models.layers.canonical import initialise
@@ -31,12 +31,12 @@ STRETCHED = {
 }
 
 
-def make(shape: str = "grouped", lora: LoraConfig | None = None, **options) -> Llama:
+def make(shape: str = "grouped", lora: LoraConfig | None = None, **options) -> Decoder:
     fields = (SHAPES | STRETCHED)[shape]
     config = DecoderConfig(
         vocab_size=97, width=32, depth=3, heads=4, mlp_hidden=24, init_std=0.4, lora=lora, **fields
     )
-    model = (QLlama if options else Llama)(config, **options).eval()
+    model = (QLlama if options else Decoder)(config, **options).eval()
     initialise(model, 5)
     draw = torch.Generator().manual_seed(4)
     for name, parameter in model.named_parameters():

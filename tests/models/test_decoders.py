@@ -9,13 +9,9 @@ from vlfoundry.infra.core.errors import ConfigError
 from vlfoundry.infra.train.weights import load_weights, pieces
 from vlfoundry.models.decoder.generate import greedy
 from vlfoundry.models.decoder.hf_keys import decoder_keys
-from vlfoundry.models.families.llama.config import llama
-from vlfoundry.models.families.llama.hf import (
-    config_from_official,
-    config_to_official,
-    rope_parameters,
-)
-from vlfoundry.models.families.llama.model import Llama
+from vlfoundry.models.decoder.model import Decoder
+from vlfoundry.models.decoder.official import rope_parameters
+from vlfoundry.models.families import family_of, flavour, read_official, write_official
 from vlfoundry.models.layers.config import DecoderConfig, RopeScaling
 from vlfoundry.models.official.keymap import join_all
 
@@ -62,8 +58,8 @@ def theirs_and_ours(name: str):
     for parameter in theirs.parameters():
         if parameter.dim() == 1:
             torch.nn.init.normal_(parameter, 1.0, 0.3)
-    config = config_from_official(theirs.config.to_dict())
-    ours = Llama(config).eval()
+    config = read_official(theirs.config.to_dict())
+    ours = Decoder(config).eval()
     load_weights(ours, join_all(decoder_keys(config), theirs.state_dict()))
     return theirs, ours
 
@@ -95,7 +91,7 @@ def test_cached_decoding_gives_the_tokens_of_transformers(name):
 
 def test_a_tied_head_has_no_weights_and_learns_from_both_uses():
     config = DecoderConfig(vocab_size=61, tied_head=True)
-    model = Llama(config)
+    model = Decoder(config)
     names = {piece.name for piece in pieces(model)}
     assert "embedding.weight" in names
     assert not [name for name in names if name.startswith("head")]
@@ -106,7 +102,7 @@ def test_a_tied_head_has_no_weights_and_learns_from_both_uses():
 
 
 def test_qwen2_half_b_has_the_published_size():
-    assert count(on_meta(lambda: Llama(llama("qwen2-0.5b")))) == 494_032_768
+    assert count(on_meta(lambda: Decoder(flavour("qwen2-0.5b")))) == 494_032_768
 
 
 @pytest.mark.parametrize(
@@ -120,11 +116,11 @@ def test_qwen2_half_b_has_the_published_size():
 )
 def test_scaling_survives_both_forms_of_a_config(scaling):
     config = DecoderConfig(rope_scaling=scaling, key_value_heads=4, init_std=0.1)
-    official = config_to_official(config) | {"initializer_range": 0.1}
-    again = config_from_official(official)
+    official = write_official(config) | {"initializer_range": 0.1}
+    again = read_official(official)
     assert (again.rope_scaling, again.rope_base) == (scaling, config.rope_base)
     del official["rope_scaling"], official["rope_theta"]
-    again = config_from_official(official | {"rope_parameters": rope_parameters(config)})
+    again = read_official(official | {"rope_parameters": rope_parameters(config)})
     assert (again.rope_scaling, again.rope_base) == (scaling, config.rope_base)
 
 
@@ -133,7 +129,8 @@ def test_what_makes_no_sense_is_refused():
         RopeScaling(kind="linear", factor=0.5)
     with pytest.raises(ValueError, match="is not below high_freq_factor"):
         RopeScaling(kind="llama3", factor=8.0, low_freq_factor=4.0)
-    with pytest.raises(ValueError, match="no place among the names of InternLM2"):
-        DecoderConfig(names="internlm2", qkv_bias=True)
+    for options in ({"names": "internlm2", "qkv_bias": True}, {"names": "gemma"}):
+        with pytest.raises(ConfigError, match="no family of language models has names="):
+            family_of(DecoderConfig(**options))
     with pytest.raises(ConfigError, match=r"rope_scaling is {'type': 'su'}, expected the type"):
-        config_from_official(config_to_official(DecoderConfig()) | {"rope_scaling": {"type": "su"}})
+        read_official(write_official(DecoderConfig()) | {"rope_scaling": {"type": "su"}})

@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.support.tiny_models import count, on_meta
 from vlfoundry.infra.train.config import TrainConfig
-from vlfoundry.models.families.llama.config import llama
-from vlfoundry.models.families.llama.model import Llama
+from vlfoundry.models.decoder.model import Decoder
+from vlfoundry.models.families import flavour
 from vlfoundry.models.internvit.config import DESIGN_SEARCH, internvit
 from vlfoundry.models.internvit.model import InternViT
 from vlfoundry.models.internvl.config import internvl
@@ -132,12 +132,12 @@ def test_parameters_of_the_pooling_heads(internvl_g):
 
 @pytest.mark.parametrize(("head", "parameters"), [(True, 6_885_494_784), (False, 6_680_883_200)])
 def test_parameters_of_the_text_tower(head, parameters):
-    assert count(on_meta(lambda: Llama(llama("chinese-alpaca-7b"), head=head))) == parameters
+    assert count(on_meta(lambda: Decoder(flavour("chinese-alpaca-7b"), head=head))) == parameters
 
 
 @pytest.mark.parametrize("name", LANGUAGE)
 def test_parameters_of_the_language_models(name):
-    assert round(count(on_meta(lambda: Llama(llama(name)))) / 1e9, 2) == LANGUAGE[name]
+    assert round(count(on_meta(lambda: Decoder(flavour(name)))) / 1e9, 2) == LANGUAGE[name]
 
 
 def test_parameters_of_cross_attention(internvl_g):
@@ -170,7 +170,7 @@ def test_parameters_of_internvl_c():
     [("vicuna-7b", 29_892_608, 63_455_232), ("vicuna-13b", 42_608_640, 89_804_800)],
 )
 def test_parameters_of_the_papers_chat_connectors(language, simple, full):
-    config = internvl("paper", language=llama(language))
+    config = internvl("paper", language=flavour(language))
     assert count(on_meta(lambda: build("chat_simple", config)).connector) == simple
     model = on_meta(lambda: build("chat_full", config))
     assert count(model.connector) + count(model.query_connector) == full

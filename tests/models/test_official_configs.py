@@ -8,10 +8,11 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from vlfoundry.infra.core.errors import ConfigError, ModelError
+from vlfoundry.models.families import families
 from vlfoundry.models.internvl.convert import import_model
 from vlfoundry.models.internvl.hf import config_from_native, config_from_official
 from vlfoundry.models.internvl.predict import read_config
-from vlfoundry.models.official.configs import CHAT, DECODERS, DUAL, NATIVE, NATIVE_VISION, VISION
+from vlfoundry.models.official.configs import CHAT, DUAL, NATIVE, NATIVE_VISION, VISION
 
 CASES = Path(__file__).parents[1] / "cases"
 OPTIONS = CASES / "config-options-ignored"
@@ -74,7 +75,7 @@ def refused(source: Path, tmp_path: Path, address: str, value, match: str = "") 
             {"type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5},
         ),
         ("llm_config.rope_scaling", {"type": "dynamic"}),
-        ("llm_config.head_dim", 24),
+        ("llm_config.head_dim", 15),
         ("llm_config.quantization_config", {"bits": 4}),
         ("llm_config.attention_dropout", 0.5),
         ("ps_version", "v3"),
@@ -257,12 +258,15 @@ def test_a_size_that_is_left_out_and_does_not_fit_is_named(field, tmp_path):
 
 
 INSTALLED = {
-    "LlamaConfig": DECODERS["llama"],
-    "Qwen2Config": DECODERS["qwen2"],
     "InternVLConfig": NATIVE,
     "InternVLVisionConfig": NATIVE_VISION,
 }
 """the tables of classes that transformers has; the others' are in no package"""
+INSTALLED |= {
+    family.architecture.replace("ForCausalLM", "Config"): family.table
+    for family in families().values()
+    if family.in_transformers
+}
 
 
 def test_the_defaults_are_those_of_the_classes_that_are_installed():

@@ -8,7 +8,7 @@ import torch
 from tests.support.tiny_models import TEXTS, chat_batch, pixels, texts, tiny_config
 from vlfoundry.infra.core.errors import ModelError
 from vlfoundry.infra.train.weights import load_weights
-from vlfoundry.models.families.llama.config import FLAVOURS as LANGUAGE
+from vlfoundry.models.families import flavour, flavours
 from vlfoundry.models.internvit.config import FLAVOURS as VISION
 from vlfoundry.models.internvit.config import InternViTConfig
 from vlfoundry.models.internvl.config import FLAVOURS as CHATS
@@ -117,9 +117,9 @@ def test_vision_flavours(name, tmp_path):
     check("vision", tiny_config(vision=small_vision(VISION[name])), tmp_path)
 
 
-@pytest.mark.parametrize("name", LANGUAGE)
+@pytest.mark.parametrize("name", flavours())
 def test_language_flavours(name, tmp_path):
-    check("chat_simple", tiny_config(language=small_language(LANGUAGE[name])), tmp_path)
+    check("chat_simple", tiny_config(language=small_language(flavour(name))), tmp_path)
 
 
 @pytest.mark.parametrize("kind", PARTS)

@@ -1,4 +1,4 @@
-"""Hugging Face LLaMA, Qwen2 and InternLM2 configs to ours and back; weights are in `hf_decoder`."""
+"""Hugging Face configs of decoders to ours and back, whatever the family (`models.families`)."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 
 from vlfoundry.infra.core.errors import ConfigError
 from vlfoundry.infra.core.givenfiles import shown
-from vlfoundry.models.families.llama.config import LlamaConfig
-from vlfoundry.models.layers.config import RopeScaling
-from vlfoundry.models.official.configs import DECODERS, ROPE, TOKENS
+from vlfoundry.models.decoder.family import Family
+from vlfoundry.models.layers.config import DecoderConfig, RopeScaling
+from vlfoundry.models.official.configs import ROPE, TOKENS
 from vlfoundry.models.official.fields import (
     Field,
     Table,
@@ -21,12 +21,6 @@ from vlfoundry.models.official.fields import (
     wrong,
 )
 
-_ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "internlm2": "InternLM2ForCausalLM",
-}
-"""model types that have this shape, and their classes"""
 DEFAULT_BASE = 10000.0
 """of rotary positions, where a config does not say it"""
 _LLAMA3 = {
@@ -45,68 +39,69 @@ _SCALINGS: dict[str, Field] = {
 """fields of `rope_scaling` that have no default"""
 
 
-def config_from_official(config: Mapping, part: str = "", kind: str | None = None) -> LlamaConfig:
+def config_from_official(config: Mapping, family: Family, part: str = "") -> DecoderConfig:
     """A Hugging Face `config.json` (or an InternVL's `llm_config`) as ours.
 
     Args:
         config: with the official names of fields.
+        family: whose it is.
         part: where it is in its file; messages begin with it.
-        kind: the model type, where the file need not say it.
 
     Raises:
         ConfigError: the language model is of another shape, or has an option that ours lacks; names
             the field.
     """
-    kind = kind or kind_of(config, part)
-    said = read(config, DECODERS[kind], part)
+    said = read(config, family.table, part)
     heads = said["num_attention_heads"]
     said["num_key_value_heads"] = groups = said["num_key_value_heads"] or heads
-    require_multiple(config, said, part, "hidden_size", "num_attention_heads")
     if heads % groups:
         expected = f"a divisor of num_attention_heads = {heads}"
         raise wrong(config, part, "num_key_value_heads", groups, expected)
-    head_size = said["hidden_size"] // heads
-    if head_size % 2:
-        expected = f"an even multiple of num_attention_heads = {heads}, for rotary positions"
-        raise wrong(config, part, "hidden_size", said["hidden_size"], expected)
-    if said["head_dim"] not in (None, head_size):
-        expected = f"hidden_size / num_attention_heads = {head_size}: nothing else is built here"
-        raise wrong(config, part, "head_dim", said["head_dim"], expected)
     _require_layer_types(config, said, part)
     base, scaling = _rope(config, said, part)
-    return LlamaConfig(
+    return DecoderConfig(
         vocab_size=said["vocab_size"],
         width=said["hidden_size"],
         depth=said["num_hidden_layers"],
         heads=heads,
         key_value_heads=groups,
+        head_dim=_head_dim(config, said, part),
         mlp_hidden=said["intermediate_size"],
         max_tokens=said["max_position_embeddings"],
         eps=float(said["rms_norm_eps"]),
-        qkv_bias=kind == "qwen2",
         rope_base=base,
         rope_scaling=scaling,
         tied_head=said["tie_word_embeddings"],
-        names="internlm2" if kind == "internlm2" else "llama",
         init_std=float(said["initializer_range"]),
         embedding_init_std=float(said["initializer_range"]),
+        **family.options(said),
     )
 
 
-def config_to_official(config: LlamaConfig) -> dict[str, Any]:
-    """The inverse of `config_from_official`.
+def _head_dim(config: Mapping, said: Mapping, part: str) -> int | None:
+    """None where it is hidden_size / num_attention_heads."""
+    width, heads, size = said["hidden_size"], said["num_attention_heads"], said["head_dim"]
+    if size is None:
+        require_multiple(config, said, part, "hidden_size", "num_attention_heads")
+        if width // heads % 2:
+            expected = f"an even multiple of num_attention_heads = {heads}, for rotary positions"
+            raise wrong(config, part, "hidden_size", width, expected)
+    elif size % 2:
+        raise wrong(config, part, "head_dim", size, "an even number, for rotary positions")
+    return None if size is None or size * heads == width else size
 
-    An InternLM2 by its names, else a Qwen2 if q, k and v have a bias, else a LLaMA.
-    """
-    kind = "qwen2" if config.qkv_bias else config.names
+
+def config_to_official(config: DecoderConfig, family: Family) -> dict[str, Any]:
+    """The inverse of `config_from_official`."""
     return {
-        "architectures": [_ARCHITECTURES[kind]],
-        "model_type": kind,
+        "architectures": [family.architecture],
+        "model_type": family.name,
         "vocab_size": config.vocab_size,
         "hidden_size": config.width,
         "num_hidden_layers": config.depth,
         "num_attention_heads": config.heads,
         "num_key_value_heads": config.key_value_heads or config.heads,
+        **({} if config.head_dim is None else {"head_dim": config.head_dim}),
         "intermediate_size": config.mlp_hidden,
         "max_position_embeddings": config.max_tokens,
         "rms_norm_eps": config.eps,
@@ -115,37 +110,15 @@ def config_to_official(config: LlamaConfig) -> dict[str, Any]:
         "initializer_range": config.matrix_std,
         "hidden_act": "silu",
         "tie_word_embeddings": config.tied_head,
-    } | ({"bias": False} if kind == "internlm2" else {})
+        **family.official(config),
+    }
 
 
-def rope_parameters(config: LlamaConfig) -> dict[str, Any]:
+def rope_parameters(config: DecoderConfig) -> dict[str, Any]:
     """What transformers 5 has in the place of `rope_theta` and `rope_scaling`."""
     scaling = dict(_scaling_to_official(config.rope_scaling) or {"type": "default"})
     kind = scaling.pop("type")
     return scaling | {"rope_type": kind, "rope_theta": config.rope_base}
-
-
-def kind_of(config: Mapping, part: str = "", default: str = "llama") -> str:
-    """The model type, by the class if one is named: so do the official chat models choose it.
-
-    Raises:
-        ConfigError: it is none that is known.
-    """
-    model_type, classes = config.get("model_type", default), config.get("architectures")
-    known = ", ".join(f"{kind} ({name})" for kind, name in _ARCHITECTURES.items())
-    if classes:
-        named = classes[0] if isinstance(classes, list) else classes
-        found = [kind for kind, name in _ARCHITECTURES.items() if name == named]
-    else:
-        found = [kind for kind in _ARCHITECTURES if kind == model_type]
-    if not found:
-        name = "architectures" if classes else "model_type"
-        value = classes if classes else model_type
-        raise ConfigError(
-            f"{label(part, name)} is {shown(value)}, expected a language model that can be read: "
-            f"{known}"
-        )
-    return found[0]
 
 
 def _require_layer_types(config: Mapping, said: Mapping, part: str) -> None:

@@ -1,1 +1,0 @@
-"""LLaMA: the text tower and the chat models' language model."""
