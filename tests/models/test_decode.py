@@ -24,6 +24,7 @@ SHAPES = {
     "one key for all": {"key_value_heads": 1, "rope_base": 500.0},
     "biases": {"key_value_heads": 2, "qkv_bias": True},
     "head tied": {"tied_head": True},
+    "norms of heads": {"key_value_heads": 2, "qk_norm": True, "head_dim": 10},
 }
 STRETCHED = {
     kind: {"max_tokens": 6, "rope_scaling": RopeScaling(kind=kind, factor=4.0)}

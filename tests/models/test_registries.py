@@ -8,7 +8,14 @@ import torch
 from tests.support.tiny_models import TEXTS, chat_batch, pixels, texts, tiny_config
 from vlfoundry.infra.core.errors import ModelError
 from vlfoundry.infra.train.weights import load_weights
-from vlfoundry.models.families import flavour, flavours
+from vlfoundry.models.families import (
+    families,
+    family_of,
+    flavour,
+    flavours,
+    read_official,
+    write_official,
+)
 from vlfoundry.models.internvit.config import FLAVOURS as VISION
 from vlfoundry.models.internvit.config import InternViTConfig
 from vlfoundry.models.internvl.config import FLAVOURS as CHATS
@@ -115,6 +122,24 @@ def check(kind: str, config: InternVLConfig, folder) -> None:
 @pytest.mark.parametrize("name", VISION)
 def test_vision_flavours(name, tmp_path):
     check("vision", tiny_config(vision=small_vision(VISION[name])), tmp_path)
+
+
+@pytest.mark.parametrize("name", families())
+def test_a_family_holds_what_it_promises(name):
+    family = families()[name]
+    assert family.name == name
+    assert family.flavours
+    for config in family.flavours.values():
+        assert [f.name for f in families().values() if f.fits(config)] == [name]
+        assert family_of(config) is family
+        official = write_official(config)
+        assert not set(official) - {*family.table.fields, *family.table.harmless}
+        filled = {"init_std": config.matrix_std, "embedding_init_std": config.matrix_std}
+        groups = config.key_value_heads or config.heads
+        wanted = dataclasses.replace(config, key_value_heads=groups, **filled)
+        assert read_official(official) == read_official(official, name=name) == wanted
+        names = [n for key in family.keys(config) for n in key.names]
+        assert len(set(names)) == len(names)
 
 
 @pytest.mark.parametrize("name", flavours())

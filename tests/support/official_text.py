@@ -4,7 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
-GOLDEN = Path(__file__).parent / "eval" / "golden" / "conversations"
+GOLDEN = Path(__file__).parents[1] / "eval" / "golden" / "conversations"
 RECORDED = json.loads((GOLDEN / "meta.json").read_text("utf-8"))["tokenizers"]
 PIECES = {
     "llama_bos": ("tiny_spm.model", "tokenizer.model"),

@@ -20,7 +20,7 @@ from vlfoundry.infra.core.config import build
 from vlfoundry.infra.core.stage import Context
 from vlfoundry.infra.core.tables import write_table
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 LANGUAGES = ("en", "zh", "ja", "ar", "it")
 CLASSES = 60
 SCENES = 40
