@@ -115,7 +115,7 @@ def test_an_option_that_changes_the_maths_is_refused(address, value, tmp_path):
         ("vision_config.projection_dropout", 0.1),
         ("text_config.attention_dropout", 0.1),
         ("text_config.use_sliding_window", True),
-        ("text_config.model_type", "qwen3"),
+        ("text_config.model_type", "gemma3"),
         ("text_config.rope_parameters", {"rope_type": "longrope", "rope_theta": 1e6}),
     ],
 )
@@ -406,7 +406,7 @@ def test_old_and_new_names_of_rotary_positions_that_disagree(parameters, scaling
         (NATIVE_FOLDER, "text_config.layer_types", [], "for each of the"),
         (NATIVE_FOLDER, "vision_config.model_type", "siglip", "internvl_vision"),
         (CHAT_FOLDER, "vision_config.model_type", "siglip", "intern_vit_6b"),
-        (NATIVE_FOLDER, "text_config.model_type", "qwen3", "architectures"),
+        (NATIVE_FOLDER, "text_config.model_type", "gemma3", "architectures"),
     ],
 )  # fmt: skip
 def test_a_value_that_cannot_be_is_refused_by_name(source, address, value, match, tmp_path):
