@@ -42,7 +42,7 @@ def decoder_keys(
     for index in range(config.depth):
         layer = list(_layer(config))
         if cross_every and index % cross_every == 0:
-            layer += _cross_attention(config.width, vision_width)
+            layer += _cross_attention(config, vision_width)
         yield from prefixed(layer, ours=f"decoder.layers.{index}.", theirs=f"model.layers.{index}.")
 
 
@@ -101,14 +101,14 @@ def _qkv(config: DecoderConfig, leaf: str, rest: tuple[int, ...]) -> Key:
     )
 
 
-def _cross_attention(width: int, vision_width: int) -> Iterator[Key]:
-    for ours, name, columns in (
-        ("linear_q", "q_proj", width),
-        ("linear_k", "k_proj", vision_width),
-        ("linear_v", "v_proj", vision_width),
-        ("linear_proj", "o_proj", width),
+def _cross_attention(config: DecoderConfig, vision_width: int) -> Iterator[Key]:
+    width, heads = config.width, config.heads_width
+    for ours, name, shape in (
+        ("linear_q", "q_proj", (heads, width)),
+        ("linear_k", "k_proj", (heads, vision_width)),
+        ("linear_v", "v_proj", (heads, vision_width)),
+        ("linear_proj", "o_proj", (width, heads)),
     ):
-        shape = (width, columns)
         yield one(f"cross_attention.{ours}.weight", shape, f"cross_attn.{name}.weight")
     for ours, name, size in (("query", "norm1", width), ("vision", "norm2", vision_width)):
         yield one(f"cross_attention.{ours}_norm.weight", (size,), f"cross_attn.{name}.weight")

@@ -102,14 +102,23 @@ def _decoder_layer(work: Workload, step: Pass, tokens: float, trained: bool, kep
     between = 2 * kept.rms(trained) + 2 * trained
     # Rotated q and k and the core's output; v is a view of q, k, v in one, or, where groups share
     # keys and values, both are repeated.
-    shared = (config.key_value_heads or config.heads) / config.heads
-    inside: float = 4 if shared < 1 else 6
+    groups = config.key_value_heads or config.heads
+    inside: float = 4 if groups < config.heads else 6
     if config.qk_norm:
-        # The norms of q and k: in fp32 they keep their inputs, which are views of q, k, v in one.
-        whole = (1 + 2 * shared) * (shared < 1)
-        inside += whole if kept.element == 4 else kept.rms(trained) * (1 + shared)
+        inside += _head_norms(groups, config.heads, trained, kept)
     mlp = 4 + trained  # gate and up in one, up again, SiLU of the gate, their product
     return kept.between(between * stream) + kept.inside(inside * heads + mlp * hidden)
+
+
+def _head_norms(groups: int, heads: int, trained: bool, kept: Kept) -> float:
+    """What norms of q and k keep, in the elements of q: in fp32 their inputs."""
+    shared = groups / heads
+    if kept.element != 4:
+        return kept.rms(trained) * (1 + shared)
+    if groups == heads:
+        return 0.0  # views of q, k and v in one, which v keeps anyway
+    copied = groups > 1  # the queries of several groups are put together
+    return copied + 1 + 2 * shared
 
 
 def _adapters(work: Workload, step: Pass, tokens: float, kept: Kept) -> float:
@@ -133,14 +142,16 @@ def _cross_attention(work: Workload, step: Pass, samples: int, trained: bool, ke
     rows = samples * step.rows
     stream = rows * step.tokens * width
     queries = rows * work.config.queries.num_queries * width
+    heads = work.config.text.heads_width
+    asked = rows * work.config.queries.num_queries * heads
     seen = samples * step.context_rows * step.context_tokens * vision
-    keys = rows * step.context_tokens * width
+    keys = rows * step.context_tokens * heads
     # In fp32 the norms keep their inputs: the whole stream, as the queries are a view of it, and
     # the vision tokens, which are all layers' (`behind_bytes`).
     norms = stream if kept.element == 4 else kept.rms(trained) * (queries + seen)
     between = norms + trained * (queries + 2 * seen)  # vision tokens once for each linear
     # Under sequence parallelism the tokens are put together around it.
-    return kept.element * between + kept.inside(2 * queries + 2 * keys)
+    return kept.element * between + kept.inside(2 * asked + 2 * keys)
 
 
 def around_bytes(work: Workload, samples: int, kept: Kept) -> float:

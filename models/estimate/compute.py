@@ -103,11 +103,12 @@ def _qkv_cost(work: Workload, step: Pass, tensor: int, lora: bool) -> float:
 def _cross(work: Workload, step: Pass, state: LayerState) -> Flops:
     """One layer's cross-attention."""
     width, vision = work.config.text.width, work.config.vision.width
+    heads = work.config.text.heads_width
     queries = work.config.queries.num_queries * step.rows
-    flops = _linear(2 * queries * 2 * width**2, state.cross_trained, state.graph)
-    keys = 2 * step.context_tokens * step.context_rows * 2 * vision * width
+    flops = _linear(2 * queries * 2 * width * heads, state.cross_trained, state.graph)
+    keys = 2 * step.context_tokens * step.context_rows * 2 * vision * heads
     flops += _linear(keys, state.cross_trained, state.cross_trained or work.trains("vision."))
-    attention = 4 * queries * step.context_tokens * width
+    attention = 4 * queries * step.context_tokens * heads
     return flops + Flops(attention, 2 * attention if state.graph else 0)
 
 

@@ -133,7 +133,7 @@ def _decoder(part: str, config: DecoderConfig, tensor: int, *, head: bool) -> It
 
 def _queries(config: InternVLConfig, tensor: int) -> Iterator[Weight]:
     width, vision = config.text.width, config.vision.width
-    inner = width // tensor
+    inner = config.text.heads_width // tensor
     yield Weight("text.query_tokens", (config.queries.num_queries, width), "text", 0)
     for layer in range(0, config.text.depth, config.queries.cross_attention_frequency):
         name = f"text.decoder.layers.{layer}.cross_attention"

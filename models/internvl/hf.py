@@ -374,6 +374,7 @@ def keys(config: InternVLConfig, kind: str) -> Iterator[Key]:
     if kind == "vision":
         return prefixed(vision_hf.keys(config.vision), ours="vision.")
     if kind in ("internvl_c", "internvl_g"):
+        _require_llama(config.text, "text tower", "InternVL-14B's form")
         return _dual_keys(config, with_queries=kind == "internvl_g")
     if kind == "chat_simple":
         return _chat_keys(config, family_of(config.chat).keys(config.chat))
@@ -390,10 +391,16 @@ def llava_keys(config: InternVLConfig, kind: str) -> Iterator[Key]:
         raise ModelError(
             f"the connector is of kind {config.connector.kind!r}; LLaVA's form has 'mlp2x' alone"
         )
-    family = family_of(in_llama_form(config.chat)).name
-    if family != "llama":
-        raise ModelError(f"the language model is of the family {family}; LLaVA's form has a LLaMA")
+    _require_llama(config.chat, "language model", "LLaVA's form")
+    if kind == "chat_full":
+        _require_llama(config.text, "text tower", "LLaVA's form")
     return _llava_keys(config, with_queries=kind == "chat_full")
+
+
+def _require_llama(config: DecoderConfig, part: str, form: str) -> None:
+    family = family_of(in_llama_form(config)).name
+    if family != "llama":
+        raise ModelError(f"the {part} is of the family {family}; {form} has a LLaMA")
 
 
 def in_llama_form(config: DecoderConfig) -> DecoderConfig:

@@ -1,5 +1,6 @@
 """Import and export: bit for bit, every tensor accounted for, refusals with the reason."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -12,7 +13,7 @@ from tests.support.tiny_models import TEXTS, tiny_config
 from vlfoundry.infra.core.errors import ConfigError, ModelError
 from vlfoundry.models.families import read_official
 from vlfoundry.models.internvl.convert import FORMATS, export_model, import_model
-from vlfoundry.models.internvl.hf import config_from_official, config_to_official
+from vlfoundry.models.internvl.hf import config_from_official, config_to_official, keys
 from vlfoundry.models.internvl.model import build
 from vlfoundry.models.internvl.predict import read_config, read_weights, save_model
 from vlfoundry.models.tokenizer import train
@@ -249,3 +250,12 @@ def test_timm_style_files(name, kind, format, tmp_path):
     else:
         done = import_model(path, tmp_path / "third", config_file=config)
         assert done.left_out == ("clip_projector.new",)
+
+
+@pytest.mark.parametrize("options", [{"qkv_bias": True}, {"qk_norm": True, "head_dim": 6}])
+def test_a_text_tower_that_is_no_llama_has_no_official_names(options):
+    config = tiny_config()
+    config = dataclasses.replace(config, text=dataclasses.replace(config.text, **options))
+    for kind in ("internvl_c", "internvl_g"):
+        with pytest.raises(ModelError, match=r"tower is of the family qwen\d; InternVL-14B"):
+            list(keys(config, kind))

@@ -64,6 +64,16 @@ def medium(**changes) -> InternVLConfig:
     return InternVLConfig(**(fields | changes))
 
 
+def with_head_norms(**changes) -> InternVLConfig:
+    """Norms of heads, whose channels together are more than a token's."""
+    norms = {"qk_norm": True, "head_dim": 48, **changes}
+    base = medium()
+    return medium(
+        text=dataclasses.replace(base.text, **norms),
+        language=dataclasses.replace(base.chat, **norms),
+    )
+
+
 def workload(objective: str, config: InternVLConfig | None = None, **changes) -> Workload:
     config = config or medium()
     kinds = {
@@ -149,6 +159,7 @@ def test_adapters_and_tied_heads_too(kind):
     _assert_same_shapes(kind, config)
     tied = dataclasses.replace(config.text, tied_head=True)
     _assert_same_shapes(kind, dataclasses.replace(config, text=tied, language=tied))
+    _assert_same_shapes(kind, with_head_norms())
 
 
 def _assert_same_shapes(kind: str, config: InternVLConfig) -> None:
@@ -194,6 +205,7 @@ def vision_flops(work: Workload) -> float:
         ("chat", {"trained": ("connector", "vision.position_embedding")}),
         ("chat", {"trained": ("sft",), "kind": "chat_full"}),
         ("chat", {"config": medium(connector=ConnectorConfig(select_layer=-3))}),
+        ("chat", {"config": with_head_norms()}),
         ("chat", {"config": medium().with_lora(language=LoraConfig()), "trained": ("lora",)}),
         ("chat", {"config": medium().with_lora(vision=LoraConfig()), "trained": ("lora",)}),
     ],
@@ -257,6 +269,9 @@ def test_activations_of_qllama_s_queries_where_cross_attention_is_most(dtype):
         ("chat", {}),
         ("chat", {"trained": ("connector",)}),
         ("chat", {"trained": ("sft",), "kind": "chat_full"}),
+        ("chat", {"config": with_head_norms()}),
+        ("chat", {"config": with_head_norms(), "trained": ("connector",)}),
+        ("text", {"config": with_head_norms(key_value_heads=None)}),
         ("chat", {"config": medium().with_lora(language=LoraConfig()), "trained": ("lora",)}),
         ("chat", {"config": medium().with_lora(vision=LoraConfig()), "trained": ("lora",)}),
     ],
