@@ -17,7 +17,8 @@ from vlfoundry.eval.datasets.folders import (
 )
 from vlfoundry.eval.ranks import Team, run_team
 from vlfoundry.eval.reference import NearestPicture
-from vlfoundry.eval.suites import NEEDS, suite_run, why_not, why_not_kind
+from vlfoundry.eval.suite import Suite
+from vlfoundry.eval.suites import suite, suites, why_not, why_not_kind
 from vlfoundry.infra.core.errors import DataError, ModelError
 from vlfoundry.infra.core.files import cannot_write, require_writable, require_writable_folder
 from vlfoundry.models.internvl.config import CAPABILITIES
@@ -30,7 +31,7 @@ SCENES = 250
 def evaluate_folder(
     model_ref: str | Path,
     data_dir: str | Path,
-    suite: str,
+    suite_name: str,
     json_out: str | Path,
     *,
     languages: Sequence[str] | None = None,
@@ -52,22 +53,21 @@ def evaluate_folder(
     """
     from vlfoundry.infra.registry.gto import resolve_model
 
-    if suite not in NEEDS:
-        raise ModelError(f"unknown suite {suite!r}; choose from {', '.join(NEEDS)}")
+    asked = suite(suite_name)
     out = Path(json_out)
     require_writable(out, "the scores")
     items = out.parent / f"{out.stem}.items"
     require_writable_folder(items, "the items")
     folder = resolve_model(str(model_ref))
-    _check_model(folder, suite)
+    _check_model(folder, suite_name)
     check_choices(data_dir, sources=sources, train_sources=train_sources, languages=languages)
     data = read_folder(data_dir, sources=sources)
-    if isinstance(data, PairSet) and suite == "zero_shot":
+    if isinstance(data, PairSet) and asked.labels:
         for line in data.told:
             log(f"labels: {line}")
     train = read_concept_set(data_dir, sources=train_sources) if train_sources else None
     setting = EvalContext(
-        languages=choose_languages(data, languages, suite, log),
+        languages=choose_languages(data, languages, asked, log),
         seed=seed,
         items_dir=items,
         train=train,
@@ -77,10 +77,10 @@ def evaluate_folder(
 
     def work(team: Team) -> tuple[list[Score], dict[str, Any]]:
         model = team.load(folder)
-        reason = why_not(model, suite)
+        reason = why_not(model, suite_name)
         if reason:
             raise ModelError(reason)
-        return suite_run(suite)(model, data, setting), model_facts(model, folder)
+        return asked.run(model, data, setting), model_facts(model, folder)
 
     scores, facts = run_team(work)
     try:
@@ -89,16 +89,16 @@ def evaluate_folder(
         for score in scores:
             log(score_line(score))
         raise cannot_write(out, "the scores", error) from error
-    log(f"{suite}: {len(scores)} scores on {len(data)} pictures of {data.folder} -> {out}")
+    log(f"{suite_name}: {len(scores)} scores on {len(data)} pictures of {data.folder} -> {out}")
     return scores
 
 
-def _check_model(folder: Path, suite: str) -> None:
+def _check_model(folder: Path, suite_name: str) -> None:
     """Raises ModelError for a folder that is no whole model, or of a kind that has no such scores;
     before PyTorch is imported."""
     kind, config = read_config(folder)
     check_shapes(folder, kind, config)
-    reason = why_not_kind(kind, CAPABILITIES[kind], suite)
+    reason = why_not_kind(kind, CAPABILITIES[kind], suite_name)
     if reason:
         raise ModelError(reason)
 
@@ -108,19 +108,20 @@ def score_model(
     data: DataFolder,
     setting: EvalContext,
     *,
-    suites: Sequence[str] = tuple(NEEDS),
+    chosen: Sequence[str] | None = None,
     log: Callable[[str], None] = print,
 ) -> tuple[list[Score], dict[str, str]]:
-    """All scores of the suites that the model can do, and the reason for each that it cannot."""
+    """All scores of the chosen suites (None: of all) that the model can do, and the reason for each
+    that it cannot."""
     scores: list[Score] = []
     not_applicable: dict[str, str] = {}
-    for suite in suites:
-        reason = why_not(model, suite)
+    for name in suites() if chosen is None else chosen:
+        reason = why_not(model, name)
         if reason:
-            not_applicable[suite] = reason
+            not_applicable[name] = reason
             continue
-        found = suite_run(suite)(model, data, setting)
-        log(f"{suite}: {found[0].name} {found[0].lang} {found[0].value:.3f} (n {found[0].n})")
+        found = suite(name).run(model, data, setting)
+        log(f"{name}: {found[0].name} {found[0].lang} {found[0].value:.3f} (n {found[0].n})")
         scores += found
     return scores, not_applicable
 
@@ -128,11 +129,11 @@ def score_model(
 def choose_languages(
     data: DataFolder,
     asked: Sequence[str] | None,
-    suite: str = "",
+    suite: Suite | None = None,
     log: Callable[[str], None] = print,
 ) -> tuple[str, ...]:
     """The languages to score. Raises DataError for one that was asked for and is not there."""
-    if suite == "zero_shot" and isinstance(data, PairSet):
+    if suite and suite.labels and isinstance(data, PairSet):
         return ()  # classes are labels, which have no language
     available = data.languages
     if asked:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vlfoundry.eval.compare.rules import Rule
-from vlfoundry.eval.suites import NEEDS, abilities, score_keys
+from vlfoundry.eval.suites import abilities, score_keys, suite
 from vlfoundry.infra.core.config import PARAMS_FILE, load_params
 from vlfoundry.infra.core.errors import ConfigError
 from vlfoundry.infra.core.project import DEFINITION
@@ -52,8 +52,8 @@ def _check_rules(rules: Sequence[Rule], suites: Sequence[str], languages: Sequen
     for rule in rules:
         for variant in filter(None, (rule.variant, rule.not_below)):
             able = abilities(variant, CAPABILITIES[variant])
-            there = [name for name in suites if NEEDS[name] in able]
-            keys = [key for suite in there for key in score_keys(suite, languages)]
+            there = [name for name in suites if suite(name).needs in able]
+            keys = [key for name in there for key in score_keys(name, languages)]
             if rule.score in keys:
                 continue
             near = difflib.get_close_matches(rule.score, keys, n=1)

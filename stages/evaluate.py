@@ -8,7 +8,7 @@ others are listed with the reason.
 
 import dataclasses
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from vlfoundry.eval.datasets.folders import ConceptSet, read_concept_set
 from vlfoundry.eval.ranks import Team, run_team
 from vlfoundry.eval.reference import NearestPicture
 from vlfoundry.eval.runner import choose_languages, model_facts, score_model
-from vlfoundry.eval.suites import NEEDS
+from vlfoundry.eval.suites import suites
 from vlfoundry.eval.variants import MODELS
 from vlfoundry.infra.core.config import check_languages
 from vlfoundry.infra.core.errors import ConfigError
@@ -58,7 +58,7 @@ class EvaluateConfig:
 
     test_source: str = "twemoji"
     """Artwork file under test; training must not have read it."""
-    suites: tuple[str, ...] = tuple(NEEDS)
+    suites: tuple[str, ...] = field(default_factory=lambda: tuple(suites()))
     """Suites to run as far as the model's kind allows."""
     scenes: int = 200
     """Questions of each kind on composed scenes."""
@@ -66,9 +66,11 @@ class EvaluateConfig:
     """What each model is compared with."""
 
     def __post_init__(self) -> None:
-        unknown = sorted(set(self.suites) - set(NEEDS))
+        unknown = sorted(set(self.suites) - set(suites()))
         if unknown:
-            raise ConfigError(f"evaluate.suites: no suite {unknown}; there are {list(NEEDS)}")
+            raise ConfigError(
+                f"evaluate.suites: unknown suites {unknown}; choose from {list(suites())}"
+            )
         if self.scenes < 1:
             raise ConfigError(f"evaluate.scenes is {self.scenes}, expected at least 1")
 
@@ -139,7 +141,7 @@ def run(config: Config, context: Context) -> None:
                 )
                 context.log(f"{name} {model.kind}")
                 results[name] = score_model(
-                    model, data, setting, suites=config.evaluate.suites, log=context.log
+                    model, data, setting, chosen=config.evaluate.suites, log=context.log
                 )
                 facts[name] = model_facts(model, model_folder)
                 progress.update()

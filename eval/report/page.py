@@ -8,7 +8,7 @@ from typing import Any
 from vlfoundry.eval.compare.scores import read_items
 from vlfoundry.eval.datasets.folders import read_folder
 from vlfoundry.eval.report import charts, collect
-from vlfoundry.eval.suites import NEEDS
+from vlfoundry.eval.suites import suites
 from vlfoundry.eval.variants import MODELS, scores_file
 
 PAGE = "work/report/index.html"
@@ -24,17 +24,6 @@ MODEL_NAMES = {
     "chat_simple": "Chat, simple (vision tower and connector)",
     "chat_full": "Chat, full (with QLLaMA)",
 }
-HEADLINES = (
-    ("internvl_c", "zero_shot/top1/ensemble", "zero-shot top-1, five languages together"),
-    ("internvl_c", "zero_shot/top5/ensemble", "zero-shot top-5, five languages together"),
-    ("internvl_c", "retrieval/text_to_image_r10/en", "text-to-image R@10, English"),
-    ("internvl_g", "matching/accuracy", "names that belong or not, InternVL-G"),
-    ("chat_full", "caption/token_f1", "words of captions of scenes, chat full"),
-    ("chat_simple", "colour/accuracy", "colour questions, chat simple"),
-    ("chat_simple", "box/accuracy_iou50", "boxes at IoU 0.5, chat simple"),
-    ("chat_full", "colour/accuracy", "colour questions, chat full"),
-    ("chat_full", "box/accuracy_iou50", "boxes at IoU 0.5, chat full"),
-)
 SHOWN_PER_QUERY = 5
 
 
@@ -87,10 +76,11 @@ def content(root: Path, examples: int) -> dict[str, Any]:
 def headlines(documents: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The numbers that stand on top."""
     tiles = []
-    for variant, key, label in HEADLINES:
-        for score in documents.get(variant, {}).get("scores", ()):
-            if score_key(score) == key:
-                tiles.append({"label": label, "score": score})
+    for suite in suites().values():
+        for headline in suite.headlines:
+            for score in documents.get(headline.kind, {}).get("scores", ()):
+                if score_key(score) == f"{suite.name}/{headline.key}":
+                    tiles.append({"label": headline.label, "score": score})
     return tiles
 
 
@@ -127,8 +117,8 @@ def summary(found: Mapping[str, Any]) -> dict[str, Any]:
 def tables(document: Mapping[str, Any]) -> list[dict[str, Any]]:
     """One table a suite: rows of (name, language) with a chart on a scale fit for the suite."""
     result = []
-    for suite in NEEDS:
-        scores = [score for score in document["scores"] if score["suite"] == suite]
+    for suite in suites().values():
+        scores = [score for score in document["scores"] if score["suite"] == suite.name]
         if not scores:
             continue
         shown = [s.get(k) for s in scores for k in ("value", "reference", "baseline")]
@@ -139,7 +129,7 @@ def tables(document: Mapping[str, Any]) -> list[dict[str, Any]]:
         rows = [
             {**s, "overall": is_overall(s), "svg": charts.interval_chart(s, full)} for s in order
         ]
-        result.append({"suite": suite, "rows": rows, "full": full})
+        result.append({"suite": suite.name, "rows": rows, "full": full, "opened": suite.opened})
     return result
 
 

@@ -1,45 +1,36 @@
-"""The suites: each file has one `run(model, data, setting) -> list[Score]`."""
+"""The registry of suites: each module of this folder declares one as `SUITE` (`eval.suite`)."""
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Sequence
 
-from vlfoundry.eval.compare.scores import ENSEMBLE, Score
-from vlfoundry.eval.context import EvalContext, Model
-from vlfoundry.eval.datasets.folders import DataFolder
+from vlfoundry.eval.context import Model
+from vlfoundry.eval.suite import Suite
 from vlfoundry.infra.core.errors import ModelError
-
-SuiteRun = Callable[[Model, DataFolder, EvalContext], list[Score]]
-
-NEEDS = {
-    "zero_shot": "embed",
-    "retrieval": "embed",
-    "linear_probe": "embed",
-    "matching": "match",
-    "caption": "generate",
-    "colour": "chat",
-    "box": "chat",
-}
-"""What a model must be able to do for each suite; in the order in which they run."""
-TOPS = ("top1", "top5")
-CUTS = ("r1", "r5", "r10")
-SCORES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "zero_shot": ((), (*TOPS, *(f"{top}_{part}" for top in TOPS for part in ("seen", "held_out")))),
-    "retrieval": (CUTS, tuple(f"{way}_{cut}" for way in ("image_to_text", "text_to_image")
-                              for cut in CUTS)),
-    "linear_probe": (("group_accuracy",), ()),
-    "matching": (("accuracy", "hard_accuracy"),) * 2,
-    "caption": (("token_f1", "chrf", "in_language"),) * 2,
-    "colour": (("accuracy", "in_words"), ("accuracy",)),
-    "box": (("accuracy_iou50", "mean_iou", "has_box"), ("accuracy_iou50", "mean_iou")),
-}  # fmt: skip
-"""What a suite may score over all languages, and what in each."""
+from vlfoundry.infra.core.members import members
 
 
-def score_keys(suite: str, languages: Sequence[str]) -> list[str]:
+@functools.cache
+def suites() -> dict[str, Suite]:
+    """Every suite by its name, in the order in which they run."""
+    found = sorted(members(__name__, "SUITE"), key=lambda suite: (suite.position, suite.name))
+    return {suite.name: suite for suite in found}
+
+
+def suite(name: str) -> Suite:
+    """A suite by its name.
+
+    Raises:
+        ModelError: there is none of that name.
+    """
+    known = suites()
+    if name not in known:
+        raise ModelError(f"unknown suite {name!r}; choose from {', '.join(known)}")
+    return known[name]
+
+
+def score_keys(name: str, languages: Sequence[str]) -> list[str]:
     """`suite/name` and `suite/name/lang` of all that a suite may score on concept sets."""
-    whole, each = SCORES[suite]
-    tags = [*languages, *([ENSEMBLE] if suite == "zero_shot" else [])]
-    names = [*whole, *(f"{name}/{lang}" for name in each for lang in tags)]
-    return [f"{suite}/{name}" for name in names]
+    return list(suite(name).keys(languages))
 
 
 def abilities(kind: str, capabilities: frozenset[str]) -> frozenset[str]:
@@ -48,38 +39,20 @@ def abilities(kind: str, capabilities: frozenset[str]) -> frozenset[str]:
     return capabilities | ({"chat"} if can_chat else set())
 
 
-def why_not(model: Model, suite: str) -> str:
+def why_not(model: Model, name: str) -> str:
     """Why the model cannot run the suite, or an empty string if it can.
 
     Raises ModelError for a suite that does not exist.
     """
-    if suite not in NEEDS:
-        raise ModelError(f"unknown suite {suite!r}; choose from {', '.join(NEEDS)}")
-    return why_not_kind(model.kind, model.capabilities, suite)
+    return why_not_kind(model.kind, model.capabilities, name)
 
 
-def why_not_kind(kind: str, capabilities: frozenset[str], suite: str) -> str:
+def why_not_kind(kind: str, capabilities: frozenset[str], name: str) -> str:
     """`why_not` of a model that is not loaded yet."""
-    able = abilities(kind, capabilities)
-    if NEEDS[suite] in able:
+    needs, able = suite(name).needs, abilities(kind, capabilities)
+    if needs in able:
         return ""
     return (
-        f"{suite} needs a model that can {NEEDS[suite]}; one of kind {kind} can "
+        f"{name} needs a model that can {needs}; one of kind {kind} can "
         f"{' and '.join(sorted(able))}"
     )
-
-
-def suite_run(name: str) -> SuiteRun:
-    """The `run` function of a suite."""
-    from vlfoundry.eval.suites import (
-        box,
-        caption,
-        colour,
-        linear_probe,
-        matching,
-        retrieval,
-        zero_shot,
-    )
-
-    modules = (zero_shot, retrieval, linear_probe, matching, caption, colour, box)
-    return {module.NAME: module.run for module in modules}[name]

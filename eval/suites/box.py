@@ -7,6 +7,7 @@ from vlfoundry.eval.context import EvalContext, Model
 from vlfoundry.eval.datasets.folders import DataFolder
 from vlfoundry.eval.metrics import compute
 from vlfoundry.eval.questions import ask, by_language, keep_scenes, nearest_answers, replies
+from vlfoundry.eval.suite import Headline, Suite
 from vlfoundry.infra.data.synthetic.scenes import parse_box
 
 NAME = "box"
@@ -67,3 +68,21 @@ def _ious(boxes, truths) -> np.ndarray:
 
 def _same(values: np.ndarray) -> np.ndarray:
     return values
+
+
+SUITE = Suite(
+    name=NAME,
+    position=70,
+    needs="chat",
+    data="concepts",
+    asks="where the named drawing is in a composed scene, as [x1,y1,x2,y2] in 0..1000",
+    metrics=("iou_accuracy",),
+    run=run,
+    whole=("accuracy_iou50", "mean_iou", "has_box"),
+    each=("accuracy_iou50", "mean_iou"),
+    opened=True,
+    headlines=(
+        Headline(kind="chat_simple", key="accuracy_iou50", label="boxes at IoU 0.5, chat simple"),
+        Headline(kind="chat_full", key="accuracy_iou50", label="boxes at IoU 0.5, chat full"),
+    ),
+)

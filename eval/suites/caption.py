@@ -23,6 +23,7 @@ from vlfoundry.eval.questions import (
     nearest_answers,
     replies,
 )
+from vlfoundry.eval.suite import Headline, Suite
 from vlfoundry.infra.core.errors import DataError
 from vlfoundry.infra.data.images.decode import Picture as Shown
 from vlfoundry.infra.data.synthetic.scenes import caption_question
@@ -231,3 +232,19 @@ def _prompt(lang: str, is_chat: bool) -> str:
     from vlfoundry.models.internvl.prompts import caption_prompt
 
     return caption_prompt(lang)
+
+
+SUITE = Suite(
+    name=NAME,
+    position=50,
+    needs="generate",
+    data="any",
+    asks="for a caption in a language (`caption_question` of a chat model, else `caption_prompt`)",
+    metrics=MEASURES,
+    run=run,
+    whole=(*MEASURES, IN_LANGUAGE),
+    each=(*MEASURES, IN_LANGUAGE),
+    headlines=(
+        Headline(kind="chat_full", key="token_f1", label="words of captions of scenes, chat full"),
+    ),
+)

@@ -14,6 +14,7 @@ from vlfoundry.eval.questions import (
     nearest_answers,
     replies,
 )
+from vlfoundry.eval.suite import Headline, Suite
 from vlfoundry.infra.data.synthetic.scenes import answer_words
 
 NAME = "colour"
@@ -75,3 +76,21 @@ def _match(answers, truths) -> list[float]:
         return []
     references = [[truth] for truth in truths]
     return compute("exact_match", predictions=list(answers), references=references)["per_item"]
+
+
+SUITE = Suite(
+    name=NAME,
+    position=60,
+    needs="chat",
+    data="concepts",
+    asks="what colour the background of a composed scene is, in each language (`scenes.json`)",
+    metrics=("exact_match",),
+    run=run,
+    whole=("accuracy", "in_words"),
+    each=("accuracy",),
+    opened=True,
+    headlines=(
+        Headline(kind="chat_simple", key="accuracy", label="colour questions, chat simple"),
+        Headline(kind="chat_full", key="accuracy", label="colour questions, chat full"),
+    ),
+)

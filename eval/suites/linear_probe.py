@@ -11,6 +11,7 @@ from vlfoundry.eval.compare.scores import Score, mean_score, write_items
 from vlfoundry.eval.context import EvalContext, Model, probe_features
 from vlfoundry.eval.datasets.folders import ConceptSet, DataFolder
 from vlfoundry.eval.metrics import compute
+from vlfoundry.eval.suite import Suite
 from vlfoundry.infra.core.errors import DataError
 
 NAME = "linear_probe"
@@ -103,3 +104,15 @@ def _accuracy(guesses: list[str], labels: list[str]) -> np.ndarray:
         k=(1,),
     )
     return np.array(result["per_item"][1])
+
+
+SUITE = Suite(
+    name=NAME,
+    position=30,
+    needs="embed",
+    data="concepts",
+    asks="which group an image is of, by a logistic regression on the vision tower's features",
+    metrics=("exact_match",),
+    run=run,
+    whole=("group_accuracy",),
+)

@@ -20,6 +20,7 @@ from vlfoundry.eval.context import (
 )
 from vlfoundry.eval.datasets.folders import DataFolder
 from vlfoundry.eval.datasets.pairing import Pairs, name_captions, pair_up
+from vlfoundry.eval.suite import Headline, Suite
 from vlfoundry.infra.core.errors import DataError
 
 NAME = "matching"
@@ -126,3 +127,19 @@ def _probabilities(model: Model, data: DataFolder, questions: Sequence[_Question
     said = np.empty(len(questions), np.float32)
     said[order] = np.concatenate(in_batches(model, "match", batches))
     return said.tolist()
+
+
+SUITE = Suite(
+    name=NAME,
+    position=40,
+    needs="match",
+    data="any",
+    asks="whether a caption belongs to an image: its own, a random one, the most similar one",
+    metrics=(),
+    run=run,
+    whole=tuple(KINDS),
+    each=tuple(KINDS),
+    headlines=(
+        Headline(kind="internvl_g", key="accuracy", label="names that belong or not, InternVL-G"),
+    ),
+)

@@ -15,6 +15,7 @@ from vlfoundry.eval.datasets.folders import ConceptSet, DataFolder
 from vlfoundry.eval.datasets.pairing import Pairs, keyword_caption, keyword_captions, pair_up
 from vlfoundry.eval.metrics import compute
 from vlfoundry.eval.metrics.ranking import best_rank, chance_at, top_candidates
+from vlfoundry.eval.suite import Headline, Suite
 
 NAME = "retrieval"
 CUTS = (1, 5, 10)
@@ -126,3 +127,21 @@ def _items(data, pairs, direction, found, ranks, right):
             "found": [answers[index] for index in found[row]],
             "rank": int(ranks[row]),
         }
+
+
+SUITE = Suite(
+    name=NAME,
+    position=20,
+    needs="embed",
+    data="any",
+    asks="which caption an image is nearest to, and which image a caption",
+    metrics=("recall_at_k",),
+    run=run,
+    whole=tuple(f"r{cut}" for cut in CUTS),
+    each=tuple(f"{way}_r{cut}" for way in ("image_to_text", "text_to_image") for cut in CUTS),
+    headlines=(
+        Headline(
+            kind="internvl_c", key="text_to_image_r10/en", label="text-to-image R@10, English"
+        ),
+    ),
+)

@@ -12,6 +12,7 @@ from vlfoundry.eval.context import EvalContext, Model, embed_pictures, embed_tex
 from vlfoundry.eval.datasets.folders import Concept, ConceptSet, DataFolder, PairSet
 from vlfoundry.eval.metrics import compute
 from vlfoundry.eval.metrics.ranking import best_rank, chance_at, top_candidates
+from vlfoundry.eval.suite import Headline, Suite
 from vlfoundry.infra.core.errors import DataError
 
 NAME = "zero_shot"
@@ -181,3 +182,26 @@ def _items(data, classes, known, guesses, ranks, hits, held_out):
             "held_out": bool(held_out[row]),
             **{f"top{cut}": hits[cut][row] for cut in CUTS},
         }
+
+
+SUITE = Suite(
+    name=NAME,
+    position=10,
+    needs="embed",
+    data="any",
+    asks="which of the classes' names an image is nearest to",
+    metrics=("topk_accuracy",),
+    run=run,
+    each=tuple(f"top{cut}{part}" for part in ("", "_seen", "_held_out") for cut in CUTS),
+    ensemble=True,
+    labels=True,
+    opened=True,
+    headlines=(
+        Headline(
+            kind="internvl_c", key="top1/ensemble", label="zero-shot top-1, five languages together"
+        ),
+        Headline(
+            kind="internvl_c", key="top5/ensemble", label="zero-shot top-5, five languages together"
+        ),
+    ),
+)

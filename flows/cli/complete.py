@@ -33,9 +33,9 @@ def in_project(names: Callable[[Path], Iterable[str]]) -> Completion:
 
 @offering
 def suites() -> Iterable[str]:
-    from vlfoundry.eval.suites import NEEDS
+    from vlfoundry.eval.suites import suites
 
-    return NEEDS
+    return suites()
 
 
 @offering

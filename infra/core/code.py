@@ -23,7 +23,7 @@ from typing import Any
 from vlfoundry.infra.core.config import build, canonical_json, load_params, read_yaml, to_dict
 from vlfoundry.infra.core.errors import ConfigError, DataError, UserError
 from vlfoundry.infra.core.files import write_atomic
-from vlfoundry.infra.core.meaning import Source, read_source, table_meaning
+from vlfoundry.infra.core.meaning import MEMBERS, Source, read_source, table_meaning
 from vlfoundry.infra.core.project import check_format
 
 PACKAGE = "vlfoundry"
@@ -261,7 +261,10 @@ class _Sources:
             source = self._read(path)
             found[name] = source.meaning
             waiting += [name.rpartition(".")[0]] if "." in name else []
-            waiting += source.imports
+            waiting += [n for n in source.imports if n != MEMBERS]
+            if MEMBERS in source.imports and path.name == "__init__.py":
+                waiting += [f"{name}.{p.stem}" for p in path.parent.glob("*.py") if p != path]
+                waiting += [f"{name}.{p.parent.name}" for p in path.parent.glob("*/__init__.py")]
             table = path.with_suffix(".json")
             if table.is_file():
                 found[f"{name}:{table.name}"] = table_meaning(table.read_text(encoding="utf-8"))

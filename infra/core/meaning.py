@@ -16,6 +16,10 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+REGISTRY = "vlfoundry.infra.core.members"
+"""who imports it reaches all modules of its own package"""
+MEMBERS = ".*"
+
 
 @dataclass(frozen=True)
 class Source:
@@ -24,13 +28,15 @@ class Source:
     meaning: str
     """Hexadecimal sha256."""
     imports: tuple[str, ...]
-    """Names of modules, in functions too. `from a import b` gives `a` and `a.b`, whatever b is."""
+    """Names of modules, in functions too. `from a import b` gives `a` and `a.b`, whatever b is.
+    `MEMBERS` stands for every module of the source's own package."""
 
 
 def read_source(text: str) -> Source:
     """What a source means. Raises SyntaxError if it cannot be parsed."""
     tree = _Running().visit(ast.parse(text))
-    imports = tuple(dict.fromkeys(_imported(tree)))
+    names = list(_imported(tree))
+    imports = tuple(dict.fromkeys([*names, *([MEMBERS] if REGISTRY in names else [])]))
     plain = ast.dump(_without_unused(_Bare().visit(tree)))
     return Source(hashlib.sha256(plain.encode()).hexdigest(), imports)
 

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
-import pkgutil
 from collections.abc import Mapping
 from typing import Any
 
 from vlfoundry.infra.core.errors import ConfigError
 from vlfoundry.infra.core.givenfiles import shown
+from vlfoundry.infra.core.members import members
 from vlfoundry.models.decoder.family import Family
 from vlfoundry.models.decoder.official import config_from_official, config_to_official
 from vlfoundry.models.layers.config import DecoderConfig
@@ -23,11 +22,7 @@ from vlfoundry.models.official.fields import label
 @functools.cache
 def families() -> dict[str, Family]:
     """Every family by its name, which is its `model_type`."""
-    found = [
-        importlib.import_module(f"{__name__}.{module.name}").FAMILY
-        for module in pkgutil.iter_modules(__path__)
-    ]
-    return {family.name: family for family in found}
+    return {family.name: family for family in members(__name__, "FAMILY")}
 
 
 def flavours() -> dict[str, DecoderConfig]:

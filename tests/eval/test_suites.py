@@ -21,11 +21,13 @@ from tests.support.fake_models import (
 from vlfoundry.eval.compare.scores import read_items
 from vlfoundry.eval.context import EvalContext
 from vlfoundry.eval.datasets.folders import read_concept_set, read_folder
+from vlfoundry.eval.metrics import METRICS
 from vlfoundry.eval.questions import KINDS, ask
 from vlfoundry.eval.reference import NearestPicture
 from vlfoundry.eval.runner import choose_languages, score_model
-from vlfoundry.eval.suites import NEEDS, score_keys, suite_run, why_not
+from vlfoundry.eval.suites import abilities, score_keys, suites, why_not
 from vlfoundry.infra.core.errors import DataError, ModelError
+from vlfoundry.models.internvl.config import CAPABILITIES
 
 SCENES = 40
 
@@ -72,11 +74,11 @@ def oracle(data, kind="internvl_g"):
 
 @pytest.mark.parametrize("suite", ["zero_shot", "retrieval", "matching"])
 def test_who_knows_gets_everything_and_who_guesses_gets_chance(suite, data, setting):
-    for score in suite_run(suite)(oracle(data), data, setting):
+    for score in suites()[suite].run(oracle(data), data, setting):
         assert score.value == 1.0, score
         assert score.chance is not None
         assert score.chance < 0.6
-    for score in suite_run(suite)(Guesser(), data, setting):
+    for score in suites()[suite].run(Guesser(), data, setting):
         low, high = score.interval
         assert score.chance is not None
         assert low - 0.02 <= score.chance <= high + 0.02, score
@@ -84,12 +86,12 @@ def test_who_knows_gets_everything_and_who_guesses_gets_chance(suite, data, sett
 
 @pytest.mark.parametrize("suite", ["zero_shot", "retrieval"])
 def test_constant_vectors_earn_nothing(suite, data, setting):
-    for score in suite_run(suite)(Constant(), data, setting):
+    for score in suites()[suite].run(Constant(), data, setting):
         assert score.value == 0.0, score
 
 
 def test_zero_shot_reports_languages_ensemble_and_held_out_concepts(data, setting):
-    scores = by_key(suite_run("zero_shot")(oracle(data), data, setting))
+    scores = by_key(suites()["zero_shot"].run(oracle(data), data, setting))
     assert scores["zero_shot/top1/ensemble"].n == 30
     assert scores["zero_shot/top1_held_out/zh"].n == 3
     assert scores["zero_shot/top5_seen/en"].n == 27
@@ -104,7 +106,7 @@ def test_zero_shot_reports_languages_ensemble_and_held_out_concepts(data, settin
 def test_pictures_that_look_the_same_accept_either_answer(data, setting):
     model = oracle(data)
     model._places["en thing 0"] = {30}  # only the twin's name finds the first two
-    score = by_key(suite_run("zero_shot")(model, data, setting))["zero_shot/top1/en"]
+    score = by_key(suites()["zero_shot"].run(model, data, setting))["zero_shot/top1/en"]
     assert score.value == 1.0
 
 
@@ -120,7 +122,7 @@ def test_equal_names_are_one_answer(tmp_path, data, setting):
 
 
 def test_retrieval_uses_keywords_without_the_name(data, setting):
-    scores = by_key(suite_run("retrieval")(oracle(data), data, setting))
+    scores = by_key(suites()["retrieval"].run(oracle(data), data, setting))
     score = scores["retrieval/text_to_image_r10/zh"]
     queries = [item["query"] for item in read_items(setting.items_dir.parent / score.items)]
     assert "zhword7, same" in queries
@@ -155,7 +157,7 @@ def test_retrieval_on_a_pair_set_with_several_captions(tmp_path):
     assert "6 of 12 pictures have no caption in 'it'" in said[1]
     assert choose_said(data, ["en"]) == []
     setting = EvalContext(languages=languages, seed=0, items_dir=tmp_path / "items")
-    scores = by_key(suite_run("retrieval")(Oracle(data), data, setting))
+    scores = by_key(suites()["retrieval"].run(Oracle(data), data, setting))
     assert scores["retrieval/image_to_text_r1/en"].n == 12
     assert scores["retrieval/text_to_image_r1/en"].n == 24
     assert scores["retrieval/image_to_text_r1/it"].n == 6
@@ -178,7 +180,7 @@ class Believer(Guesser):
 
 
 def test_matching_asks_of_each_picture_its_own_and_two_wrong_captions(data, setting):
-    scores = by_key(suite_run("matching")(Believer(), data, setting))
+    scores = by_key(suites()["matching"].run(Believer(), data, setting))
     assert {key: score.value for key, score in scores.items()} == dict.fromkeys(scores, 0.5)
     assert set(scores) == {
         f"matching/{name}{lang}"
@@ -199,7 +201,7 @@ def test_matching_asks_of_each_picture_its_own_and_two_wrong_captions(data, sett
 
 def test_the_hard_wrong_caption_is_the_most_similar_wrong_one(data, setting):
     model = Guesser()
-    suite_run("matching")(model, data, setting)
+    suites()["matching"].run(model, data, setting)
     shown = {picture.id: picture for picture in data.pictures}
     texts = [concept.names["en"] for concept in data.concepts.values()]
     vectors = model.embed_texts(texts)
@@ -225,7 +227,7 @@ def test_matching_on_a_pair_set(tmp_path):
 
     data = read_folder(write_pair_set(tmp_path, rows(lambda i: [f"first {i}", f"second {i // 2}"])))
     setting = EvalContext(languages=("en",), seed=0, items_dir=tmp_path / "items")
-    scores = by_key(suite_run("matching")(Oracle(data), data, setting))
+    scores = by_key(suites()["matching"].run(Oracle(data), data, setting))
     assert scores["matching/accuracy"].value == scores["matching/hard_accuracy"].value == 1.0
     assert scores["matching/accuracy"].n == 14
 
@@ -241,7 +243,7 @@ def test_a_picture_to_which_every_caption_belongs_is_not_asked_about(tmp_path):
     rows = [row(0, "a", "b"), row(1, "a"), row(2, "b")]
     data = read_folder(write_pair_set(tmp_path, rows))
     setting = EvalContext(languages=("en",), seed=0, items_dir=tmp_path / "items")
-    scores = by_key(suite_run("matching")(Guesser(), data, setting))
+    scores = by_key(suites()["matching"].run(Guesser(), data, setting))
     assert scores["matching/accuracy"].n == 4
     asked = read_items(tmp_path / "items" / "matching.jsonl")
     assert {item["picture"] for item in asked} == {"p1", "p2"}
@@ -266,7 +268,7 @@ def test_zero_shot_on_a_pair_set_uses_its_labels(tmp_path):
             for i, picture in enumerate(data.pictures):
                 self._places[looks(picture.data)] = self._places[picture.label] = {i % 4}
 
-    scores = by_key(suite_run("zero_shot")(Knows(), data, setting))
+    scores = by_key(suites()["zero_shot"].run(Knows(), data, setting))
     assert scores["zero_shot/top1"].value == 1.0
     assert scores["zero_shot/top1"].chance == 0.25
     assert scores["zero_shot/top5"].chance == 1.0
@@ -275,23 +277,23 @@ def test_zero_shot_on_a_pair_set_uses_its_labels(tmp_path):
         row["captions"] = [{"lang": "en", "text": "x"}]
     unlabelled = read_folder(write_pair_set(tmp_path / "b", rows))
     with pytest.raises(DataError, match="has 0 labels"):
-        suite_run("zero_shot")(Guesser(), unlabelled, setting)
+        suites()["zero_shot"].run(Guesser(), unlabelled, setting)
 
 
 def test_the_linear_probe_learns_from_the_training_source_alone(data, setting):
-    (score,) = suite_run("linear_probe")(oracle(data), data, setting)
+    (score,) = suites()["linear_probe"].run(oracle(data), data, setting)
     assert score.value > 0.6
     assert score.reference is not None
     assert score.reference > 0.9
     assert score.chance == pytest.approx(1 / 3)
-    (guess,) = suite_run("linear_probe")(Guesser(), data, setting)
+    (guess,) = suites()["linear_probe"].run(Guesser(), data, setting)
     assert guess.value < 0.7
 
 
 @pytest.mark.parametrize("suite", ["colour", "box", "caption"])
 def test_questions_on_scenes(suite, data, setting):
-    known = by_key(suite_run(suite)(oracle(data, "chat_simple"), data, setting))
-    guessed = by_key(suite_run(suite)(Guesser("chat_simple"), data, setting))
+    known = by_key(suites()[suite].run(oracle(data, "chat_simple"), data, setting))
+    guessed = by_key(suites()[suite].run(Guesser("chat_simple"), data, setting))
     main = {"colour": "accuracy", "box": "accuracy_iou50", "caption": "token_f1"}[suite]
     assert known[f"{suite}/{main}"].value == 1.0
     assert known[f"{suite}/{main}"].n == SCENES
@@ -305,18 +307,22 @@ def test_questions_on_scenes(suite, data, setting):
 
 
 def test_replies_that_cannot_be_parsed_are_counted(data, setting):
-    scores = by_key(suite_run("box")(Guesser("chat_full", reply="[1,2,3]"), data, setting))
+    scores = by_key(suites()["box"].run(Guesser("chat_full", reply="[1,2,3]"), data, setting))
     assert scores["box/has_box"].value == 0.0
     assert scores["box/accuracy_iou50"].n == SCENES
-    inside = by_key(suite_run("box")(Guesser("chat_full", reply="at [0,0,999,999]"), data, setting))
+    inside = by_key(
+        suites()["box"].run(Guesser("chat_full", reply="at [0,0,999,999]"), data, setting)
+    )
     assert inside["box/has_box"].value == 1.0
     assert inside["box/mean_iou"].value > 0.05
-    words = by_key(suite_run("colour")(Guesser("chat_full", reply="Red"), data, setting))
+    words = by_key(suites()["colour"].run(Guesser("chat_full", reply="Red"), data, setting))
     assert words["colour/in_words/"[:-1]].value == 0.5  # a colour word in English, not in Chinese
 
 
 def test_single_drawings_are_captioned_by_a_model_that_does_not_chat(data, setting):
-    scores = by_key(suite_run("caption")(Guesser("internvl_g", reply="en thing 5"), data, setting))
+    scores = by_key(
+        suites()["caption"].run(Guesser("internvl_g", reply="en thing 5"), data, setting)
+    )
     assert scores["caption/token_f1/en"].value > scores["caption/token_f1/zh"].value
     items = read_items(setting.items_dir / "caption.jsonl")
     assert {item["prompt"] for item in items} == {"English caption:", "Chinese caption:"}
@@ -327,7 +333,7 @@ def test_the_language_of_captions_is_held_against_the_whole_set(data, setting):
     alone = dataclasses.replace(setting, languages=("en",))
     for reply, value in (("en thing 5", 1.0), ("zh thing 5", 0.0)):
         model = Guesser("chat_simple", reply=reply)
-        scores = by_key(suite_run("caption")(model, data, alone))
+        scores = by_key(suites()["caption"].run(model, data, alone))
         assert scores["caption/in_language"].value == value
 
 
@@ -339,7 +345,7 @@ def test_a_set_of_one_language_does_not_tell_of_languages(tmp_path, setting):
     ]  # fmt: skip
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "pairs.parquet")
     alone = dataclasses.replace(setting, languages=("en",))
-    scores = by_key(suite_run("caption")(Guesser(), read_folder(tmp_path), alone))
+    scores = by_key(suites()["caption"].run(Guesser(), read_folder(tmp_path), alone))
     assert "caption/token_f1" in scores
     assert not any("in_language" in key for key in scores)
 
@@ -357,7 +363,7 @@ def test_a_set_of_one_language_does_not_tell_of_languages(tmp_path, setting):
     ],
 )
 def test_captions_in_another_language_are_counted(data, setting, kind, reply, en, zh):
-    scores = by_key(suite_run("caption")(Guesser(kind, reply=reply), data, setting))
+    scores = by_key(suites()["caption"].run(Guesser(kind, reply=reply), data, setting))
     found = [scores[f"caption/in_language/{lang}"].value for lang in ("en", "zh")]
     assert found == [en, zh]
 
@@ -376,8 +382,8 @@ def test_what_suites_score_is_known_before(data, setting):
     """A rule of the gate is held against these names before anything is trained."""
     models = [oracle(data, kind) for kind in ("internvl_g", "chat_simple")]
     scores = [s for model in models for s in score_model(model, data, setting, log=str)[0]]
-    known = {key for suite in NEEDS for key in score_keys(suite, LANGUAGES)}
-    assert {score.suite for score in scores} == set(NEEDS)
+    known = {key for suite in suites() for key in score_keys(suite, LANGUAGES)}
+    assert {score.suite for score in scores} == set(suites())
     assert {score.key for score in scores} <= known
     held_out = {key for key in known if "held_out" in key or "seen" in key}
     assert known - {score.key for score in scores} <= held_out
@@ -401,7 +407,7 @@ def test_a_model_that_diverged_is_refused(data, setting):
             return np.full(4, np.nan, np.float32)
 
     with pytest.raises(ModelError, match="30 of 30 embeddings of images that are not finite"):
-        suite_run("zero_shot")(Broken(), data, setting)
+        suites()["zero_shot"].run(Broken(), data, setting)
 
 
 def test_languages_that_are_not_there(data):
@@ -413,8 +419,16 @@ def test_languages_that_are_not_there(data):
 
 
 def test_every_suite_is_registered_with_what_it_needs():
-    for name in NEEDS:
-        assert callable(suite_run(name))
+    for name, suite in suites().items():
+        assert suite.name == name
+        assert callable(suite.run)
+        assert {*suite.whole, *suite.each}
+        assert suite.asks
+        assert set(suite.metrics) <= set(METRICS)
+        assert suite.run.__doc__
+        for headline in suite.headlines:
+            assert f"{name}/{headline.key}" in score_keys(name, LANGUAGES)
+            assert suite.needs in abilities(headline.kind, CAPABILITIES[headline.kind])
 
 
 def test_classes_of_one_name_cannot_be_told_apart(tmp_path):
@@ -429,4 +443,4 @@ def test_classes_of_one_name_cannot_be_told_apart(tmp_path):
     data = read_folder(tmp_path)
     setting = EvalContext(languages=("en",), seed=0, items_dir=tmp_path / "items")
     with pytest.raises(DataError, match=r"all 4 concepts are called 'same' in 'en'"):
-        suite_run("zero_shot")(Guesser(), data, setting)
+        suites()["zero_shot"].run(Guesser(), data, setting)

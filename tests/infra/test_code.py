@@ -20,6 +20,12 @@ SOURCES = {
     "infra/lazy.py": "X = 1\n",
     "infra/lazy.json": '{"side": 37}',
     "infra/other.py": "X = 2\n",
+    "infra/core/__init__.py": "",
+    "infra/core/members.py": "def members(package, attribute): ...\n",
+    "kinds/__init__.py": "from vlfoundry.infra.core.members import members\n",
+    "kinds/red.py": "KIND = 1\n",
+    "kinds/blue/__init__.py": "KIND = 2\n",
+    "stages/three.py": "from vlfoundry.kinds import KINDS\n",
     "infra/core/progress.py": "from vlfoundry.infra import other\n",
     "stages/one.py": (
         "from vlfoundry.infra import io\nfrom vlfoundry.infra.core.progress import Progress\n\n\n"
@@ -66,6 +72,15 @@ def test_the_closure_follows_lazy_imports_and_no_neutral_module(project: Path) -
         "vlfoundry.stages",
         "vlfoundry.stages.one",
     ]
+
+
+def test_a_registry_reaches_the_modules_of_its_folder(project: Path) -> None:
+    assert {"vlfoundry.kinds.red", "vlfoundry.kinds.blue"} <= closure(
+        "vlfoundry.stages.three", project / "vlfoundry"
+    ).keys()
+    first = identity(project, "three")
+    edit(project, "kinds/green.py", "KIND = 3\n")
+    assert identity(project, "three") != first
 
 
 def test_code_changes_with_the_meaning_of_what_is_reached(project: Path) -> None:
