@@ -125,7 +125,7 @@ def _apart(ours: Callable[..., Any], theirs: Callable[..., Any], leaves: tuple) 
 
 
 def _memory(size: int) -> Case:
-    from vlfoundry.infra.backend.ranks import run_ranks
+    from vlfoundry.infra.launch.launchers.fork import run_ranks
 
     facts: dict[str, Any] = {"four_inputs_mib": round(4 * size * WIDTH * 4 / 2**20, 1)}
 

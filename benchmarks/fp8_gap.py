@@ -21,9 +21,9 @@ from typing import Any
 from benchmarks.harness import commit, machine
 from vlfoundry.infra.backend import Layout
 from vlfoundry.infra.backend.fp8_config import Fp8Config
-from vlfoundry.infra.backend.ranks import run_ranks
 from vlfoundry.infra.core.config import build, load_params, parse_value
 from vlfoundry.infra.core.stage import Context, parameters_of
+from vlfoundry.infra.launch.launchers.fork import run_ranks
 from vlfoundry.infra.train.config import TrainConfig
 from vlfoundry.infra.train.gap import Gap, measure_gap, smoothed
 from vlfoundry.infra.train.session import DataParallelSlice

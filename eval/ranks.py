@@ -32,17 +32,19 @@ def run_team(work: Work) -> Any:
         UserError: as raised by `work`, or by a rank that could not do its share.
         ConfigError: there is no such launcher profile.
     """
-    from vlfoundry.infra.backend.ranks import run_ranks
+    from vlfoundry.infra.launch.launchers import launcher
     from vlfoundry.infra.launch.profile import local_profile
 
     profile = local_profile()
-    return run_ranks(_be_rank, work, ranks=profile.ranks, threads=profile.threads)[0]
+    return launcher(profile.launcher).run(
+        _be_rank, work, ranks=profile.ranks, threads=profile.threads
+    )[0]
 
 
 def _be_rank(work: Work) -> Any:
     from vlfoundry.infra.backend import Layout
     from vlfoundry.infra.backend.parallel import parallel
-    from vlfoundry.infra.backend.ranks import this_rank
+    from vlfoundry.infra.backend.world import this_rank
 
     rank = this_rank()
     assert rank is not None

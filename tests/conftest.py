@@ -30,9 +30,9 @@ for name in [name for name in os.environ if name.startswith("PREFECT_")]:
 
 @pytest.fixture(scope="session")
 def run_ranks():
-    """`infra.backend.ranks.run_ranks` from this warmed process, with a time limit."""
+    """`run_ranks` of the launcher `fork` from this warmed process, with a time limit."""
     from vlfoundry.infra.backend import install
-    from vlfoundry.infra.backend.ranks import run_ranks
+    from vlfoundry.infra.launch.launchers.fork import run_ranks
 
     install()
     return functools.partial(run_ranks, timeout_s=120)

@@ -35,7 +35,7 @@ def run(sizes: Sizes, clock: Clock) -> Iterator[dict[str, Any]]:
 
 def main() -> None:
     """Print one JSON line."""
-    from vlfoundry.infra.backend.ranks import run_ranks
+    from vlfoundry.infra.launch.launchers.fork import run_ranks
 
     sizes = TINY if "--tiny" in sys.argv else FULL
     vlfoundry.infra.backend.install()

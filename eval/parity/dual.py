@@ -33,7 +33,8 @@ from vlfoundry.eval.parity.recorded import (
 )
 from vlfoundry.infra.backend import Layout
 from vlfoundry.infra.backend.parallel import current_layout, parallel
-from vlfoundry.infra.backend.ranks import run_ranks, this_rank
+from vlfoundry.infra.backend.world import this_rank
+from vlfoundry.infra.launch.launchers.fork import run_ranks
 from vlfoundry.infra.train.step import Engine
 from vlfoundry.infra.train.weights import load_weights
 from vlfoundry.models.decoder.model import at_end

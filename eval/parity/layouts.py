@@ -15,8 +15,8 @@ from vlfoundry.eval.parity.check import Check
 from vlfoundry.eval.parity.recorded import listen_decoder
 from vlfoundry.infra.backend import Layout
 from vlfoundry.infra.backend.parallel import current_layout, parallel
-from vlfoundry.infra.backend.ranks import run_ranks
 from vlfoundry.infra.core.errors import LayoutError
+from vlfoundry.infra.launch.launchers.fork import run_ranks
 from vlfoundry.infra.train.step import Engine
 from vlfoundry.models.internvl.config import InternVLConfig
 from vlfoundry.models.internvl.pipeline_split import check_layout

@@ -11,7 +11,7 @@ from vlfoundry.infra.backend import install
 from vlfoundry.infra.backend.devices import Device
 from vlfoundry.infra.backend.fp8_config import Fp8Config
 from vlfoundry.infra.backend.layout import Layout
-from vlfoundry.infra.backend.ranks import Rank, forbid_forks, this_rank
+from vlfoundry.infra.backend.world import Rank, forbid_forks, this_rank
 
 # One rendezvous store a rank, kept for as long as it lives, and how many worlds met there.
 _store: Any = None
@@ -52,7 +52,7 @@ def text_peers() -> Any:
 def parallel(layout: Layout, *, seed: int = 0, fp8: Fp8Config | None = None) -> Iterator[Layout]:
     """Join the other ranks, cut the world as `layout` says, seed the random states.
 
-    Works in a rank of `run_ranks`, and in a plain process as a world of one; that process can
+    Works in a rank of a launcher, and in a plain process as a world of one; that process can
     start no ranks afterwards.
 
     Args:
@@ -146,9 +146,12 @@ def _join(rank: Rank | None, backend: str) -> None:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         return
     global _store, _worlds
-    if _store is None:
+    if _store is None and rank.address:
+        host, port = rank.address
+        _store = dist.TCPStore(host, port, is_master=False)
+    elif _store is None:
         # In a file: a TCPStore would ask the resolver for the name of 127.0.0.1.
-        _store = dist.FileStore(f"/proc/self/fd/{rank.store}", rank.count)
+        _store = dist.FileStore(rank.file, rank.count)
     # Names of its own for every world, or the second would find the addresses of the first.
     _worlds += 1
     store = dist.PrefixStore(f"world{_worlds}", _store)

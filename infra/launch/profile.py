@@ -26,6 +26,8 @@ class ExecutionProfile:
 
     name: str = "local"
     """What the run record calls this place."""
+    launcher: str = "fork"
+    """How ranks are started: a module of infra/launch/launchers/."""
     ranks: int = 2
     """Processes; those left over by `tensor` times `pipeline` are data parallel."""
     threads: int = 1
@@ -119,6 +121,7 @@ def load_profile(name: str, root: Path | None = None) -> ExecutionProfile:
     """Read a launcher profile by its name, in the project or else in `infra/launch/profiles/`, or
     by the path of a YAML file, which may be relative to the project."""
     from vlfoundry.infra.core.config import build, load_params
+    from vlfoundry.infra.launch.launchers import launcher
 
     root = root or project_around(Path.cwd()) or Path.cwd()
     folders = (root / FOLDER, SHIPPED)
@@ -131,6 +134,11 @@ def load_profile(name: str, root: Path | None = None) -> ExecutionProfile:
             + (f"{own} (files of {FOLDER}/ in {root}), of " if own else "")
             + f"{shipped} (which come with VLFoundry), or the path of a YAML file"
         )
-    return build(
+    profile = build(
         ExecutionProfile, {"name": path.stem, **load_params(path)}, where=f"launcher {path.name}"
     )
+    try:
+        launcher(profile.launcher)
+    except ConfigError as error:
+        raise ConfigError(f"launcher {path.name}: {error}") from None
+    return profile

@@ -12,7 +12,7 @@ from typing import Any
 
 from vlfoundry.infra.backend import Layout, device_literals, install
 from vlfoundry.infra.backend.placement import to_device
-from vlfoundry.infra.backend.ranks import stop_requests
+from vlfoundry.infra.backend.world import stop_requests
 from vlfoundry.infra.core.progress import Progress
 from vlfoundry.infra.core.streams import Stream, stream_seed
 from vlfoundry.infra.train.anomalies import TrainerState, find_anomaly, raise_if_unrecoverable

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from vlfoundry.infra.backend import Layout
-from vlfoundry.infra.backend.ranks import run_ranks
 from vlfoundry.infra.core.files import write_atomic
 from vlfoundry.infra.core.stage import Context, Interrupted, Plot
 from vlfoundry.infra.data.shards.packing import PackingConfig
 from vlfoundry.infra.data.shards.prefetch import Prefetch
+from vlfoundry.infra.launch.launchers import launcher
 from vlfoundry.infra.launch.profile import ExecutionProfile, local_profile
 from vlfoundry.infra.train.config import TrainConfig
 from vlfoundry.infra.train.loop import FitResult, Objective
@@ -78,7 +78,7 @@ def train(
     model_folder: str,
     history: str,
 ) -> None:
-    """Fork the launcher's ranks, fit, and write the model folder, the history and the loss's curve.
+    """Start the ranks, fit, and write the model folder, the history and the loss's curve.
 
     Args:
         check: refuses a layout that the model cannot have, and `fp8` (a Fp8Config, or None) that
@@ -106,7 +106,7 @@ def train(
     target = context.output(model_folder)
     started = time.perf_counter()
     deadline = math.inf if profile.limit_s is None else time.monotonic() + profile.limit_s
-    results = run_ranks(
+    results = launcher(profile.launcher).run(
         _work, context, config, make, layout, target, profile, deadline,
         ranks=profile.ranks, threads=profile.threads,
     )  # fmt: skip

@@ -98,7 +98,7 @@ def test_the_ranks_share_the_batches(models: Path, place, tmp_path: Path, run_ra
         return counted, embed_pictures(model, data, "retrieval")
 
     def count(self, number):
-        from vlfoundry.infra.backend.ranks import this_rank
+        from vlfoundry.infra.backend.world import this_rank
 
         return number, this_rank().index
 

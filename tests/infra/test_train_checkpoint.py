@@ -10,9 +10,9 @@ import pytest
 
 from tests.support import tiny_tower as tower
 from tests.support.small_disk import fill, small_disk
-from vlfoundry.infra.backend.ranks import RankError
 from vlfoundry.infra.core.errors import KilledError
 from vlfoundry.infra.core.space import NoSpaceError
+from vlfoundry.infra.launch.launcher import RankError
 from vlfoundry.infra.train.checkpoint import best_checkpoint, newest
 from vlfoundry.infra.train.config import TrainConfig
 
@@ -114,7 +114,7 @@ def test_a_writer_that_fails_ends_the_run(run_ranks, tmp_path):
 
 def test_a_writer_that_is_killed_ends_the_run(run_ranks, tmp_path):
     def killed():
-        from vlfoundry.infra.backend.ranks import this_rank
+        from vlfoundry.infra.backend.world import this_rank
         from vlfoundry.infra.train import checkpoint
 
         def die(path):

@@ -9,7 +9,7 @@ import pytest
 from tests.support import tiny_tower as tower
 from vlfoundry.infra.backend import Layout
 from vlfoundry.infra.backend.fp8_config import Fp8Config
-from vlfoundry.infra.backend.ranks import RankError
+from vlfoundry.infra.launch.launcher import RankError
 from vlfoundry.infra.train.config import TrainConfig
 
 DELAYED = Fp8Config(recipe="delayed", amax_history=3, first_layers=0, last_layers=0)

@@ -6,8 +6,8 @@ import pytest
 
 from tests.support import tiny_tower as tower
 from vlfoundry.infra.backend import Layout
-from vlfoundry.infra.backend.ranks import RankError
 from vlfoundry.infra.core.errors import UserError
+from vlfoundry.infra.launch.launcher import RankError
 from vlfoundry.infra.train.anomalies import TrainerState, find_anomaly
 from vlfoundry.infra.train.config import TrainConfig
 

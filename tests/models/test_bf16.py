@@ -12,7 +12,7 @@ import vlfoundry.infra.backend
 from tests.models import test_layouts
 from tests.models.test_layouts import LAYOUTS, alone, curve, gradients
 from vlfoundry.infra.backend import Layout
-from vlfoundry.infra.backend.ranks import run_ranks
+from vlfoundry.infra.launch.launchers.fork import run_ranks
 
 
 def in_bf16(fn, *args):

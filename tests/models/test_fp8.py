@@ -20,7 +20,7 @@ from tests.support.tiny_models import pixels
 from vlfoundry.infra.backend import Layout, device_literals
 from vlfoundry.infra.backend.fp8_config import MULTIPLE, Fp8Config
 from vlfoundry.infra.backend.parallel import parallel
-from vlfoundry.infra.backend.ranks import run_ranks
+from vlfoundry.infra.launch.launchers.fork import run_ranks
 from vlfoundry.infra.train.fp8 import Fp8Run
 from vlfoundry.infra.train.loop import wrap
 from vlfoundry.infra.train.step import Engine

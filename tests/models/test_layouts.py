@@ -13,8 +13,8 @@ import torch
 from tests.support.tiny_models import chat_batch, pixels, stage2_batch, texts, tiny_config
 from vlfoundry.infra.backend import Layout, device_literals
 from vlfoundry.infra.backend.parallel import parallel
-from vlfoundry.infra.backend.ranks import run_ranks
 from vlfoundry.infra.core.errors import LayoutError
+from vlfoundry.infra.launch.launchers.fork import run_ranks
 from vlfoundry.infra.train.config import TrainConfig
 from vlfoundry.infra.train.loop import fit, wrap
 from vlfoundry.infra.train.step import Engine, pack, unpack

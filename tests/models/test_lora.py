@@ -20,8 +20,9 @@ from tests.models.test_parallel import loss_of
 from tests.support.tiny_models import TEXTS, chat_batch, pixels, texts, three_tasks, tiny_config
 from vlfoundry.infra.backend import Layout
 from vlfoundry.infra.backend.parallel import parallel
-from vlfoundry.infra.backend.ranks import run_ranks, this_rank
+from vlfoundry.infra.backend.world import this_rank
 from vlfoundry.infra.core.errors import ConfigError, ModelError
+from vlfoundry.infra.launch.launchers.fork import run_ranks
 from vlfoundry.infra.train.config import TrainConfig
 from vlfoundry.infra.train.loop import fit
 from vlfoundry.infra.train.weights import gather_weights, load_weights

@@ -9,7 +9,7 @@ import torch
 from tests.support.tiny_models import chat_batch, pixels, stage2_batch, texts, tiny_config
 from vlfoundry.infra.backend import Layout
 from vlfoundry.infra.backend.parallel import parallel
-from vlfoundry.infra.backend.ranks import run_ranks
+from vlfoundry.infra.launch.launchers.fork import run_ranks
 from vlfoundry.infra.train.weights import gather_weights
 from vlfoundry.models.internvl.config import PARTS
 from vlfoundry.models.internvl.model import build

@@ -17,7 +17,7 @@ from tests.support.tiny_models import pixels, tiny_config
 from vlfoundry.infra.backend import Layout, install
 from vlfoundry.infra.backend.fp8_config import Fp8Config
 from vlfoundry.infra.backend.parallel import parallel
-from vlfoundry.infra.backend.ranks import run_ranks
+from vlfoundry.infra.launch.launchers.fork import run_ranks
 from vlfoundry.infra.train.checkpoint import newest
 from vlfoundry.infra.train.config import TrainConfig
 from vlfoundry.infra.train.loop import fit

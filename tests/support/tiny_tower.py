@@ -123,7 +123,7 @@ def train(
     """
     from vlfoundry.infra.backend import Layout
     from vlfoundry.infra.backend.parallel import parallel
-    from vlfoundry.infra.backend.ranks import this_rank
+    from vlfoundry.infra.backend.world import this_rank
     from vlfoundry.infra.train.loop import fit
     from vlfoundry.infra.train.weights import gather_weights
 

@@ -1,4 +1,4 @@
-"""Ranks are forked from one warmed process: the seconds of importing are paid once.
+"""Ranks are forked from one warmed process: the seconds of importing are paid once. The default.
 
     results = run_ranks(work, arguments, ranks=2, threads=1)      # work(arguments) on each rank
 
@@ -11,7 +11,6 @@ Slurm can send before the time limit) to the parent are passed on; a rank that i
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import dataclasses
 import gc
 import math
@@ -22,80 +21,28 @@ import signal
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
-from vlfoundry.infra.core.errors import KilledError, UserError, ending
+from vlfoundry.infra.backend.world import Rank, may_fork
 from vlfoundry.infra.core.interrupts import end_if_orphaned
 from vlfoundry.infra.core.loopback import listen
 from vlfoundry.infra.core.process import die_with_parent
-from vlfoundry.infra.core.space import no_space
+from vlfoundry.infra.launch.launcher import (
+    EXIT_FAILED,
+    STOP_SIGNALS,
+    Launcher,
+    RankEnd,
+    RankError,
+    be_rank,
+    results_of,
+)
 
-EXIT_FAILED = 1
-EXIT_STOPPED = 130
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-PR_SET_NAME = 15
 # After the first failure the other ranks fail too, because their peer is gone. This is how long
 # we collect what they say, to tell the cause from the consequences.
 _FAILURE_GRACE_S = 0.5
 # A second Ctrl-C within this time is the terminal and the launcher saying the same thing twice.
 _SECOND_INTERRUPT_S = 1.0
-
-
-class RankError(RuntimeError):
-    """A rank failed or did not end in time. The message holds its traceback."""
-
-
-class RankKilledError(RankError, KilledError):
-    """A rank was killed."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Rank:
-    """Which of the forked processes this one is."""
-
-    index: int
-    """0 .. count-1"""
-    count: int
-    """how many there are"""
-    store: int
-    """file descriptor, the same file on all, by which they find each other"""
-
-
-@dataclasses.dataclass
-class StopRequests:
-    """Whether somebody asked this rank to stop. Only a flag: the loop looks at it."""
-
-    asked: bool = False
-
-
-_this_rank: Rank | None = None
-_may_fork = True
-_stop: StopRequests | None = None
-
-
-def forbid_forks() -> None:
-    """Remember that this process has had a process group: its threads do not survive a fork."""
-    global _may_fork
-    _may_fork = False
-
-
-def this_rank() -> Rank | None:
-    """Which forked rank this process is; None in any other process."""
-    return _this_rank
-
-
-@contextlib.contextmanager
-def stop_requests() -> Iterator[StopRequests]:
-    """Inside, `STOP_SIGNALS` set `.asked` and do not end this rank."""
-    global _stop
-    outer, _stop = _stop, StopRequests()
-    try:
-        yield _stop
-    finally:
-        _stop = outer
 
 
 def run_ranks(
@@ -125,7 +72,7 @@ def run_ranks(
     crew = _Crew()
     with os.fdopen(os.memfd_create("ranks")) as store, _forward_signals(crew):
         try:
-            crew.start(store.fileno(), ranks, threads, lambda: fn(*args))
+            crew.start(f"/proc/self/fd/{store.fileno()}", ranks, threads, lambda: fn(*args))
             crew.wait(timeout_s)
         finally:
             crew.kill()
@@ -139,7 +86,7 @@ def _prepare_parent() -> None:
     import torch
     import torch._dynamo
 
-    if not _may_fork or torch.distributed.is_initialized():
+    if not may_fork() or torch.distributed.is_initialized():
         raise RankError(
             "this process has or had a process group, whose threads do not survive a fork; "
             "do that work in run_ranks(..., ranks=1) too"
@@ -183,14 +130,14 @@ class _Crew:
         """readable when a signal has come"""
         self._members: list[_Member] = []
 
-    def start(self, store: int, ranks: int, threads: int, work: Callable[[], Any]) -> None:
+    def start(self, store: str, ranks: int, threads: int, work: Callable[[], Any]) -> None:
         """Fork all ranks."""
         # Objects made so far never become garbage in a rank; not looking at them again saves
         # both time in its collector and copies of shared pages.
         gc.freeze()
         try:
             for index in range(ranks):
-                self._fork(Rank(index=index, count=ranks, store=store), threads, work)
+                self._fork(Rank(index=index, count=ranks, file=store), threads, work)
         finally:
             gc.unfreeze()
         if self.asked_at is not None:  # while we were forking: the last ranks missed it
@@ -257,67 +204,26 @@ class _Crew:
 
     def results(self) -> list[Any]:
         """What the ranks returned, or raise what went wrong."""
-        failed = {i: member for i, member in enumerate(self._members) if member.failed}
-        if not failed:
-            return [member.content for member in self._members]
-        if self.asked_at is not None or any(m.exit_code == EXIT_STOPPED for m in failed.values()):
-            raise KeyboardInterrupt
-        for member in failed.values():
-            if member.kind == "user":
-                raise member.content
-        for index, member in failed.items():
-            if member.exit_code < 0:
-                raise RankKilledError(f"rank {index} {ending(member.exit_code)}")
-        index, member = next(iter(failed.items()))
-        text = member.content or f"it said nothing; exit code {member.exit_code}"
-        raise RankError(f"rank {index} of {len(self._members)} failed:\n{text}")
+        ends = [RankEnd(m.exit_code, m.kind, m.content) for m in self._members]
+        return results_of(ends, stopped=self.asked_at is not None)
 
 
 def _be_rank(
     rank: Rank, parent: int, pipe: int, mask: set, threads: int, work: Callable[[], Any]
 ) -> None:
     """The whole life of a rank, from the fork to its exit. Never returns."""
-    global _this_rank
-    code = EXIT_FAILED
-    try:
+
+    def prepare() -> None:
         die_with_parent(signal.SIGKILL)
         if os.getppid() != parent:  # it was gone before we could ask
             os._exit(EXIT_FAILED)
-        _this_rank = rank
         signal.set_wakeup_fd(-1)  # it is the parent's
-        for signum in STOP_SIGNALS:
-            signal.signal(signum, _on_signal)
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        _name_process(f"rank {rank.index}/{rank.count}")
-        import torch
 
-        torch.set_num_threads(threads)
-        payload = pickle.dumps(("value", work()))
-        code = 0
-    except (UserError, KilledError) as error:
-        payload = pickle.dumps(("user", error))
-    except BaseException as error:  # noqa: BLE001 - the parent raises it
-        full = no_space(error, Path("work"), Path("artifacts"))
-        said = ("user", full) if full else ("error", traceback.format_exc())
-        payload = pickle.dumps(said)
-    try:
-        sys.stdout.flush()
-        sys.stderr.flush()
+    def send(payload: bytes) -> None:
         with os.fdopen(pipe, "wb") as stream:
             stream.write(payload)
-    finally:
-        # Not sys.exit: what the parent registered to run at its exit is not ours to run.
-        os._exit(code)
 
-
-def _on_signal(signum: int, frame: Any) -> None:
-    if _stop is None:
-        os._exit(EXIT_STOPPED)
-    _stop.asked = True
-
-
-def _name_process(name: str) -> None:
-    ctypes.CDLL(None).prctl(PR_SET_NAME, name.encode(), 0, 0, 0)
+    be_rank(rank, threads, work, send, prepare=prepare, mask=mask)
 
 
 @contextlib.contextmanager
@@ -352,3 +258,6 @@ def _forward_signals(crew: _Crew) -> Iterator[None]:
         signal.set_wakeup_fd(before_waker)
         os.close(waker)
         os.close(crew.wakeup)
+
+
+LAUNCHER = Launcher(name="fork", run=run_ranks)

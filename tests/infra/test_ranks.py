@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vlfoundry.infra.backend import ranks as ranks_module
-from vlfoundry.infra.backend.ranks import RankError, stop_requests, this_rank
+from vlfoundry.infra.backend import world
+from vlfoundry.infra.backend.world import stop_requests, this_rank
 from vlfoundry.infra.core.errors import DataError
+from vlfoundry.infra.launch.launcher import RankError
 
 
 def _is_alive(pid: int) -> bool:
@@ -188,6 +189,6 @@ def test_a_signal_that_another_thread_receives_is_not_waited_on(run_ranks):
 
 
 def test_fork_after_a_process_group_is_refused(run_ranks, monkeypatch):
-    monkeypatch.setattr(ranks_module, "_may_fork", False)
+    monkeypatch.setattr(world, "_may_fork", False)
     with pytest.raises(RankError, match="threads do not survive a fork"):
         run_ranks(lambda: None, ranks=1)
