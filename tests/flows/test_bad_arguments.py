@@ -24,6 +24,7 @@ PIXELS = "pixels {picture} --out {new}"
 EXAMPLES: dict[str, tuple[str, str]] = {
     "new folder": ("new flows", "is not empty"),
     "new --from": ("new {new} --from nope", "no profile 'nope'"),
+    "new name": ("new sweet mine", "unknown kind 'sweet'; choose from suite, launcher, family"),
     "run --stage": ("run --stage sft@nope", "no stage 'sft@nope'"),
     "run --profile": ("run --profile nope", "no profile 'nope'"),
     "run --set": ("run --set contrastive.train.lr=fast", "contrastive.train.lr: got 'fast'"),
