@@ -112,7 +112,7 @@ SUITE = Suite(
     needs="embed",
     data="concepts",
     asks="which group an image is of, by a logistic regression on the vision tower's features",
-    metrics=("exact_match",),
+    metrics=("topk_accuracy",),
     run=run,
     whole=("group_accuracy",),
 )

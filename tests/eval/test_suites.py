@@ -1,6 +1,7 @@
 """Every suite on a model that knows, one that guesses, and one that gives constants."""
 
 import dataclasses
+import sys
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +22,7 @@ from tests.support.fake_models import (
 from vlfoundry.eval.compare.scores import read_items
 from vlfoundry.eval.context import EvalContext
 from vlfoundry.eval.datasets.folders import read_concept_set, read_folder
-from vlfoundry.eval.metrics import METRICS
+from vlfoundry.eval.metrics import METRICS, compute
 from vlfoundry.eval.questions import KINDS, ask
 from vlfoundry.eval.reference import NearestPicture
 from vlfoundry.eval.runner import choose_languages, score_model
@@ -387,6 +388,20 @@ def test_what_suites_score_is_known_before(data, setting):
     assert {score.key for score in scores} <= known
     held_out = {key for key in known if "held_out" in key or "seen" in key}
     assert known - {score.key for score in scores} <= held_out
+
+
+def test_suites_compute_the_metrics_that_they_name(data, setting, monkeypatch):
+    for name, suite in suites().items():
+        module, used = sys.modules[suite.run.__module__], set()
+        if hasattr(module, "compute"):
+            monkeypatch.setattr(
+                module,
+                "compute",
+                lambda metric, u=used, **kw: (u.add(metric), compute(metric, **kw))[1],
+            )
+        kind = "chat_full" if suite.needs in ("chat", "generate") else "internvl_g"
+        suite.run(oracle(data, kind), data, setting)
+        assert used == set(suite.metrics), name
 
 
 def test_what_a_model_cannot_do_has_a_reason(data, setting):
