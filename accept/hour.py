@@ -10,7 +10,7 @@ from accept.clone import fresh_clone
 from accept.meter import Measured, measure
 from accept.pipeline import LANGUAGES, Record
 from vlfoundry.eval.compare.scores import Score, read_items, read_scores
-from vlfoundry.eval.variants import MODELS, scores_file
+from vlfoundry.eval.outputs import OUTPUTS
 
 pytestmark = pytest.mark.accept
 
@@ -40,8 +40,8 @@ def place(clone: Path, run: Measured) -> Path:
 @pytest.fixture(scope="session")
 def scores(place: Path) -> Scores:
     return {
-        model: {score.key: score for score in read_scores(place / scores_file(model))}
-        for model in MODELS
+        model: {score.key: score for score in read_scores(place / OUTPUTS[model].scores)}
+        for model in OUTPUTS
     }
 
 
@@ -57,7 +57,7 @@ def test_all_scores(scores: Scores, record_property: Record) -> None:
         for key, score in found.items():
             if not score.lang or score.lang == "ensemble" or score.suite == "caption":
                 record_property(f"{model} {key}", score.value)
-    assert scores.keys() == MODELS.keys()
+    assert scores.keys() == OUTPUTS.keys()
 
 
 def test_the_gate_promotes_the_model(place: Path, record_property: Record) -> None:
@@ -93,7 +93,7 @@ def test_captions_are_better_than_the_best_constant(
 
 @pytest.mark.parametrize("model", CHAT)
 def test_captions_keep_to_their_language(place: Path, model: str, record_property: Record) -> None:
-    folder = (place / scores_file(model)).parent / "items"
+    folder = (place / OUTPUTS[model].scores).parent / "items"
     items = read_items(folder / "caption.jsonl")
     record_property("in_language", statistics.mean(item["in_language"] for item in items))
     astray = [(item["lang"], item["said"]) for item in items[:READ] if not item["in_language"]]

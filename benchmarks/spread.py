@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks.harness import ROOT, commit, machine
 from vlfoundry.eval.compare.scores import Score, read_scores
-from vlfoundry.eval.variants import MODELS, scores_file
+from vlfoundry.eval.outputs import OUTPUTS
 from vlfoundry.infra.core.errors import DataError, UserError
 from vlfoundry.infra.core.files import require_writable
 
@@ -33,9 +33,9 @@ def spread(folders: Mapping[str, Path]) -> dict[str, Any]:
     Scores that not all runs have are left out. Raises DataError where a run has no scores.
     """
     scores: dict[str, dict[str, Any]] = {}
-    for variant in MODELS:
+    for variant in OUTPUTS:
         runs = [
-            {score.key: score for score in read_scores(folder / scores_file(variant))}
+            {score.key: score for score in read_scores(folder / OUTPUTS[variant].scores)}
             for folder in folders.values()
         ]
         shared = [key for key in runs[0] if all(key in run for run in runs)]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vlfoundry.eval.compare.rules import Rule
+from vlfoundry.eval.outputs import OUTPUTS
 from vlfoundry.eval.suites import abilities, score_keys, suite
 from vlfoundry.infra.core.config import PARAMS_FILE, load_params
 from vlfoundry.infra.core.errors import ConfigError
@@ -51,7 +52,8 @@ def _check_rules(rules: Sequence[Rule], suites: Sequence[str], languages: Sequen
     """Raises ConfigError where no suite of the run gives the score of a rule."""
     for rule in rules:
         for variant in filter(None, (rule.variant, rule.not_below)):
-            able = abilities(variant, CAPABILITIES[variant])
+            kind = OUTPUTS[variant].kind
+            able = abilities(kind, CAPABILITIES[kind])
             there = [name for name in suites if suite(name).needs in able]
             keys = [key for name in there for key in score_keys(name, languages)]
             if rule.score in keys:

@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from vlfoundry.eval.variants import MODELS
+from vlfoundry.eval.outputs import OUTPUTS
 from vlfoundry.flows.recipes import PROFILES, profiles
 from vlfoundry.flows.workspace import yaml_text
 from vlfoundry.infra.core.config import to_dict
@@ -162,8 +162,9 @@ def write_profile(root: Path, path: Path, target: Path, text: Path | None = None
     content: dict[str, Any] = {"model": to_dict(config)}
     for key in FITS[kind]:
         _set(content, key, folder)
-    if kind in MODELS:
-        _set(content, f"evaluate.baseline.{kind}", folder)
+    for output in OUTPUTS.values():
+        if output.kind == kind:
+            _set(content, f"evaluate.baseline.{output.name}", folder)
     stage = FITS[kind][0].split(".")
     address = f"{stage[0]}@{stage[2]}" if stage[0] == "sft" else stage[0]
     command = f"vlfoundry run --profile {path.stem} --stage {address}"

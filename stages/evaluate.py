@@ -6,7 +6,6 @@ scores would be of other classes and drawings. Every suite that the model's kind
 others are listed with the reason.
 """
 
-import dataclasses
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,15 +14,15 @@ from typing import Any
 from vlfoundry.eval.compare.scores import headline, with_baseline, with_untrained, write_scores
 from vlfoundry.eval.context import EvalContext
 from vlfoundry.eval.datasets.folders import ConceptSet, read_concept_set
+from vlfoundry.eval.outputs import OUTPUTS
 from vlfoundry.eval.ranks import Team, run_team
 from vlfoundry.eval.reference import NearestPicture
 from vlfoundry.eval.runner import choose_languages, model_facts, score_model
 from vlfoundry.eval.suites import suites
-from vlfoundry.eval.variants import MODELS
 from vlfoundry.infra.core.config import check_languages
 from vlfoundry.infra.core.errors import ConfigError
 from vlfoundry.infra.core.progress import Progress
-from vlfoundry.infra.core.stage import Context, Stage, check_folders, main, read_origin
+from vlfoundry.infra.core.stage import Context, Stage, check_folder, main, read_origin
 from vlfoundry.infra.core.streams import Stream, stream_seed
 from vlfoundry.infra.core.tables import read_table
 from vlfoundry.infra.registry.gto import model_kind
@@ -36,23 +35,6 @@ ARTWORK = ("emojitwo", "fluent", "fluent_flat", "fxemoji", "noto", "noto_v1", "t
 
 
 @dataclass(frozen=True, kw_only=True)
-class Baselines:
-    """An earlier model to compare each kind with; its own folder stands for none."""
-
-    internvl_c: str = MODELS["internvl_c"]
-    """Model folder."""
-    internvl_g: str = MODELS["internvl_g"]
-    """Model folder."""
-    chat_simple: str = MODELS["chat_simple"]
-    """Model folder."""
-    chat_full: str = MODELS["chat_full"]
-    """Model folder."""
-
-    def __post_init__(self) -> None:
-        check_folders("evaluate.baseline", self)
-
-
-@dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
     """What is measured, and on what."""
 
@@ -62,8 +44,8 @@ class EvaluateConfig:
     """Suites to run as far as the model's kind allows."""
     scenes: int = 200
     """Questions of each kind on composed scenes."""
-    baseline: Baselines = dataclasses.field(default_factory=Baselines)
-    """What each model is compared with."""
+    baseline: dict[str, str] = field(default_factory=dict)
+    """Model -> folder of an earlier one to compare it with; its own folder stands for none."""
 
     def __post_init__(self) -> None:
         unknown = sorted(set(self.suites) - set(suites()))
@@ -71,6 +53,13 @@ class EvaluateConfig:
             raise ConfigError(
                 f"evaluate.suites: unknown suites {unknown}; choose from {list(suites())}"
             )
+        strange = sorted(set(self.baseline) - set(OUTPUTS))
+        if strange:
+            raise ConfigError(
+                f"evaluate.baseline: unknown models {strange}; choose from {list(OUTPUTS)}"
+            )
+        for name, folder in self.baseline.items():
+            check_folder(f"evaluate.baseline.{name}", folder)
         if self.scenes < 1:
             raise ConfigError(f"evaluate.scenes is {self.scenes}, expected at least 1")
 
@@ -92,8 +81,9 @@ class Config:
 def baseline_of(config: Config, variant: str | None) -> tuple[str, ...]:
     """The folder of the variant's baseline, if it has one."""
     assert variant
-    folder = getattr(config.evaluate.baseline, variant)
-    return () if folder == MODELS[variant] else (folder,)
+    own = OUTPUTS[variant].folder
+    folder = config.evaluate.baseline.get(variant, own)
+    return () if folder == own else (folder,)
 
 
 def run(config: Config, context: Context) -> None:
@@ -108,7 +98,7 @@ def run(config: Config, context: Context) -> None:
         f"{len(held_out)} of them held out; {len(train)} training drawings as reference"
     )
     nearest = NearestPicture(train, data)
-    made = context.path(MODELS[context.variant])
+    made = context.path(OUTPUTS[context.variant].folder)
     items = context.output(f"{folder}/items")
     runs: list[tuple[str, Path, int | None, Path]] = [
         ("trained", made, None, items),
@@ -117,7 +107,7 @@ def run(config: Config, context: Context) -> None:
     baseline = baseline_of(config, context.variant)
     for path in baseline:
         kind = model_kind(context.path(path))
-        if kind != context.variant:
+        if kind != OUTPUTS[context.variant].kind:
             raise ConfigError(
                 f"evaluate.baseline.{context.variant} is {path}, a model of kind {kind}; expected "
                 "one of the same kind, for others get other questions"
@@ -155,7 +145,7 @@ def run(config: Config, context: Context) -> None:
     write_scores(
         context.output(f"{folder}/scores.json"),
         scores,
-        model={**facts["trained"], "folder": MODELS[context.variant]},
+        model={**facts["trained"], "folder": OUTPUTS[context.variant].folder},
         data=data.facts(),
         not_applicable=not_applicable,
         baseline=_named(context, baseline[0], facts["baseline"]) if baseline else None,
@@ -208,8 +198,8 @@ STAGE = Stage(
     metrics=(METRICS,),
     run=run,
     timeout_s=3600,
-    variants=tuple(MODELS),
-    variant_inputs={variant: (folder,) for variant, folder in MODELS.items()},
+    variants=tuple(OUTPUTS),
+    variant_inputs={name: (output.folder,) for name, output in OUTPUTS.items()},
     start_parameters=lambda variant: (f"evaluate.baseline.{variant}",),
     starts=baseline_of,
 )

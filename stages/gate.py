@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from vlfoundry.eval.compare.rules import Rule, decide
 from vlfoundry.eval.compare.scores import read_document, read_scores
-from vlfoundry.eval.variants import MODELS, scores_file
+from vlfoundry.eval.outputs import OUTPUTS
 from vlfoundry.infra.core.errors import ConfigError
 from vlfoundry.infra.core.stage import Context, Stage, main
 
@@ -29,9 +29,9 @@ class GateConfig:
     def __post_init__(self) -> None:
         named = {self.candidate, *(rule.variant for rule in self.rules)}
         named |= {rule.not_below for rule in self.rules if rule.not_below}
-        unknown = sorted(named - set(MODELS))
+        unknown = sorted(named - set(OUTPUTS))
         if unknown:
-            raise ConfigError(f"gate: no model {unknown}; there are {list(MODELS)}")
+            raise ConfigError(f"gate: no model {unknown}; there are {list(OUTPUTS)}")
         if all(rule.warn for rule in self.rules):
             raise ConfigError(
                 "gate.rules has no rule that can fail: such a gate lets everything pass; expected "
@@ -49,7 +49,7 @@ class Config:
 def run(config: Config, context: Context) -> None:
     """Check every rule and write the decision. A failed gate is a result, not an error."""
     gate = config.gate
-    files = {variant: context.path(scores_file(variant)) for variant in MODELS}
+    files = {variant: context.path(OUTPUTS[variant].scores) for variant in OUTPUTS}
     scores = {
         variant: {score.key: score for score in read_scores(file)}
         for variant, file in files.items()
@@ -58,7 +58,7 @@ def run(config: Config, context: Context) -> None:
     passed = all(check.stands for check in checks)
     for check in checks:
         context.log(check.line)
-    unwatched = sorted(set(MODELS) - {rule.variant for rule in gate.rules})
+    unwatched = sorted(set(OUTPUTS) - {rule.variant for rule in gate.rules})
     if unwatched:
         context.log(f"WARNING: no rule looks at {', '.join(unwatched)}: it may be of any quality")
     context.log(f"gate: {gate.candidate} {'passed' if passed else 'did not pass'}")
@@ -71,7 +71,7 @@ def run(config: Config, context: Context) -> None:
             "format": FORMAT,
             "passed": passed,
             "candidate": gate.candidate,
-            "model": MODELS[gate.candidate],
+            "model": OUTPUTS[gate.candidate].folder,
             "fingerprint": document["model"]["fingerprint"],
             "baseline": baseline,
             "unwatched": unwatched,
@@ -85,7 +85,7 @@ def run(config: Config, context: Context) -> None:
 STAGE = Stage(
     name="gate",
     config=Config,
-    inputs=tuple(scores_file(variant) for variant in MODELS),
+    inputs=tuple(OUTPUTS[variant].scores for variant in OUTPUTS),
     outputs=(OUT,),
     run=run,
     timeout_s=1800,

@@ -5,9 +5,9 @@ The page (`work/report/index.html`) also shows times and rates; they differ from
 
 from dataclasses import dataclass
 
+from vlfoundry.eval.outputs import OUTPUTS
 from vlfoundry.eval.report.collect import FUNNEL, STAGES, TRAINED, artefact, facts, metrics
 from vlfoundry.eval.report.page import PAGE, render
-from vlfoundry.eval.variants import MODELS
 from vlfoundry.infra.core.config import check_ranges
 from vlfoundry.infra.core.stage import Context, Plot, Stage, main
 
@@ -68,7 +68,7 @@ STAGE = Stage(
         *(f"{artefact(stage)}/history.json" for stage in TRAINED if stage != "bootstrap"),
         *(
             f"artifacts/evaluate/{variant}/{part}"
-            for variant in MODELS
+            for variant in OUTPUTS
             for part in ("scores.json", "items")
         ),
         "artifacts/gate/gate.json",

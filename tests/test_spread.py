@@ -7,15 +7,15 @@ import pytest
 
 from benchmarks import spread
 from vlfoundry.eval.compare.scores import mean_score, write_scores
-from vlfoundry.eval.variants import MODELS, scores_file
+from vlfoundry.eval.outputs import OUTPUTS
 from vlfoundry.infra.core.config import load_params
 
 
 def finished(root, hits, passed=True):
     """A folder that looks like a finished run: one score a model, `hits` of 50 right."""
     score = mean_score("box", "accuracy", [1.0] * hits + [0.0] * (50 - hits), chance=0.1)
-    for variant in MODELS:
-        file = root / scores_file(variant)
+    for variant in OUTPUTS:
+        file = root / OUTPUTS[variant].scores
         file.parent.mkdir(parents=True)
         write_scores(file, [score], model={}, data={})
     (root / "artifacts/gate").mkdir()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vlfoundry.eval.compare.scores import read_document
-from vlfoundry.eval.variants import MODELS, scores_file
+from vlfoundry.eval.outputs import OUTPUTS
 from vlfoundry.infra.core import workfolder
 from vlfoundry.infra.core.tables import read_table
 
@@ -16,7 +16,7 @@ TRAINED = ("bootstrap", "pretrain_text", "contrastive", "generative", "sft@simpl
 STAGES = (
     "ingest", "bootstrap", "filter", "dedup", "decontaminate", "shard",
     "pretrain_text", "contrastive", "generative", "sft@simple", "sft@full",
-    *(f"evaluate@{variant}" for variant in MODELS), "gate", "report",
+    *(f"evaluate@{variant}" for variant in OUTPUTS), "gate", "report",
 )  # fmt: skip
 NOT_A_LOSS = ("step", "lr", "grad_norm", "samples", "epoch")
 
@@ -184,7 +184,7 @@ def ends(curve: dict[str, list[tuple[float, float]]]) -> dict[str, dict[str, flo
 
 def score_documents(root: Path) -> dict[str, dict[str, Any]]:
     """The score file of each model that was evaluated."""
-    files = {variant: root / scores_file(variant) for variant in MODELS}
+    files = {variant: root / OUTPUTS[variant].scores for variant in OUTPUTS}
     return {variant: read_document(file) for variant, file in files.items() if file.is_file()}
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from vlfoundry.eval.compare.scores import read_items
 from vlfoundry.eval.datasets.folders import read_folder
+from vlfoundry.eval.outputs import OUTPUTS
 from vlfoundry.eval.report import charts, collect
 from vlfoundry.eval.suites import suites
-from vlfoundry.eval.variants import MODELS, scores_file
 
 PAGE = "work/report/index.html"
 TEMPLATE = "page.html.j2"
@@ -18,12 +18,6 @@ LANGUAGES = {
     "en": "English", "zh": "Chinese", "ja": "Japanese", "ar": "Arabic", "it": "Italian",
     "ensemble": "ensemble of all", "": "all",
 }  # fmt: skip
-MODEL_NAMES = {
-    "internvl_c": "InternVL-C (contrastive)",
-    "internvl_g": "InternVL-G (generative)",
-    "chat_simple": "Chat, simple (vision tower and connector)",
-    "chat_full": "Chat, full (with QLLaMA)",
-}
 SHOWN_PER_QUERY = 5
 
 
@@ -63,7 +57,7 @@ def content(root: Path, examples: int) -> dict[str, Any]:
         "dropped": _dropped(root),
         "curves": _curves(root, found["losses"]),
         "tables": {variant: tables(document) for variant, document in documents.items()},
-        "model_names": MODEL_NAMES,
+        "model_names": {output.name: output.title for output in OUTPUTS.values()},
         "languages": LANGUAGES,
         "retrieval": _retrieval(root, documents, pictures, examples),
         "captions": _captions(root, documents, pictures, examples),
@@ -200,7 +194,7 @@ def _test_pictures(root: Path, documents: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _items(root: Path, variant: str, name: str) -> list[dict[str, Any]]:
-    file = root / Path(scores_file(variant)).parent / "items" / f"{name}.jsonl"
+    file = root / Path(OUTPUTS[variant].scores).parent / "items" / f"{name}.jsonl"
     return read_items(file) if file.is_file() else []
 
 
@@ -284,7 +278,7 @@ def _questions(root, documents, kind, count) -> list[dict[str, Any]]:
 
 
 def _scenes(root: Path, variant: str) -> dict[str, str]:
-    folder = root / Path(scores_file(variant)).parent / "items" / "scenes"
+    folder = root / Path(OUTPUTS[variant].scores).parent / "items" / "scenes"
     return {file.stem: data_uri(file.read_bytes()) for file in sorted(folder.glob("*.png"))}
 
 
@@ -306,6 +300,3 @@ def _work(root: Path) -> list[dict[str, Any]]:
             }
         )
     return rows
-
-
-assert set(MODEL_NAMES) == set(MODELS)

@@ -231,16 +231,21 @@ def parameters_of(stage: Stage, params: dict[str, Any]) -> Any:
 def check_folders(where: str, start: Any) -> None:
     """Raises ConfigError unless each field of a config is a folder as DVC and lineage spell it."""
     for field in dataclasses.fields(start):
-        path, key = getattr(start, field.name), f"{where}.{field.name}"
-        spelled = posixpath.normpath(path)
-        outside = spelled in (".", "..") or spelled.startswith("../")
-        if outside or path.startswith(("/", "~")) or "://" in path:
-            raise ConfigError(
-                f"{key} is {path!r}, expected a folder inside of the project, relative to its "
-                f"root; `vlfoundry import SOURCE {START_FOLDER}/NAME` puts one there"
-            )
-        if spelled != path:
-            raise ConfigError(f"{key} is {path!r}; write it as {spelled!r}")
+        check_folder(f"{where}.{field.name}", getattr(start, field.name))
+
+
+def check_folder(key: str, path: str) -> None:
+    """Raises ConfigError, with the full name of the parameter, unless it is a folder as DVC and
+    lineage spell it."""
+    spelled = posixpath.normpath(path)
+    outside = spelled in (".", "..") or spelled.startswith("../")
+    if outside or path.startswith(("/", "~")) or "://" in path:
+        raise ConfigError(
+            f"{key} is {path!r}, expected a folder inside of the project, relative to its "
+            f"root; `vlfoundry import SOURCE {START_FOLDER}/NAME` puts one there"
+        )
+    if spelled != path:
+        raise ConfigError(f"{key} is {path!r}; write it as {spelled!r}")
 
 
 def _main(stage: Stage, arguments: list[str]) -> int:

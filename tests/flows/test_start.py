@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.start_models import CONFIG, make_folder
 from tests.support.toy_project import reproduce
-from vlfoundry.eval.variants import MODELS
+from vlfoundry.eval.outputs import OUTPUTS
 from vlfoundry.flows.start import (
     FITS,
     describe,
@@ -27,6 +27,8 @@ from vlfoundry.infra.registry.gto import register_model
 from vlfoundry.models.internvl.config import PARTS, internvl
 from vlfoundry.models.internvl.folder import read_config
 from vlfoundry.models.internvl.init_from import RULES, plan_init
+
+FOLDERS = {name: output.folder for name, output in OUTPUTS.items()}
 
 ROOT = Path(__file__).parents[2]
 MODEL = Path("artifacts/train/a")
@@ -193,7 +195,7 @@ def check_profile(root: Path, name: str, folder: Path) -> None:
             if "model" in stage.parameters:
                 assert built.model == config
     goes_on = {address for address in RULES if slots(kind, address)}
-    assert named == goes_on | ({f"evaluate@{kind}"} if kind in MODELS else set())
+    assert named == goes_on | ({f"evaluate@{kind}"} if kind in OUTPUTS else set())
 
 
 @pytest.mark.parametrize("kind", PARTS)
@@ -239,7 +241,7 @@ def test_what_profiles_set_is_what_stages_take(tmp_path: Path, kind: str) -> Non
 class Run:
     """A registered InternVL-C and the text model of its run."""
 
-    ref, commit, path = "internvl_c@v0.1.0", "c" * 40, MODELS["internvl_c"]
+    ref, commit, path = "internvl_c@v0.1.0", "c" * 40, OUTPUTS["internvl_c"].folder
 
     def __init__(self, source: Path) -> None:
         make_folder(source / "internvl_c", "internvl_c")
@@ -270,10 +272,10 @@ def test_the_text_model_of_its_run_comes_with_a_champion(checkout: Path, registe
         checkout, "champion", folder, new_profile(checkout, "weekly", folder)
     )
     assert said[-1] == "profiles/weekly.yaml is written: vlfoundry run --profile weekly"
-    assert read_origin(folder)["path"] == MODELS["internvl_c"]
+    assert read_origin(folder)["path"] == OUTPUTS["internvl_c"].folder
     params = Variation(profile="weekly").apply(checkout)
     assert params["contrastive"]["start"] == {"model": "data/start/champion"}
-    assert params["evaluate"]["baseline"] == MODELS | {"internvl_c": "data/start/champion"}
+    assert params["evaluate"]["baseline"] == FOLDERS | {"internvl_c": "data/start/champion"}
     assert params["generative"]["start"] == {
         "model": "artifacts/contrastive/model", "head": "data/start/champion-text",
     }  # fmt: skip

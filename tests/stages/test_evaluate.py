@@ -12,15 +12,17 @@ from tests.support.fake_models import LANGUAGES, Guesser, Oracle, write_concept_
 from tests.support.tiny_project import write_model
 from vlfoundry.eval.compare.scores import read_document, read_scores
 from vlfoundry.eval.datasets.folders import read_concept_set
+from vlfoundry.eval.outputs import OUTPUTS
 from vlfoundry.eval.questions import KINDS, ask
 from vlfoundry.eval.runner import evaluate_folder
 from vlfoundry.eval.suites import suites
-from vlfoundry.eval.variants import MODELS
 from vlfoundry.infra.core.config import build
 from vlfoundry.infra.core.errors import ConfigError, DataError, ModelError, UserError
 from vlfoundry.infra.core.stage import Context
 from vlfoundry.infra.core.tables import write_table
 from vlfoundry.stages.evaluate import STAGE, Config
+
+FOLDERS = {name: output.folder for name, output in OUTPUTS.items()}
 
 SCENES = 30
 EARLIER = "data/start/earlier"
@@ -41,7 +43,7 @@ def root(tmp_path):
         tmp_path / "artifacts/ingest/classes.parquet", {"concept": concepts, "split": splits}
     )
     write_table(tmp_path / "artifacts/ingest/records.parquet", {"source": ["train", "train"]})
-    for kind, folder in (*MODELS.items(), ("internvl_g", EARLIER)):
+    for kind, folder in (*FOLDERS.items(), ("internvl_g", EARLIER)):
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / "config.json").write_text(json.dumps({"kind": kind}))
     return tmp_path
@@ -54,7 +56,7 @@ def models(monkeypatch, root):
     def load_model(folder, *, untrained_seed=None):
         if folder == root / EARLIER:
             return Guesser("internvl_g")
-        kind = next(kind for kind, path in MODELS.items() if folder == root / path)
+        kind = next(kind for kind, path in FOLDERS.items() if folder == root / path)
         if untrained_seed is not None:
             return Guesser(kind)
         data = read_concept_set(root / "data", sources=["test"])
@@ -76,14 +78,14 @@ def run(root, variant, **changes):
     return root / f"artifacts/evaluate/{variant}/scores.json"
 
 
-@pytest.mark.parametrize("variant", list(MODELS))
+@pytest.mark.parametrize("variant", list(OUTPUTS))
 def test_every_suite_is_scored_or_has_a_reason(root, models, variant):
     file = run(root, variant)
     document, scores = read_document(file), read_scores(file)
     done = {score.suite for score in scores}
     assert done | set(document["not_applicable"]) == set(suites())
     assert not done & set(document["not_applicable"])
-    assert document["model"]["folder"] == MODELS[variant]
+    assert document["model"]["folder"] == OUTPUTS[variant].folder
     assert document["data"]["pictures"] == 16
     for score in scores:
         assert score.untrained is not None
@@ -141,9 +143,9 @@ def resolved(monkeypatch, models, root):
     """What is named is looked at as it lies there, before any model is loaded."""
     import vlfoundry.infra.registry.gto
 
-    write_model(root / MODELS["internvl_c"], "internvl_c")
+    write_model(root / OUTPUTS["internvl_c"].folder, "internvl_c")
     monkeypatch.setattr(
-        vlfoundry.infra.registry.gto, "resolve_model", lambda ref: root / MODELS[ref]
+        vlfoundry.infra.registry.gto, "resolve_model", lambda ref: root / OUTPUTS[ref].folder
     )
 
 

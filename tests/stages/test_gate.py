@@ -8,7 +8,7 @@ import pytest
 
 from vlfoundry.eval.compare.rules import Rule, decide
 from vlfoundry.eval.compare.scores import mean_score, with_baseline, with_untrained, write_scores
-from vlfoundry.eval.variants import MODELS, scores_file
+from vlfoundry.eval.outputs import OUTPUTS
 from vlfoundry.infra.core.config import build
 from vlfoundry.infra.core.errors import ConfigError
 from vlfoundry.infra.core.stage import Context
@@ -119,8 +119,8 @@ def test_rules_without_a_condition_or_a_model_are_refused():
 
 def decided(root, *rules):
     """The stage's decision on one score, for Chat full."""
-    for variant in MODELS:
-        write_scores(root / scores_file(variant), [score()], model={"fingerprint": "f"}, data={})
+    for variant in OUTPUTS:
+        write_scores(root / OUTPUTS[variant].scores, [score()], model={"fingerprint": "f"}, data={})
     common = {"variant": "internvl_c", "score": "zero_shot/top1/en"}
     config = build(
         Config, {"gate": {"candidate": "chat_full", "rules": [common | rule for rule in rules]}}
@@ -143,9 +143,9 @@ def test_a_rule_may_warn_alone(tmp_path):
 
 @pytest.mark.parametrize(("at_least", "passed"), [(0.2, True), (0.5, False)])
 def test_the_stage_writes_its_decision(tmp_path, at_least, passed):
-    for variant in MODELS:
+    for variant in OUTPUTS:
         write_scores(
-            tmp_path / scores_file(variant), [score()], model={"fingerprint": "f"}, data={},
+            tmp_path / OUTPUTS[variant].scores, [score()], model={"fingerprint": "f"}, data={},
             baseline={"name": f"earlier {variant}"},
         )  # fmt: skip
     rules = [
@@ -156,7 +156,7 @@ def test_the_stage_writes_its_decision(tmp_path, at_least, passed):
     STAGE.run(config, Context(STAGE.bind(None), tmp_path, "key"))
     gate = json.loads((tmp_path / "artifacts/gate/gate.json").read_text())
     assert gate["passed"] is passed
-    assert gate["model"] == MODELS["chat_full"]
+    assert gate["model"] == OUTPUTS["chat_full"].folder
     assert gate["baseline"] == {"name": "earlier chat_full"}
     assert [check["passed"] for check in gate["checks"]] == [passed, True]
     assert gate["unwatched"] == ["chat_full", "chat_simple", "internvl_g"]
@@ -172,4 +172,4 @@ def test_rules_look_at_every_model_of_the_run():
     profiles = sorted(path.stem for path in (ROOT / PROFILES).glob("*.yaml"))
     assert len(profiles) > 5
     for given in (params, *(with_profile(params, ROOT, name) for name in profiles)):
-        assert {rule["variant"] for rule in given["gate"]["rules"]} == set(MODELS)
+        assert {rule["variant"] for rule in given["gate"]["rules"]} == set(OUTPUTS)

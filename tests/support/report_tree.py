@@ -11,14 +11,16 @@ import numpy as np
 from tests.support.fake_models import CAN, Guesser, looks
 from vlfoundry.eval import questions
 from vlfoundry.eval.datasets.folders import ConceptSet, read_concept_set
+from vlfoundry.eval.outputs import OUTPUTS
 from vlfoundry.eval.questions import KINDS, ask
 from vlfoundry.eval.report.collect import STAGES, artefact
 from vlfoundry.eval.suites.retrieval import keyword_caption
-from vlfoundry.eval.variants import MODELS
 from vlfoundry.infra.core import workfolder
 from vlfoundry.infra.core.config import build
 from vlfoundry.infra.core.stage import Context
 from vlfoundry.infra.core.tables import write_table
+
+FOLDERS = {name: output.folder for name, output in OUTPUTS.items()}
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LANGUAGES = ("en", "zh", "ja", "ar", "it")
@@ -215,14 +217,14 @@ def _histories(root: Path) -> None:
 def _evaluate(root: Path, data: ConceptSet) -> None:
     import vlfoundry.stages.evaluate as stage
 
-    for kind, folder in (*MODELS.items(), ("internvl_c", EARLIER)):
+    for kind, folder in (*FOLDERS.items(), ("internvl_c", EARLIER)):
         _write(root / folder / "config.json", {"kind": kind})
     _write(root / EARLIER / "origin.json", {"ref": "internvl_c@v0.1.0"})
 
     def load_model(folder, *, untrained_seed=None):
         if folder == root / EARLIER:
             return HalfTaught("internvl_c", data, share=0.28)
-        kind = next(kind for kind, path in MODELS.items() if folder == root / path)
+        kind = next(kind for kind, path in FOLDERS.items() if folder == root / path)
         return HalfTaught(kind, data) if untrained_seed is None else Guesser(kind)
 
     name, module = "vlfoundry.models.internvl.predict", types.SimpleNamespace(load_model=load_model)
@@ -238,14 +240,14 @@ def _evaluate(root: Path, data: ConceptSet) -> None:
                 "evaluate": {"scenes": SCENES, "baseline": {"internvl_c": EARLIER}},
             },
         )
-        for variant in MODELS:
+        for variant in OUTPUTS:
             stage.run(config, Context(stage.STAGE.bind(variant), root, "key"))
     finally:
         questions.TRAINING_SCENES = scenes
         sys.modules.pop(name)
         if before is not None:
             sys.modules[name] = before
-    assert set(CAN) == set(MODELS)
+    assert set(CAN) == set(OUTPUTS)
 
 
 def _gate(root: Path) -> None:
