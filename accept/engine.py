@@ -11,9 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from accept.crash import Target, besiege
+from tests.infra.test_torchrun import trained, use
+from tests.models import test_qwen3 as qwen3
 from tests.models.test_layouts import (
     ALL_STAGES,
     APART,
@@ -35,6 +38,7 @@ from tests.support.tiny_project import (
     make_project,
     run_stage,
     start_fork,
+    start_process,
 )
 from vlfoundry.infra.core.stage import EXIT_INTERRUPTED
 
@@ -183,6 +187,37 @@ def test_a_stopped_run_goes_on_in_another_layout(
 @pytest.mark.parametrize(("stage", "layout"), GRADIENTS)
 def test_gradients_are_those_of_one_rank(stage: str, layout: str) -> None:
     gradients_are_those_of_one_rank(stage, MATRIX[layout])
+
+
+@pytest.mark.parametrize(("stage", "layout", "tied"), qwen3.CELLS)
+def test_gradients_of_qwen3_are_those_of_one_rank(
+    stage: str, layout: str, tied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    qwen3.gradients_are_those_of_one_rank(stage, layout, tied, monkeypatch)
+
+
+def test_a_stage_over_torchrun_that_is_killed_goes_on_to_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel takes agent and ranks with the stage."""
+    made = []
+    for name, kill in (("fork", False), ("torchrun", True)):
+        root = make_project(tmp_path / name)
+        run_stage(root, "pretrain_text")
+        use(name, tmp_path, monkeypatch)
+        if kill:
+            running = start_process(root, "contrastive")
+            deadline = time.monotonic() + LIMIT_S
+            while not list(root.glob("work/contrastive/*/checkpoints/*")):
+                assert time.monotonic() < deadline, running.output
+                assert running.collect() is None, running.output
+                time.sleep(0.02)
+            running.kill_9()
+            left = [p.cmdline() for p in psutil.process_iter()]
+            assert not [words for words in left if "vlfoundry-ranks-" in " ".join(words)]
+        run_stage(root, "contrastive", start=start_process)
+        made.append(trained(root))
+    assert made[0] == made[1]
 
 
 @pytest.mark.parametrize(("stage", "layout"), PACKED)

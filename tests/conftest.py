@@ -13,6 +13,9 @@ os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])
 if not Path("/dev/nvidiactl").exists():
     os.environ["TRITON_INTERPRET"] = "1"
 
+# Who sets logging up keeps the stderr of that moment: it must be pytest's own, which lasts, and not
+# that of a test.
+
 # It sets logging up anew, which closes the streams of all handlers that are there by then: absl's,
 # which comes with Megatron, would be what pytest captures.
 import gto.log  # noqa: F401

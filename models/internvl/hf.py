@@ -173,6 +173,7 @@ def config_to_official(config: InternVLConfig, kind: str) -> dict[str, Any]:
     if kind == "vision":
         return vision
     if kind in ("internvl_c", "internvl_g"):
+        _require_llama(config.text, "text tower", "InternVL-14B's form")
         queries = {
             "num_query_token": config.queries.num_queries,
             "cross_attention_frequency": config.queries.cross_attention_frequency,
@@ -374,7 +375,6 @@ def keys(config: InternVLConfig, kind: str) -> Iterator[Key]:
     if kind == "vision":
         return prefixed(vision_hf.keys(config.vision), ours="vision.")
     if kind in ("internvl_c", "internvl_g"):
-        _require_llama(config.text, "text tower", "InternVL-14B's form")
         return _dual_keys(config, with_queries=kind == "internvl_g")
     if kind == "chat_simple":
         return _chat_keys(config, family_of(config.chat).keys(config.chat))

@@ -108,7 +108,7 @@ def test_what_dvc_add_keeps_comes_along(toy: Path) -> None:
 def test_mistakes_are_messages(toy: Path, tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError,
-        match=r"'big': expected one of \['base'\] \(files of profiles/\) or of .*'hour', ",
+        match=r"'big': expected one of \['base'\] \(files of profiles/\) or \[.*'hour', ",
     ):
         prepare(toy, Variation(profile="big"))
     with pytest.raises(ConfigError, match=r"'train\.lrr' does not exist; did you mean 'lr'"):

@@ -86,7 +86,7 @@ def test_what_no_format_holds_is_refused():
     with pytest.raises(ModelError, match="LLaVA's form has 'mlp2x' alone"):
         llava_keys(tiny_config(), "chat_simple")
     biased = dataclasses.replace(plain.text, qkv_bias=True)
-    with pytest.raises(ModelError, match="have a bias; LLaVA's form has a LLaMA"):
+    with pytest.raises(ModelError, match="of the family qwen2; LLaVA's form has a LLaMA"):
         llava_keys(tiny_config(connector=plain.connector, text=biased), "chat_full")
 
 

@@ -148,16 +148,6 @@ def main(place: str) -> None:
     """Be a rank: run what the folder holds, and write there what came of it. Never returns."""
     die_with_parent(signal.SIGKILL)
     folder, index = Path(place), int(os.environ["RANK"])
-    write_atomic(folder / f"{index}.pid", str(os.getpid()))
-    from vlfoundry.infra.backend import install
-
-    install()
-    work, threads = pickle.loads((folder / WORK).read_bytes())
-    rank = Rank(
-        index=index,
-        count=int(os.environ["WORLD_SIZE"]),
-        address=(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])),
-    )
     result = folder / f"{index}.pickle"
 
     def send(payload: bytes) -> None:
@@ -170,6 +160,18 @@ def main(place: str) -> None:
             send(pickle.dumps((STOPPED, None)))
         on_stop_signal(signum, frame)
 
+    for signum in STOP_SIGNALS:  # before anybody can know whom to send one
+        signal.signal(signum, stop)
+    write_atomic(folder / f"{index}.pid", str(os.getpid()))
+    from vlfoundry.infra.backend import install
+
+    install()
+    work, threads = pickle.loads((folder / WORK).read_bytes())
+    rank = Rank(
+        index=index,
+        count=int(os.environ["WORLD_SIZE"]),
+        address=(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])),
+    )
     be_rank(rank, threads, work, send, on_stop=stop)
 
 
