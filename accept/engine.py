@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from accept.crash import Target, besiege
-from tests.infra.test_torchrun import trained, use
+from tests.infra.test_torchrun import files_of_stage_1, use
 from tests.models import test_qwen3 as qwen3
 from tests.models.test_layouts import (
     ALL_STAGES,
@@ -71,7 +71,7 @@ def warm() -> None:
 @pytest.fixture(scope="session")
 def trained(warm: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny project in which all training stages have run on two data-parallel ranks."""
-    root = make_project(tmp_path_factory.mktemp("issue4") / "trained")
+    root = make_project(tmp_path_factory.mktemp("engine") / "trained")
     for stage, *arguments in TRAINING:
         run_stage(root, stage, *arguments)
     return root
@@ -216,7 +216,7 @@ def test_a_stage_over_torchrun_that_is_killed_goes_on_to_the_same_bytes(
             left = [p.cmdline() for p in psutil.process_iter()]
             assert not [words for words in left if "vlfoundry-ranks-" in " ".join(words)]
         run_stage(root, "contrastive", start=start_process)
-        made.append(trained(root))
+        made.append(files_of_stage_1(root))
     assert made[0] == made[1]
 
 

@@ -102,7 +102,7 @@ def test_a_stage_gives_the_weights_of_forked_ranks(tmp_path, monkeypatch):
         run_stage(root, "pretrain_text")
         use(name, tmp_path, monkeypatch)
         run_stage(root, "contrastive", start=start)
-        made.append(trained(root))
+        made.append(files_of_stage_1(root))
     assert made[0]["model/weights.safetensors"]
     assert made[0] == made[1]
 
@@ -114,6 +114,6 @@ def use(name, folder, monkeypatch):
     monkeypatch.setenv("VLFOUNDRY_LAUNCHER", str(profile))
 
 
-def trained(root):
+def files_of_stage_1(root):
     """What stage 1 has made, without its lineage."""
     return {n: f for n, f in artifacts(root, "contrastive").items() if "lineage" not in n}
