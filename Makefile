@@ -2,7 +2,7 @@
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lint format accept bench wheel lock clean
+.PHONY: help setup run test quick lint format accept bench wheel lock clean
 
 # The lock file that .venv is made from: dev, core, gpu or bench.
 LOCK ?= dev
@@ -30,6 +30,9 @@ run: setup ## run the whole pipeline (PROFILE=base, SET="key=value ...")
 
 test: setup ## run all tests (TESTS=path for some, JOBS=n at a time)
 	@python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(TESTS)
+
+quick: setup ## run what takes less than a minute altogether (no ranks, no processes that train)
+	@python -m pytest -n $(JOBS) --dist loadfile -m "not accept and not slow and not dist" $(TESTS)
 
 lint: setup ## ruff, types, layers
 	@ruff check .

@@ -31,6 +31,13 @@ for name in [name for name in os.environ if name.startswith("PREFECT_")]:
     del os.environ[name]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What asks for ranks is marked `dist`."""
+    for item in items:
+        if "run_ranks" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.dist)
+
+
 @pytest.fixture(scope="session")
 def run_ranks():
     """`run_ranks` of the launcher `fork` from this warmed process, with a time limit."""

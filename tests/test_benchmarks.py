@@ -16,6 +16,8 @@ from vlfoundry.infra.core.config import load_params
 from vlfoundry.infra.core.stage import parameters_of
 from vlfoundry.stages.contrastive import STAGE
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def registry(monkeypatch: pytest.MonkeyPatch) -> dict[str, harness.Benchmark]:

@@ -14,6 +14,8 @@ from benchmarks.gpu.data import LANGUAGES, TOKENS, VARIABLE, embedded
 from benchmarks.gpu.sizes import FULL, TINY, Clock
 from benchmarks.gpu.towers import flops_per_image
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 ABSENT = (
     "PIL", "dvc", "einops", "evaluate", "fsspec", "prefect", "pyarrow", "safetensors",

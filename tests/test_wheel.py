@@ -15,6 +15,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("eval", "flows", "infra", "models", "stages")
 BUILT_FROM = (*FOLDERS, "vlfoundry", "data", "profiles", "LICENSE", "README.md", "pyproject.toml",
@@ -97,6 +99,7 @@ def test_the_wheel_holds_what_git_has_of_the_package(wheel: Path) -> None:
     ours = {f"vlfoundry/{name}" for name in listing.split("\0") if name}
     assert len(ours) > 200
     own = {"vlfoundry/__init__.py", "vlfoundry/__main__.py", "vlfoundry/api.py"}
+    own |= {"vlfoundry/py.typed"}
     template = {name for name in names if name.startswith("vlfoundry/template/")}
     assert names - template == ours | own
     data = {name for name in template if name.startswith("vlfoundry/template/data/")}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vlfoundry.infra.backend.devices import Device, find_device
 from vlfoundry.infra.backend.layout import Layout, ModelFacts
@@ -120,7 +120,7 @@ def transformer_config(layout: Layout, device: Device | None = None, **fields) -
 
     dtype = torch.bfloat16 if device.precision == "bf16" else torch.float32
     fused = device.layer_spec == "te"
-    settings = {
+    settings: dict[str, Any] = {
         "tensor_model_parallel_size": layout.tensor,
         "pipeline_model_parallel_size": layout.pipeline,
         "virtual_pipeline_model_parallel_size": layout.virtual_pipeline,

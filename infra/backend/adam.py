@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 
@@ -30,7 +32,8 @@ class CpuFusedAdam(torch.optim.Optimizer):
         super().__init__(params, defaults | {"bias_correction": True})
 
     @torch.no_grad()
-    def step(self, closure=None) -> None:
+    # pyrefly: ignore[bad-override]  # no closure is ever given: nothing is returned
+    def step(self, closure: Any = None) -> None:
         """Update every parameter that has a gradient."""
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
@@ -45,7 +48,7 @@ class CpuFusedAdam(torch.optim.Optimizer):
         beta1, beta2 = group["betas"]
         step = group["step"]
         bias1, bias2 = 1 - beta1**step, 1 - beta2**step
-        grads = [p.grad for p in params]
+        grads = [p.grad for p in params if p.grad is not None]
         means = [self._moment(p, "exp_avg") for p in params]
         squares = [self._moment(p, "exp_avg_sq") for p in params]
         if decay:

@@ -13,6 +13,7 @@ import datetime
 import functools
 import queue
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch.distributed import Backend, ProcessGroupGloo, Store
@@ -73,7 +74,7 @@ class CudaLiteralsToCpu(TorchFunctionMode):
     """While active, `device="cuda"` means the CPU, `.cuda()` is the identity and `.type()` answers
     with the name that Megatron's optimizers look for."""
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if kwargs:
             device = kwargs.get("device")
             if device is not None and _is_cuda(device):
@@ -133,18 +134,30 @@ def install_rng() -> None:
     def set_state(new_state: torch.Tensor, device=-1, graph_safe: bool = False) -> None:
         torch.set_rng_state(new_state)
 
-    megatron_random._CUDA_RNG_STATE_TRACKER = CpuRngTracker()
-    megatron_random._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
-    megatron_random._get_cuda_rng_state = get_state
-    megatron_random._set_cuda_rng_state = set_state
+    _replace(
+        megatron_random,
+        _CUDA_RNG_STATE_TRACKER=CpuRngTracker(),
+        _CUDA_RNG_STATE_TRACKER_INITIALIZED=True,
+        _get_cuda_rng_state=get_state,
+        _set_cuda_rng_state=set_state,
+    )
+
+
+def _replace(module: Any, **others: Any) -> None:
+    """Put others in the place of a module's variables and functions."""
+    for name, value in others.items():
+        setattr(module, name, value)
 
 
 def install_cuda_stand_ins() -> None:
     """Answer the three questions that Megatron asks `torch.cuda` everywhere."""
     stream = _NullStream()
-    torch.cuda.current_device = lambda: _CPU
-    torch.cuda.current_stream = lambda device=None: stream
-    torch.cuda.synchronize = lambda device=None: None
+    _replace(
+        torch.cuda,
+        current_device=lambda: _CPU,
+        current_stream=lambda device=None: stream,
+        synchronize=lambda device=None: None,
+    )
 
 
 def install_adam() -> None:
@@ -154,10 +167,8 @@ def install_adam() -> None:
 
     from vlfoundry.infra.backend.adam import CpuFusedAdam
 
-    optimizer.Adam = CpuFusedAdam
-    optimizer.USING_PYTORCH_OPTIMIZER = False
-    distrib_optimizer.HAVE_APEX_OR_TE = True
-    distrib_optimizer.USING_APEX_OPTIMIZER = True
+    _replace(optimizer, Adam=CpuFusedAdam, USING_PYTORCH_OPTIMIZER=False)
+    _replace(distrib_optimizer, HAVE_APEX_OR_TE=True, USING_APEX_OPTIMIZER=True)
 
 
 def install_results_queue() -> None:
@@ -167,7 +178,7 @@ def install_results_queue() -> None:
     """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-    filesystem_async._results_queue = queue.Queue()
+    _replace(filesystem_async, _results_queue=queue.Queue())
 
 
 def install_gloo() -> None:
@@ -185,7 +196,8 @@ def install_gloo() -> None:
 def _gloo_group(
     store: Store, rank: int, size: int, timeout: datetime.timedelta
 ) -> ProcessGroupGloo:
-    options = ProcessGroupGloo._Options()
+    group: Any = ProcessGroupGloo  # whose stub has no options
+    options = group._Options()
     options._devices = [_gloo_device()]
     options._threads = 1
     options._timeout = timeout

@@ -141,7 +141,7 @@ class Layout:
             )
 
     def _check_pipeline(self) -> None:
-        if not self.interleaved:
+        if self.virtual_pipeline is None:
             return
         if self.virtual_pipeline < 2 or self.pipeline < 2:
             raise LayoutError(

@@ -22,6 +22,10 @@ _fp8: Fp8Config | None = None
 _text_peers: Any = None
 
 
+Group = Any
+"""a process group of torch.distributed, or a SoloGroup, which stands for one"""
+
+
 class SoloGroup:
     """Stands for a process group of one rank where there is nobody to talk to."""
 
@@ -117,12 +121,13 @@ def _groups_of_text(layout: Layout) -> Any:
 
     if not layout.text_stands_apart:
         return None
-    if layout.text_tensor == 1:
+    text_tensor = layout.of_text.tensor
+    if text_tensor == 1:
         return parallel_state.get_tensor_model_parallel_group()
     mine = None
     for first in range(0, layout.ranks, layout.tensor):  # ranks of a tensor group are neighbours
-        for place in range(layout.text_tensor):
-            ranks = list(range(first + place, first + layout.tensor, layout.text_tensor))
+        for place in range(text_tensor):
+            ranks = list(range(first + place, first + layout.tensor, text_tensor))
             group = dist.new_group(ranks)
             if dist.get_rank() in ranks:
                 mine = group

@@ -174,7 +174,7 @@ class Checkpoints:
             # Megatron reads the common part on each rank alone, and calls torch in its older way.
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             warnings.filterwarnings("ignore", message="The argument order of load has been changed")
-            loaded = dist_checkpointing.load(state, str(saved.folder))
+            loaded: Any = dist_checkpointing.load(state, str(saved.folder))
         with torch.no_grad():  # Megatron fills views of the parameters in place
             self._model.load_state_dict(loaded["model"])
             self._load_optimizer(loaded)

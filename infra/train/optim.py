@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from vlfoundry.infra.backend.devices import find_device
+from vlfoundry.infra.backend.parallel import Group
 from vlfoundry.infra.core.errors import ConfigError
 from vlfoundry.infra.train.config import TrainConfig
 
@@ -233,8 +234,8 @@ def _check_prefixes(option: str, prefixes: dict[str, float], names: list[str]) -
     from megatron.core import parallel_state
     from torch import distributed as dist
 
-    group = parallel_state.get_pipeline_model_parallel_group()
-    found = [None] * group.size()
+    group: Group = parallel_state.get_pipeline_model_parallel_group()
+    found: list[Any] = [None] * group.size()
     dist.all_gather_object(found, names, group=group)
     known = {name for part in found for name in part}
     for prefix in prefixes:

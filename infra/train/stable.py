@@ -50,11 +50,10 @@ class _Shards:
         self._inner = optimizer.optimizer
         self._data = optimizer.data_parallel_group
         params = [param for buffer in optimizer.buffers for param in buffer.params]
-        self._tensor = (
-            parallel_state.get_tensor_model_parallel_group()
-            if getattr(params[0], "allreduce", True)
-            else parallel_state.get_expert_tensor_parallel_group()  # the text tower stands apart
-        )
+        group: Any = parallel_state.get_tensor_model_parallel_group()
+        if not getattr(params[0], "allreduce", True):  # the text tower stands apart
+            group = parallel_state.get_expert_tensor_parallel_group()
+        self._tensor = group
         self._cut = [bool(getattr(param, "tensor_model_parallel", False)) for param in params]
         self._counts = [
             _elements(param, self._tensor.size() if cut else 1)

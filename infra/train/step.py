@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vlfoundry.infra.backend import Layout, device_literals, install, plain_calls
-from vlfoundry.infra.backend.parallel import SoloGroup
+from vlfoundry.infra.backend.parallel import Group, SoloGroup
 from vlfoundry.infra.core.errors import LayoutError
 from vlfoundry.infra.train.mfu import FlopCounter
 from vlfoundry.infra.train.telemetry import Stopwatch
@@ -397,7 +397,7 @@ def _through_stages(
         # The schedule divides by the number of micro-batches; ours add up.
         return loss * len(batches), _as_it_is
 
-    feeds = [_Feed(batches) for _ in wrapped]
+    feeds: list[Any] = [_Feed(batches) for _ in wrapped]  # a chunk takes what it needs
     with device_literals():
         get_forward_backward_func()(
             forward_step_func=step,
@@ -462,7 +462,7 @@ def _from_last_stage(value: Any) -> Any:
     import torch.distributed as dist
     from megatron.core import parallel_state
 
-    group = parallel_state.get_pipeline_model_parallel_group()
+    group: Group = parallel_state.get_pipeline_model_parallel_group()
     box = [value]
     dist.broadcast_object_list(box, group=group, group_src=group.size() - 1)
     return box[0]
@@ -487,7 +487,8 @@ def random_state() -> Any:
     from megatron.core import tensor_parallel
 
     gpu = torch.cuda.get_rng_state() if install().kind == "cuda" else None
-    return torch.get_rng_state(), tensor_parallel.get_cuda_rng_tracker().get_states(), gpu
+    tracker: Any = tensor_parallel.get_cuda_rng_tracker()
+    return torch.get_rng_state(), tracker.get_states(), gpu
 
 
 def set_random_state(state: Any) -> None:
@@ -496,6 +497,7 @@ def set_random_state(state: Any) -> None:
     from megatron.core import tensor_parallel
 
     torch.set_rng_state(state[0])
-    tensor_parallel.get_cuda_rng_tracker().set_states(state[1])
+    tracker: Any = tensor_parallel.get_cuda_rng_tracker()
+    tracker.set_states(state[1])
     if state[2] is not None:
         torch.cuda.set_rng_state(state[2])

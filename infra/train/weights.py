@@ -79,6 +79,7 @@ def pieces(model: Any) -> Iterator[Piece]:
         if not isinstance(sharded, ShardedTensor):
             continue  # Transformer Engine's extra state: no weight
         assert not sharded.prepend_axis_num, f"{sharded.key}: layers share a name"
+        assert sharded.data is not None, f"{sharded.key}: it has no tensor here"
         shape = true_shapes.get(sharded.key, tuple(sharded.global_shape))
         offset = tuple(sharded.global_offset)
         yield Piece(

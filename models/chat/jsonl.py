@@ -17,7 +17,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -233,7 +233,7 @@ def _parsed(line: bytes) -> dict[str, object]:
 def _sample(record: dict[str, object], *, absolute: bool) -> Sample:
     """One parsed line. Raises an error that names the field."""
     _no_misspelling(record, FIELDS)
-    name = record.get("id")
+    name: Any = record.get("id")
     if isinstance(name, bool | float | list | dict) or (
         isinstance(name, str) and not is_text(name)
     ):

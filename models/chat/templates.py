@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from vlfoundry.infra.core.errors import ConfigError, DataError
 
@@ -84,8 +84,8 @@ VICUNA = (
 )
 
 
-def _chatml(name: str, system: str, **rest) -> Template:
-    rest = {"system_end": "<|im_end|>", "user_end": "<|im_end|>"} | rest
+def _chatml(name: str, system: str, **rest: Any) -> Template:
+    options: dict[str, Any] = {"system_end": "<|im_end|>", "user_end": "<|im_end|>", **rest}
     return Template(
         name=name,
         system=system,
@@ -93,7 +93,7 @@ def _chatml(name: str, system: str, **rest) -> Template:
         user="<|im_start|>user\n",
         assistant="<|im_start|>assistant\n",
         answer_end="<|im_end|>",
-        **rest,
+        **options,
     )
 
 

@@ -11,6 +11,7 @@ H head size.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -46,7 +47,7 @@ class Continuation:
 
     def __init__(self, decoder: Decoder, mask: Tensor, max_new_tokens: int):
         """`mask` [B, T] is 1 where the prompt is real; at most `max_new_tokens` can be fed."""
-        self.decoder = decoder
+        self.decoder: Any = decoder  # with embeddings and final norm: all of it
         self.layers = plain_layers(decoder)
         self.fed = 0
         new = torch.arange(max_new_tokens, device=mask.device)
@@ -161,7 +162,7 @@ def plain_layers(decoder: Decoder) -> list[PlainWeights] | None:
     Known are the types of its modules and the names of its parameters, but for cross-attention,
     which does nothing after the prompt.
     """
-    layers = decoder.decoder.layers
+    layers: Any = decoder.decoder.layers
     if decoder.tp_group.size() > 1 or not all(_is_plain(layer) for layer in layers):
         return None
     return [_weights(layer) for layer in layers]
@@ -186,11 +187,12 @@ def _is_exactly(module: torch.nn.Module | None, kind: type) -> bool:
     return type(module) is kind or (kind is ColumnLinear and type(module) is UnbiasedColumnLinear)
 
 
-def _weights(layer: PlainLayer) -> PlainWeights:
+def _weights(layer: Any) -> PlainWeights:
     attention, mlp = layer.self_attention, layer.mlp
     core, norms = attention.core_attention, None
     if type(attention) is HeadNormSelfAttention:
-        norms = attention.q_layernorm.weight, attention.k_layernorm.weight
+        query, key = cast(Any, (attention.q_layernorm, attention.k_layernorm))
+        norms = query.weight, key.weight
     return PlainWeights(
         attention_norm=layer.input_layernorm.weight,
         qkv=attention.linear_qkv.weight,

@@ -5,7 +5,8 @@ Letters: B batch, T tokens, D width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,12 +56,13 @@ class Decoder(Part):
             layer_norm=parts.norms["rms"],
         )
         plain = beside(stack)
-        self.embedding = self.head = None
+        self.embedding: Any = None
+        self.head: Any = None
         if self.starts:
             self.embedding = VocabEmbedding(
                 vocabulary,
                 config.width,
-                init_method=stack.init_method,
+                init_method=_initially(stack),
                 config=plain,
                 tp_group=self.tp_group,
             )
@@ -133,7 +135,7 @@ class Decoder(Part):
         """
         if mask is not None and mask.dtype == torch.bool:
             mask = additive(mask, hidden.dtype)
-        if positions is None and is_packed(mask):
+        if positions is None and mask is not None and is_packed(mask):
             positions = packed_positions(mask, hidden.shape[1], length)
         result, _ = self.decoder.through(
             hidden,
@@ -208,12 +210,17 @@ def decoder_layer_spec(config: DecoderConfig, parts: Parts, **cross_attention) -
     return ModuleSpec(module=PlainLayer, submodules=submodules)
 
 
+def _initially(stack: TransformerConfig) -> Callable:
+    assert stack.init_method is not None
+    return stack.init_method
+
+
 def _head(stack: TransformerConfig, config: DecoderConfig, vocabulary: int, group) -> ColumnLinear:
     return ColumnLinear(
         config.width,
         vocabulary,
         config=stack,
-        init_method=stack.init_method,
+        init_method=_initially(stack),
         bias=False,
         gather_output=True,
         skip_weight_param_allocation=config.tied_head,

@@ -185,7 +185,7 @@ def _base(rope: Mapping, part: str, name: str) -> float | None:
     return base
 
 
-def _scaling(rope: Mapping, kind: str, part: str) -> RopeScaling:
+def _scaling(rope: Mapping, kind: Any, part: str) -> RopeScaling:
     said = read(rope, Table(fields=_SCALINGS if kind == "llama3" else _FACTOR), part)
     extra = {ours: said[name] for ours, name in _LLAMA3.items()} if kind == "llama3" else {}
     try:

@@ -125,6 +125,7 @@ def _adapters(work: Workload, step: Pass, tokens: float, kept: Kept) -> float:
     """What LoRA keeps: its linears' inputs, with dropout those after it and its mask."""
     parts = {"vision": work.config.vision, "text": work.config.text, "language": work.config.chat}
     config, lora = parts[step.stack], parts[step.stack].lora
+    assert lora is not None
     copies = 2 if lora.dropout else 1
     between = sum(name in ("qkv", "fc1") for name in lora.linears) * config.width
     heads = config.heads * config.head_size

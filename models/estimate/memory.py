@@ -200,9 +200,11 @@ def _layer_elements(work: Workload, tensor: int) -> dict[LayerRef, tuple[int, in
     found: dict[LayerRef, tuple[int, int, int]] = {}
     for weight in work.weights(tensor):
         size, trained = weight.elements, weight.name in work.names
-        more = (size, size * trained, _aligned(size) * trained)
         place = (weight.tower, weight.layer)
-        found[place] = tuple(map(sum, zip(found.get(place, (0, 0, 0)), more, strict=True)))
+        every, learnt, aligned = found.get(place, (0, 0, 0))
+        found[place] = (
+            every + size, learnt + size * trained, aligned + _aligned(size) * trained
+        )  # fmt: skip
     return found
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 from vlfoundry.infra.backend.layout import Layout
 from vlfoundry.models.estimate.weights import Weight, weights
@@ -165,15 +165,13 @@ class Workload:
             unused_layers=depth - layers,
         )  # fmt: skip
 
-    def _text(self, **changes) -> Pass:
-        return Pass(
-            **{
-                "stack": "text",
-                "tokens": self.text_tokens,
-                "layers": self.config.text.depth,
-                **changes,
-            }
-        )
+    def _text(self, **changes: Any) -> Pass:
+        fields: dict[str, Any] = {
+            "stack": "text",
+            "tokens": self.text_tokens,
+            "layers": self.config.text.depth,
+        }
+        return Pass(**fields | changes)
 
     def _three_tasks(self) -> list[Pass]:
         queries = self.config.queries.num_queries

@@ -6,6 +6,7 @@ Letters: B batch, T tokens, K kept patches, P patch side, D width.
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -120,6 +121,7 @@ class InternViT(Part):
         """
         if self.starts:
             tokens = self._embed(pixels, kept).transpose(0, 1).contiguous()
+        assert tokens is not None, "the stage before returned nothing"
         length = 1 + (kept.shape[1] if kept is not None else self._patch_count(pixels))
         real = None
         if self.decoder.padding(length, len(pixels)):
@@ -188,12 +190,13 @@ class InternViT(Part):
         if self.starts:
             set_rule(self.class_embedding, "trunc_normal", position_std)
             set_rule(self.position_embedding, "trunc_normal", position_std)
-        for layer in self.decoder.layers:
+        layers: Any = self.decoder.layers
+        for layer in layers:
             set_rule(layer.ls1, "constant", config.layerscale_init)
             set_rule(layer.ls2, "constant", config.layerscale_init)
             self._set_true_shapes(layer.self_attention)
 
-    def _set_true_shapes(self, attention: nn.Module) -> None:
+    def _set_true_shapes(self, attention: Any) -> None:
         """Heads padded for tensor parallelism are no part of a canonical checkpoint."""
         width = self.vit_config.width
         if self.config.num_attention_heads == self.vit_config.heads:

@@ -425,7 +425,7 @@ def _chosen(
     whole: Sequence[Key], config: InternVLConfig, held: str, kind: str | None
 ) -> Sequence[Key]:
     """The part of a table that makes a model of another kind."""
-    if kind in (None, held):
+    if kind is None or kind == held:
         return whole
     ours = {key.ours for key in hf.keys(config, kind)}
     ours |= {key.ours for p in adapters(config, kind).values() for key in (p.a, p.b)}

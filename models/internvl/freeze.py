@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vlfoundry.infra.core.errors import ConfigError
 
@@ -72,7 +72,7 @@ def _names_of_all_stages(model: nn.Module) -> list[str]:
     names = [name for name, _ in model.named_parameters()]
     if not is_distributed():
         return names
-    group = parallel_state.get_pipeline_model_parallel_group()
+    group: Any = parallel_state.get_pipeline_model_parallel_group()
     every: list[list[str]] = [[] for _ in range(group.size())]
     torch.distributed.all_gather_object(every, names, group=group)
     return [name for stage in every for name in stage]

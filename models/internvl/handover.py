@@ -136,7 +136,9 @@ def _names_of_pictures(tokenizer: TextTokenizer) -> dict[str, str]:
     """What transformers' processor asks the tokenizer for. It wants a token for videos, which the
     models here are not given: one that texts do not have, so that none is added to the vocabulary.
     """
-    known = SPECIAL_TOKENS if isinstance(tokenizer, Tokenizer) else tokenizer.special
+    known = (
+        SPECIAL_TOKENS if isinstance(tokenizer, Tokenizer) else getattr(tokenizer, "special", ())
+    )
     spare = next((token for token in _SPARE if token in known), _SPARE[0])
     return {
         "start_image_token": IMG,

@@ -106,7 +106,7 @@ def _chat(config: Mapping) -> InternVLConfig:
 
 
 def _connector(
-    config: Mapping, said: Mapping, vision: InternViTConfig, layer: str, *, ps_version: str
+    config: Mapping, said: Mapping, vision: InternViTConfig, layer: str, *, ps_version: Any
 ) -> ConnectorConfig:
     """The pixel shuffle of a chat model, as far as the vision tower allows it."""
     ratio = said["downsample_ratio"]

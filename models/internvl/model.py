@@ -109,10 +109,14 @@ class InternVL(Part):
         language = None
         if "language" in share:
             language = Decoder(config.chat, spec=spec, layers=share["language"])
-        super().__init__(schedule_config((vision or language or text).config))
+        first: Any = vision or language or text
+        super().__init__(schedule_config(first.config))
         self.kind = kind
         self.model_config = config
-        self.vision, self.text, self.language = vision, text, language
+        # Typed as what a method finds that runs only where the part is: `None` is asked for first.
+        self.vision: Any = vision
+        self.text: Any = text
+        self.language: Any = language
         self.input_tensor: Tensor | None = None
         if "contrast" in parts:
             self._add_contrast(config, with_queries="queries" in parts)
@@ -511,7 +515,7 @@ class Chunks(MegatronModule):
     def __init__(self, chunks: Sequence[InternVL]):
         super().__init__(chunks[0].config)
         self.model_config = chunks[0].model_config
-        self.chunks = nn.ModuleList(chunks)
+        self.chunks: Any = nn.ModuleList(chunks)
 
     def named_parameters(self, *args, **kwargs) -> Iterator[tuple[str, nn.Parameter]]:
         for chunk in self.chunks:
@@ -523,6 +527,7 @@ class Chunks(MegatronModule):
             whole |= chunk.sharded_state_dict(prefix, sharded_offsets, metadata)
         return whole
 
+    # pyrefly: ignore[bad-override]  # Megatron's says nothing of `assign`
     def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
         for chunk in self.chunks:
             own = {name: state_dict[name] for name in chunk.state_dict()}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,7 +83,7 @@ class SDPAttention(Part):
             key = key.repeat_interleave(heads // key.shape[2], dim=2)
             value = value.repeat_interleave(heads // value.shape[2], dim=2)
         mask = attention_mask
-        if is_packed(mask):
+        if mask is not None and is_packed(mask):
             return self._packed(query, key, value, mask)
         if mask is not None and mask.dim() == 0:
             key, value, mask = key[: int(mask)], value[: int(mask)], None
@@ -135,7 +136,7 @@ class SDPAttention(Part):
 @contextlib.contextmanager
 def key_value_cache(module: torch.nn.Module, max_tokens: int) -> Iterator[None]:
     """Within the context, the self-attention layers of `module` remember keys and values."""
-    cores = [m.core_attention for m in module.modules() if hasattr(m, "core_attention")]
+    cores: list[Any] = [m.core_attention for m in module.modules() if hasattr(m, "core_attention")]
     for core in cores:
         core.cache = KeyValueCache(max_tokens)
     try:

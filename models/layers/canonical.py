@@ -11,11 +11,12 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vlfoundry.models.layers.parallel import tensor_group_of
+from vlfoundry.models.layers.parallel import mark, tensor_group_of
 from vlfoundry.models.tokenizer import EOS_ID
 
 Rule = tuple[str, float]
@@ -32,22 +33,22 @@ def set_init(module: nn.Module, std: float) -> None:
     """Give every parameter below `module` its usual rule: matrices truncated normal, biases 0."""
     for name, parameter in module.named_parameters():
         if parameter.dim() >= 2:
-            parameter.init_rule = ("trunc_normal", std)
+            set_rule(parameter, "trunc_normal", std)
         else:
-            parameter.init_rule = ("constant", 1.0 if _is_gain(name) else 0.0)
+            set_rule(parameter, "constant", 1.0 if _is_gain(name) else 0.0)
 
 
 def set_rule(parameter: nn.Parameter, kind: str, value: float) -> None:
     """Override the rule of one parameter."""
-    parameter.init_rule = (kind, value)
+    mark(parameter, init_rule=(kind, value))
 
 
 def set_true_shape(parameter: nn.Parameter, *shape: int) -> None:
     """Say which part of a padded parameter is real: what canonical checkpoints hold."""
-    parameter.true_shape = torch.Size(shape)
+    mark(parameter, true_shape=torch.Size(shape))
 
 
-def full_shape(parameter: Tensor) -> torch.Size:
+def full_shape(parameter: Any) -> torch.Size:
     """Shape of the whole tensor over the tensor ranks, without padding."""
     true_shape = getattr(parameter, "true_shape", None)
     if true_shape is not None:
@@ -58,7 +59,7 @@ def full_shape(parameter: Tensor) -> torch.Size:
     return torch.Size(shape)
 
 
-def cut(full: Tensor, parameter: Tensor) -> Tensor:
+def cut(full: Tensor, parameter: Any) -> Tensor:
     """This rank's part of a whole tensor; padding is zero.
 
     A `partition_stride` of 2 (SwiGLU's gate and up in one matrix) cuts each half.
@@ -89,7 +90,8 @@ def relax_padding(sharded: dict, parameters: Mapping[str, nn.Parameter]) -> dict
 @torch.no_grad()
 def initialise(model: nn.Module, seed: int) -> None:
     """Fill every parameter of `model` by its rule."""
-    for name, parameter in model.named_parameters():
+    parameters: Any = model.named_parameters()  # with what `mark` says of them
+    for name, parameter in parameters:
         if parameter.is_meta:
             continue
         kind, value = parameter.init_rule

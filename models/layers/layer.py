@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,12 +34,16 @@ from vlfoundry.models.layers.norms import (
     query_key_norm,
     shared_norm,
 )
+from vlfoundry.models.layers.parallel import mark
 from vlfoundry.models.layers.specs import Maker, Parts
 
 
-def plain_residual(_training: bool, _fused: bool) -> Callable:
+def _plain_residual(_training: bool, _fused: bool) -> Callable:
     """Megatron's "bias-dropout-add" without dropout."""
     return _add_residual
+
+
+plain_residual: Any = _plain_residual  # Megatron takes a function here, and says a class
 
 
 def _add_residual(x_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, _dropout) -> Tensor:
@@ -56,9 +61,11 @@ class PlainLayer(TransformerLayer):
         super().__init__(*args, **kwargs)
         handler: Callable = contextlib.nullcontext
         self.bias_dropout_add_exec_handler = handler  # pyrefly: ignore[bad-assignment]
+        attention: Any = self.self_attention
+        mlp: Any = self.mlp
         for norm, linear in (
-            (self.input_layernorm, self.self_attention.linear_qkv),
-            (self.pre_mlp_layernorm, self.mlp.linear_fc1),
+            (self.input_layernorm, attention.linear_qkv),
+            (self.pre_mlp_layernorm, mlp.linear_fc1),
         ):
             if hasattr(linear, "fuse_norm"):
                 linear.fuse_norm(norm)
@@ -74,12 +81,15 @@ class ScaledLayer(PlainLayer):
     layer that is run again for its gradient) drops the same.
     """
 
+    ls1: torch.nn.Parameter
+    ls2: torch.nn.Parameter
+
     def __init__(self, config: TransformerConfig, *args, drop_paths: tuple[float, ...], **kwargs):
         super().__init__(config, *args, **kwargs)
         self.drop_path = drop_paths[self.layer_number - 1]
         for name in ("ls1", "ls2"):
             scale = torch.nn.Parameter(torch.ones(config.hidden_size, dtype=config.params_dtype))
-            scale.sequence_parallel = config.sequence_parallel
+            mark(scale, sequence_parallel=config.sequence_parallel)
             setattr(self, name, scale)
         self._draws: Tensor | None = None
         self._normed: Tensor | None = None
@@ -152,7 +162,8 @@ class FullNormSelfAttention(SelfAttention):
         unsplit = super().get_query_key_value_tensors(hidden_states, split_qkv=False)
         mixed, sizes = unsplit  # pyrefly: ignore[bad-unpacking]
         query, key, value = mixed.split(sizes, 3)
-        return *query_key_norm(query, key, self.q_layernorm, self.k_layernorm), value
+        norms: Any = (self.q_layernorm, self.k_layernorm)
+        return *query_key_norm(query, key, *norms), value
 
 
 class HeadNormSelfAttention(SelfAttention):

@@ -9,7 +9,7 @@ Both paths multiply in FP8 where a linear has a `fp8_product`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.nn.functional import embedding, linear
@@ -29,7 +29,13 @@ if TYPE_CHECKING:
     from vlfoundry.models.layers.lora import Lora
 
 
-class _Multiplies:
+if TYPE_CHECKING:
+    _Base: Any = object  # one of Megatron's parallel linears
+else:
+    _Base = object
+
+
+class _Multiplies(_Base):
     """The matrix product of a linear, in FP8 if it is told to."""
 
     fp8_product: Fp8Product | None = None
@@ -68,8 +74,9 @@ class ColumnLinear(_Multiplies, ColumnParallelLinear):
         if _is_cut(self.tp_group):
             output, bias = super().forward(input_, weight, runtime_gather_output)
         else:
-            weight = self.weight if weight is None else weight
-            output, bias = self._product(input_, weight, self.bias), None
+            own: Any = self.weight
+            used = own if weight is None else weight
+            output, bias = self._product(input_, used, self.bias), None
         return _adapted(output, self.lora, input_), bias
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
@@ -92,6 +99,7 @@ class RowLinear(_Multiplies, RowParallelLinear):
         super().__init__(*args, **kwargs)
         self.lora: Lora | None = None
 
+    # pyrefly: ignore[bad-override]  # Megatron types its input as what it calls it
     def forward(self, input_: Tensor):
         if _is_cut(self.tp_group):
             output, bias = super().forward(input_)

@@ -28,7 +28,7 @@ from vlfoundry.models.layers.megatron import (
     reduce_from_tensor_model_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
-from vlfoundry.models.layers.parallel import Part, checkpoint_metadata
+from vlfoundry.models.layers.parallel import Part, checkpoint_metadata, mark
 
 
 def add_lora(layers: Iterable[nn.Module], config: LoraConfig | None, *, separate: bool) -> None:
@@ -70,12 +70,12 @@ class Lora(Part):
         self.is_row = weight.partition_dim == 1
         cut, whole = (self.a, self.b) if self.is_row else (self.b, self.a)
         for name in ("tensor_model_parallel", "partition_dim", "partition_stride"):
-            setattr(cut, name, getattr(weight, name))
+            mark(cut, **{name: getattr(weight, name)})
         # Under sequence parallelism each rank sees a part of the tokens: the gradient is summed.
-        whole.sequence_parallel = target.config.sequence_parallel
+        mark(whole, sequence_parallel=target.config.sequence_parallel)
         if hasattr(weight, "true_shape"):
             shape = list(cut.shape)
-            shape[cut.partition_dim] = weight.true_shape[cut.partition_dim]
+            shape[weight.partition_dim] = weight.true_shape[weight.partition_dim]
             set_true_shape(cut, *shape)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -98,7 +98,8 @@ class Lora(Part):
         if not (self.training and rate):
             return x
         apart = self.tp_group.size() > 1 and (self.is_row or self.config.sequence_parallel)
-        with get_cuda_rng_tracker().fork() if apart else contextlib.nullcontext():
+        tracker: Any = get_cuda_rng_tracker()
+        with tracker.fork() if apart else contextlib.nullcontext():
             return dropout(x, rate)
 
     def _over_ranks(self, hidden: Tensor) -> Tensor:
@@ -113,7 +114,7 @@ class Lora(Part):
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
         data_group = checkpoint_metadata(metadata)["dp_cp_group"]
-        sharded = make_sharded_tensors_for_checkpoint(
+        sharded: dict[str, Any] = make_sharded_tensors_for_checkpoint(
             self.state_dict(prefix="", keep_vars=True),
             prefix,
             {"a": 1} if self.is_row else {"b": 0},

@@ -18,7 +18,7 @@ from vlfoundry.models.layers.megatron import (
     make_sharded_tensors_for_checkpoint,
     reduce_from_tensor_model_parallel_region,
 )
-from vlfoundry.models.layers.parallel import Part, checkpoint_metadata
+from vlfoundry.models.layers.parallel import Part, checkpoint_metadata, head_size, mark
 from vlfoundry.models.layers.precision import wide
 
 NormKind = Literal["rms", "layer"]
@@ -34,6 +34,7 @@ class _RMSNormFunction(torch.autograd.Function):
         return torch.mul(x, scale).mul_(weight)
 
     @staticmethod
+    # pyrefly: ignore[bad-override]  # PyTorch's stub takes any number of gradients
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight, scale = ctx.saved_tensors
         unit = x * scale
@@ -75,7 +76,7 @@ class RMSNorm(Part):
         super().__init__(config)
         self.eps = eps
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        self.weight.sequence_parallel = config.sequence_parallel
+        mark(self.weight, sequence_parallel=config.sequence_parallel)
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
@@ -90,7 +91,7 @@ class LayerNorm(Part):
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
         self.bias = torch.nn.Parameter(torch.zeros(hidden_size, dtype=config.params_dtype))
         for parameter in (self.weight, self.bias):
-            parameter.sequence_parallel = config.sequence_parallel
+            mark(parameter, sequence_parallel=config.sequence_parallel)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.nn.functional.layer_norm(
@@ -127,11 +128,9 @@ class FullWidthQKRMSNorm(Part):
         super().__init__(config)
         self.eps = config.layernorm_epsilon
         self.true_width = true_width
-        local_width = config.num_attention_heads * config.kv_channels // self.tp_group.size()
+        local_width = config.num_attention_heads * head_size(config) // self.tp_group.size()
         self.weight = torch.nn.Parameter(torch.ones(local_width, dtype=config.params_dtype))
-        self.weight.tensor_model_parallel = True
-        self.weight.partition_dim = 0
-        self.weight.partition_stride = 1
+        mark(self.weight, tensor_model_parallel=True, partition_dim=0, partition_stride=1)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [S, B, N, H], this rank's heads."""
@@ -167,8 +166,8 @@ class HeadRMSNorm(RMSNorm):
     """
 
     def __init__(self, config: TransformerConfig):
-        super().__init__(config, config.kv_channels, config.layernorm_epsilon)
-        self.weight.sequence_parallel = False  # summed already
+        super().__init__(config, head_size(config), config.layernorm_epsilon)
+        mark(self.weight, sequence_parallel=False)  # summed already
 
     def forward(self, x: Tensor) -> Tensor:
         """x [S, B, N, H], this rank's heads."""

@@ -14,7 +14,7 @@ import torch
 
 from vlfoundry.infra.backend import Layout, transformer_config
 from vlfoundry.infra.backend.fp8_config import Fp8Config
-from vlfoundry.infra.backend.parallel import SoloGroup, current_fp8, current_layout
+from vlfoundry.infra.backend.parallel import Group, SoloGroup, current_fp8, current_layout
 from vlfoundry.models.layers.config import LayerSpecKind
 from vlfoundry.models.layers.megatron import (
     MegatronModule,
@@ -24,7 +24,7 @@ from vlfoundry.models.layers.megatron import (
     parallel_state,
 )
 
-_SOLO = SoloGroup()
+_SOLO: Group = SoloGroup()
 _builds_text_apart = False
 
 
@@ -41,13 +41,13 @@ def process_groups() -> ProcessGroupCollection:
     """
     if is_distributed():
         groups = ProcessGroupCollection.use_mpu_process_groups(["tp", "cp"])
-        groups.tp = tensor_group()  # pyrefly: ignore[bad-assignment]
-        groups.pp = _SOLO  # pyrefly: ignore[bad-assignment]
+        groups.tp = tensor_group()
+        groups.pp = _SOLO
         return groups
     return ProcessGroupCollection(tp=_SOLO, pp=_SOLO, cp=_SOLO)
 
 
-def tensor_group() -> torch.distributed.ProcessGroup | SoloGroup:
+def tensor_group() -> Group:
     """Ranks that share each layer's matrices."""
     if not is_distributed():
         return _SOLO
@@ -74,11 +74,18 @@ def text_apart() -> Iterator[None]:
 def stand_apart(*parameters: torch.nn.Parameter) -> None:
     """Say that parameters are cut, and their gradients added up, in the text tower's own way."""
     for parameter in parameters:
-        parameter.allreduce = False  # Megatron's word for an expert's
-        parameter.tensor_group = parallel_state.get_expert_tensor_parallel_group()
+        # The first is Megatron's word for an expert's.
+        group = parallel_state.get_expert_tensor_parallel_group()
+        mark(parameter, allreduce=False, tensor_group=group)
 
 
-def tensor_group_of(parameter: torch.Tensor) -> torch.distributed.ProcessGroup | SoloGroup:
+def mark(parameter: torch.Tensor, **facts: Any) -> None:
+    """Say of a parameter what Megatron, or we, look up in its attributes."""
+    for name, value in facts.items():
+        setattr(parameter, name, value)
+
+
+def tensor_group_of(parameter: torch.Tensor) -> Group:
     """Ranks over which a parameter is cut, if it is."""
     return getattr(parameter, "tensor_group", None) or tensor_group()
 
@@ -94,7 +101,7 @@ def pipeline_rank() -> int:
     return parallel_state.get_pipeline_model_parallel_rank() if is_distributed() else 0
 
 
-def data_group() -> torch.distributed.ProcessGroup | SoloGroup:
+def data_group() -> Group:
     """Ranks that hold the same weights and different samples."""
     return parallel_state.get_data_parallel_group() if is_distributed() else _SOLO
 
@@ -104,7 +111,13 @@ class Part(MegatronModule):
 
     def __init__(self, config: TransformerConfig):
         super().__init__(config)
-        self.tp_group = tensor_group()
+        self.tp_group: Group = tensor_group()
+
+
+def head_size(config: TransformerConfig) -> int:
+    """Channels of a head, which every stack of ours names."""
+    assert config.kv_channels is not None
+    return config.kv_channels
 
 
 def checkpoint_metadata(metadata: dict | None) -> dict:
@@ -119,12 +132,12 @@ def pad_to_multiple(amount: int, parts: int) -> int:
     return -(-amount // parts) * parts
 
 
-def stack_config(spec: LayerSpecKind = "local", **fields) -> TransformerConfig:
+def stack_config(spec: LayerSpecKind = "local", **fields: Any) -> TransformerConfig:
     """Megatron's config for one transformer stack in the current layout."""
     layout = current_layout()
     if _builds_text_apart:
         layout = layout.of_text
-    settings = {
+    settings: dict[str, Any] = {
         # Weights come from `models.layers.canonical`, by name: the same in every layout.
         "perform_initialization": False,
         "hetereogenous_dist_checkpoint": True,

@@ -21,6 +21,13 @@ class AttentionPool(Part):
     released checkpoints: three separate LayerNorms of eps 1e-5.)
     """
 
+    norm_q: LayerNorm
+    norm_k: LayerNorm
+    norm_v: LayerNorm
+    linear_q: nn.Linear
+    linear_k: nn.Linear
+    linear_v: nn.Linear
+
     def __init__(self, config: TransformerConfig, width: int, heads: int, out_width: int):
         super().__init__(config)
         self.heads = heads

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -89,26 +90,30 @@ class Stack(TransformerBlock):
     def _build_layers(self) -> None:
         self.layers = Layers(
             {
-                index: build_module(
-                    spec,
-                    config=self.config,
-                    layer_number=index + 1,
-                    pg_collection=self.pg_collection,
-                )
-                for index, spec in zip(self.held, self.submodules.layer_specs, strict=True)
+                index: self._build_layer(spec, index)
+                for index, spec in zip(self.held, self.submodules.layer_specs or (), strict=True)
             }
         )
         fp8 = current_fp8()
         for index, layer in zip(self.held, self.layers, strict=True):
             if fp8 and fp8.covers(index, self.depth):
                 use_fp8(layer, fp8)
-        self.final_layernorm = None
+        self.final_layernorm: Any = None
         if self.has_final_layernorm_in_this_stage():
-            self.final_layernorm = self.submodules.layer_norm(
+            norm: Any = self.submodules.layer_norm
+            self.final_layernorm = norm(
                 config=self.config,
                 hidden_size=self.config.hidden_size,
                 eps=self.config.layernorm_epsilon,
             )
+
+    def _build_layer(self, spec: ModuleSpec, index: int) -> Any:
+        return build_module(
+            spec,
+            config=self.config,
+            layer_number=index + 1,
+            pg_collection=self.pg_collection,
+        )
 
     def padding(self, length: int, batch: int) -> int:
         """Tokens that are put behind S `length` ones of each of B `batch` rows.
@@ -119,7 +124,8 @@ class Stack(TransformerBlock):
             return 0
         step = self.tp_group.size()
         if self.config.fp8:
-            multiple = MULTIPLE[self.config.fp8_recipe]
+            recipe: Any = self.config.fp8_recipe  # Megatron has more of them
+            multiple = MULTIPLE[recipe]
             step *= multiple // math.gcd(multiple, batch)
         return pad_to_multiple(length, step) - length
 

@@ -41,7 +41,13 @@ if TYPE_CHECKING:
 _ALLOW_PICKLE = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
 
 
-class _Linear:
+if TYPE_CHECKING:
+    _Base: Any = object  # one of Transformer Engine's linears, as Megatron wraps them
+else:
+    _Base = object
+
+
+class _Linear(_Base):
     """What our linears do beside Transformer Engine's: adapters, and tokens that FP8 can multiply.
 
     A bias is added within the matrix product, and none is returned to be added later. The extra

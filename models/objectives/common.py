@@ -29,6 +29,7 @@ class _GatherRows(torch.autograd.Function):
         return everything
 
     @staticmethod
+    # pyrefly: ignore[bad-override]  # PyTorch's stub takes any number of gradients
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         ours = grad.new_empty(grad.shape[0] // ctx.group.size(), *grad.shape[1:])
         dist.reduce_scatter_tensor(ours, grad.contiguous(), group=ctx.group)
@@ -58,6 +59,7 @@ class _ScatterRows(torch.autograd.Function):
         return received
 
     @staticmethod
+    # pyrefly: ignore[bad-override]  # PyTorch's stub takes any number of gradients
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         return _ScatterRows.apply(grad, ctx.group), None
 

@@ -6,6 +6,7 @@ Letters: B samples of this rank, U distinct captions, R ranks, E embedding.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -93,7 +94,7 @@ def distinct_texts(ids: Tensor, mask: Tensor, parts: int = 1, peers: Any = None)
         groups = min(groups, each)
     each = max(each, groups)  # a pipeline needs as many batches as it was promised
     ours = torch.cat([order, order[-1:].expand(each * ranks - len(order))])[rank::ranks]
-    batches = []
+    batches: list[Mapping[str, Any]] = []
     for rows in ours.tensor_split(groups):
         longest = int(lengths[rows].max())
         real = torch.arange(longest, device=ids.device) < lengths[rows, None]

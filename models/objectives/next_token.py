@@ -121,7 +121,7 @@ class ChatObjective(NextToken):
         cut = {name: values.split(counts) for name, values in images.items()}
         return MicroBatches(
             batches=[
-                part | {name: parts[i] for name, parts in cut.items()}
+                {**part, **{name: parts[i] for name, parts in cut.items()}}
                 for i, part in enumerate(batches)
             ]
         )

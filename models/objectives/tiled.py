@@ -79,6 +79,7 @@ class _TwoWayLogSumExp(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    # pyrefly: ignore[bad-override]  # PyTorch's stub takes any number of gradients
     def backward(ctx, row_grad: Tensor, column_grad: Tensor, *_):
         rows, columns, row_max, row_sum, column_max, column_sum = ctx.saved_tensors
         # Not exp(logits - lse): the rounding of a large lse would leave rows that do not sum to 1.
@@ -110,6 +111,7 @@ class _SoftplusSum(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    # pyrefly: ignore[bad-override]  # PyTorch's stub takes any number of gradients
     def backward(ctx, grad: Tensor):
         return *(grad * saved for saved in ctx.saved_tensors), None
 

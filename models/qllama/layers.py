@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from vlfoundry.models.layers.megatron import (
     gather_from_sequence_parallel_region,
     scatter_to_sequence_parallel_region,
 )
-from vlfoundry.models.layers.parallel import Part, beside
+from vlfoundry.models.layers.parallel import Part, beside, head_size
 from vlfoundry.models.layers.specs import Parts
 
 
@@ -27,6 +28,10 @@ class QueryCrossAttention(Part):
     computed once an image and shared by the rows that the objectives make of it. Under sequence
     parallelism the queries may lie on one rank alone, so the tokens are put together around it.
     """
+
+    linear_q: Any
+    linear_k: Any
+    linear_v: Any
 
     def __init__(
         self,
@@ -52,7 +57,7 @@ class QueryCrossAttention(Part):
             "bias": False,
             "tp_group": pg_collection.tp,
         }
-        inner = config.num_attention_heads * config.kv_channels
+        inner = config.num_attention_heads * head_size(config)
         for name, width in (("q", config.hidden_size), ("k", vision_width), ("v", vision_width)):
             linear = parts.unbiased_column(width, inner, gather_output=False, **shared)
             setattr(self, f"linear_{name}", linear)

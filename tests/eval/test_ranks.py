@@ -20,6 +20,8 @@ from vlfoundry.models.internvl.model import build
 from vlfoundry.models.internvl.predict import Model, load_model, save_model
 from vlfoundry.models.tokenizer import train
 
+pytestmark = pytest.mark.slow
+
 PICTURES = 67
 """more than a batch, and no multiple of any number of ranks"""
 

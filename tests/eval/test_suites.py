@@ -30,6 +30,8 @@ from vlfoundry.eval.suites import abilities, score_keys, suites, why_not
 from vlfoundry.infra.core.errors import DataError, ModelError
 from vlfoundry.models.internvl.config import CAPABILITIES
 
+pytestmark = pytest.mark.slow
+
 SCENES = 40
 
 

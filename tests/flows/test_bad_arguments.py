@@ -14,6 +14,8 @@ from tests.support.cpu import least_cpu_s
 from tests.support.tiny_project import write_model
 from vlfoundry.flows.cli import app
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 LIMIT_S = 1.0
 CHAT = "tests/eval/golden/internvl_chat"

@@ -18,6 +18,8 @@ from vlfoundry.models.chat.examples import Conversations, in_order_of_numbers
 from vlfoundry.models.chat.jsonl import MAX_LINE_BYTES, ChatFile, problems
 from vlfoundry.models.preprocess.tiling import Tiling
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 CASES = ROOT / "tests" / "cases"
 SIDE, TILE_TOKENS, MAX_TOKENS = 12, 5, 171

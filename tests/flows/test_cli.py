@@ -16,6 +16,8 @@ from vlfoundry.eval.suites import linear_probe
 from vlfoundry.flows.cli import app
 from vlfoundry.infra.core.errors import DataError
 
+pytestmark = pytest.mark.slow
+
 COMMANDS = (
     "run", "evaluate", "parity", "import", "export", "merge", "plan", "recipes", "report",
     "models", "register", "lineage", "status", "chat-check",

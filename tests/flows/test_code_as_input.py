@@ -14,6 +14,8 @@ import pytest
 
 from vlfoundry.infra.core.git import git
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 WALK = """
 import asyncio, pathlib

@@ -15,6 +15,8 @@ from tests.support.toy_project import steer
 from vlfoundry.flows.cli import app
 from vlfoundry.infra.registry.gto import register_model
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 HEAVY = "sorted({'torch', 'megatron', 'prefect', 'dvc', 'transformers'} & set(sys.modules))"
 

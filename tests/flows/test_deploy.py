@@ -23,6 +23,8 @@ from vlfoundry.flows.marks import is_held, mark
 from vlfoundry.flows.turn import turn
 from vlfoundry.infra.core.errors import ConfigError, UserError
 
+pytestmark = pytest.mark.slow
+
 HOLDS = """
 import sys, time
 from pathlib import Path

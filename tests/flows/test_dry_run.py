@@ -13,6 +13,8 @@ from tests.support.toy_project import sh
 from vlfoundry.flows.cli import app
 from vlfoundry.flows.workspace import Variation, workspace
 
+pytestmark = pytest.mark.slow
+
 
 def files(root: Path) -> dict[str, tuple[int, int]]:
     """Time of change and size of all that is there, git's and DVC's own files included."""

@@ -17,6 +17,8 @@ from vlfoundry.flows.dvclocks import RWLOCK, clear_stale
 from vlfoundry.flows.graph import load_graph
 from vlfoundry.infra.core.errors import DataError
 
+pytestmark = pytest.mark.slow
+
 DVC = [sys.executable, "-m", "dvc"]
 VLFOUNDRY = [sys.executable, "-m", "vlfoundry.flows.cli"]
 

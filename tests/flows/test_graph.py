@@ -10,6 +10,8 @@ from tests.support.toy_project import sh
 from vlfoundry.flows.graph import Graph, load_graph, order_lock
 from vlfoundry.infra.core.errors import ConfigError, DataError
 
+pytestmark = pytest.mark.slow
+
 
 def edges(graph: Graph) -> set[tuple[str, str]]:
     return {(upstream, node.name) for node in graph.nodes for upstream in node.upstream}

@@ -13,6 +13,8 @@ import pytest
 from tests.support.toy_project import processes_marked, wait_for_the_end, wait_until
 from vlfoundry.infra.core.guard import command_line, descendants
 
+pytestmark = pytest.mark.slow
+
 CASE = Path(__file__).parents[1] / "cases" / "guard_leaves_stage"
 EXIT = {"x86_64": 60, "aarch64": 93}
 # Its main thread ends, another thread and a child stay: a zombie in /proc, and not dead.

@@ -20,6 +20,8 @@ from vlfoundry.infra.core.errors import DataError, UserError
 from vlfoundry.infra.core.workfolder import KEY_FILE, key_of
 from vlfoundry.infra.registry.gto import register_model
 
+pytestmark = pytest.mark.slow
+
 DVC_YAML = """\
 stages:
   ingest:

@@ -16,6 +16,8 @@ from vlfoundry.infra.core.errors import ConfigError
 from vlfoundry.infra.core.fingerprint import fingerprint
 from vlfoundry.infra.core.git import GitError
 
+pytestmark = pytest.mark.slow
+
 START = """
 import sys, time
 from pathlib import Path

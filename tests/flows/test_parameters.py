@@ -12,6 +12,8 @@ from vlfoundry.flows.terminal import Terminal
 from vlfoundry.infra.core.config import apply_overrides, load_params
 from vlfoundry.infra.core.errors import ConfigError
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def project(tmp_path):

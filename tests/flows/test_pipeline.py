@@ -10,6 +10,8 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.support.toy_project import (
     comes_to,
     processes_marked,
@@ -20,6 +22,8 @@ from tests.support.toy_project import (
 )
 from vlfoundry.flows.graph import load_graph
 from vlfoundry.flows.terminal import Terminal
+
+pytestmark = pytest.mark.slow
 
 COMMAND = [sys.executable, "-m", "vlfoundry.flows.cli", "run"]
 # A stage that is busy until it is interrupted, saves, and leaves as ours do.

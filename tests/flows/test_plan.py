@@ -27,6 +27,8 @@ from vlfoundry.infra.train.config import TrainConfig
 from vlfoundry.models.families import flavour
 from vlfoundry.models.internvl.config import internvl
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 RECIPES = recipes(ROOT)
 NAMES = sorted(RECIPES)

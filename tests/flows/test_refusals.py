@@ -18,6 +18,8 @@ from vlfoundry.infra.core.config import apply_overrides, load_params
 from vlfoundry.infra.core.errors import ConfigError
 from vlfoundry.infra.launch.profile import ExecutionProfile, host_and_port, load_profile
 
+pytestmark = pytest.mark.slow
+
 RUN = [sys.executable, "-m", "vlfoundry.flows.cli"]
 MS_REMOUNT, MS_BIND = 32, 4096
 

@@ -24,6 +24,8 @@ from vlfoundry.infra.registry.gto import (
     resolve_model,
 )
 
+pytestmark = pytest.mark.slow
+
 MODEL = Path("artifacts/train/a")
 
 

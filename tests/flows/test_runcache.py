@@ -21,6 +21,8 @@ from vlfoundry.flows.terminal import Terminal
 from vlfoundry.flows.walk import Run, restore, walk
 from vlfoundry.infra.core.dvccache import md5_of, object_path
 
+pytestmark = pytest.mark.slow
+
 ALL = ["prepare", "train@a", "train@b", "score"]
 
 

@@ -8,9 +8,13 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from tests.support.toy_project import processes_marked, wait_for_the_end
 from vlfoundry.flows.runner import run_guarded, run_stage
 from vlfoundry.infra.core.guard import command_line
+
+pytestmark = pytest.mark.slow
 
 # A child in a session of its own, as an elastic launcher makes them, and a stubborn parent.
 STUBBORN = "trap '' INT TERM; setsid sleep 300 & echo started; while true; do sleep 0.1; done"

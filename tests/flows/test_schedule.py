@@ -16,6 +16,8 @@ import pytest
 from tests.support.site import ROOT, Site, project_outside
 from tests.support.toy_project import comes_to, sh, steer, wait_until
 
+pytestmark = pytest.mark.slow
+
 PAGE = ROOT / "docs" / "nightly-run.md"
 TASKS = ("prepare", "train@a", "train@b", "score")
 DONE = "COMPLETED"

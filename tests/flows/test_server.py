@@ -18,6 +18,8 @@ from tests.support.toy_project import processes_marked, steer, wait_for_the_end,
 from vlfoundry.flows.database import fault, set_aside
 from vlfoundry.flows.server import server
 
+pytestmark = pytest.mark.slow
+
 COMMAND = [sys.executable, "-m", "vlfoundry.flows.cli", "run"]
 WAITS = """
 sys.path.insert(0, os.environ["PYTHONPATH"])

@@ -15,6 +15,8 @@ from vlfoundry.flows.terminal import Terminal
 from vlfoundry.infra.core.dvccache import cache_folder
 from vlfoundry.infra.registry.gto import list_models
 
+pytestmark = pytest.mark.slow
+
 GATE_YAML = (
     DVC_YAML
     + """\

@@ -22,6 +22,8 @@ from vlfoundry.infra.core.errors import ConfigError, ModelError
 from vlfoundry.infra.core.project import find_root
 from vlfoundry.infra.registry.gto import resolve_model
 
+pytestmark = pytest.mark.slow
+
 
 def prepare(root: Path, variation: Variation, folder: Path | None = None) -> Path:
     """The workspace, its lock let go again."""

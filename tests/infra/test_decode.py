@@ -22,6 +22,8 @@ from vlfoundry.infra.data.images.decode import (
     pixels,
 )
 
+pytestmark = pytest.mark.slow
+
 CASES = Path(__file__).parents[1] / "cases"
 WIDTH, HEIGHT = 41, 23
 RAMP = np.tile(np.linspace(0, 1, WIDTH), (HEIGHT, 1))

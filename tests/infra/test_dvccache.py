@@ -10,6 +10,8 @@ import pytest
 from vlfoundry.infra.core.dvccache import cache_folder, share_settings
 from vlfoundry.infra.core.errors import ConfigError
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:

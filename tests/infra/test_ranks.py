@@ -14,6 +14,8 @@ from vlfoundry.infra.backend.world import stop_requests, this_rank
 from vlfoundry.infra.core.errors import DataError
 from vlfoundry.infra.launch.launcher import RankError
 
+pytestmark = pytest.mark.slow
+
 
 def _is_alive(pid: int) -> bool:
     try:

@@ -21,6 +21,8 @@ from vlfoundry.infra.launch.launchers import launcher, launcher_names
 from vlfoundry.infra.launch.launchers.torchrun import run_ranks
 from vlfoundry.infra.launch.profile import load_profile
 
+pytestmark = pytest.mark.slow
+
 LIMIT_S = 120.0
 
 

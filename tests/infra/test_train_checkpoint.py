@@ -16,6 +16,8 @@ from vlfoundry.infra.launch.launcher import RankError
 from vlfoundry.infra.train.checkpoint import best_checkpoint, newest
 from vlfoundry.infra.train.config import TrainConfig
 
+pytestmark = pytest.mark.slow
+
 CONFIG = TrainConfig(
     steps=6, batch_samples=tower.BATCH, lr=1e-2, warmup_steps=2, save_every_steps=2
 )

@@ -14,6 +14,8 @@ from vlfoundry.infra.core.errors import ConfigError, UserError
 from vlfoundry.infra.launch.launcher import RankError
 from vlfoundry.infra.train.config import TrainConfig
 
+pytestmark = pytest.mark.slow
+
 CONFIG = TrainConfig(
     steps=6, batch_samples=tower.BATCH, lr=1e-2, warmup_steps=2, save_every_steps=2, eps=1e-8,
     lr_scale={"decoder.layers.0": 0.5},

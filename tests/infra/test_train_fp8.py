@@ -12,6 +12,8 @@ from vlfoundry.infra.backend.fp8_config import Fp8Config
 from vlfoundry.infra.launch.launcher import RankError
 from vlfoundry.infra.train.config import TrainConfig
 
+pytestmark = pytest.mark.slow
+
 DELAYED = Fp8Config(recipe="delayed", amax_history=3, first_layers=0, last_layers=0)
 CONFIG = TrainConfig(
     steps=8, batch_samples=tower.BATCH, lr=1e-2, warmup_steps=2, save_every_steps=2,

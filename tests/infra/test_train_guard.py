@@ -11,6 +11,8 @@ from vlfoundry.infra.launch.launcher import RankError
 from vlfoundry.infra.train.anomalies import TrainerState, find_anomaly
 from vlfoundry.infra.train.config import TrainConfig
 
+pytestmark = pytest.mark.slow
+
 BASE = {
     "steps": 7, "batch_samples": tower.BATCH, "lr": 1e-2, "warmup_steps": 2, "save_every_steps": 2,
 }  # fmt: skip

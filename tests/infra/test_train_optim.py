@@ -9,6 +9,8 @@ from vlfoundry.infra.core.errors import ConfigError
 from vlfoundry.infra.train.config import TrainConfig
 from vlfoundry.infra.train.optim import lr_at
 
+pytestmark = pytest.mark.slow
+
 LAYOUTS = [Layout(), Layout(data=2), Layout(tensor=2)]
 
 

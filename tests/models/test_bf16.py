@@ -14,6 +14,8 @@ from tests.models.test_layouts import LAYOUTS, alone, curve, gradients
 from vlfoundry.infra.backend import Layout
 from vlfoundry.infra.launch.launchers.fork import run_ranks
 
+pytestmark = pytest.mark.slow
+
 
 def in_bf16(fn, *args):
     """A rank that was given a device whose precision is bf16."""

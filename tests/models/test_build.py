@@ -16,6 +16,8 @@ from vlfoundry.models.internvl.freeze import freeze
 from vlfoundry.models.internvl.model import build
 from vlfoundry.models.layers.canonical import initialise
 
+pytestmark = pytest.mark.slow
+
 
 def vision_tower(config: InternViTConfig) -> InternViT:
     model = InternViT(config)

@@ -40,6 +40,8 @@ from vlfoundry.models.layers.config import LoraConfig
 from vlfoundry.models.objectives.contrastive import Contrastive
 from vlfoundry.models.objectives.generative import Generative
 
+pytestmark = pytest.mark.slow
+
 GOLDEN = np.load(Path(__file__).parent / "golden/fp8/te.npz")
 RECIPES = tuple(MULTIPLE)
 EVERYWHERE = {"first_layers": 0, "last_layers": 0}

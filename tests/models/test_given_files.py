@@ -21,6 +21,8 @@ from vlfoundry.models.internvl.predict import load_model, read_weights, save_mod
 from vlfoundry.models.layers.config import DecoderConfig
 from vlfoundry.models.tokenizer import train
 
+pytestmark = pytest.mark.slow
+
 CASES = Path(__file__).parents[1] / "cases"
 CHAT = CASES / "config-options-ignored" / "weights_chat"
 SPOILT = [

@@ -29,6 +29,8 @@ from vlfoundry.models.objectives.contrastive import Contrastive, ContrastiveConf
 from vlfoundry.models.objectives.generative import Generative
 from vlfoundry.models.objectives.next_token import ChatObjective, NextTokenConfig, TextObjective
 
+pytestmark = pytest.mark.slow
+
 SAMPLES = 8
 LAYOUTS = {
     "TP1": Layout(),

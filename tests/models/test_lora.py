@@ -40,6 +40,8 @@ from vlfoundry.models.layers.parallel import process_groups, stack_config, tenso
 from vlfoundry.models.objectives.next_token import ChatObjective, NextTokenConfig
 from vlfoundry.models.tokenizer import train
 
+pytestmark = pytest.mark.slow
+
 GOLDEN = Path(__file__).parents[1] / "eval" / "golden"
 LORA = LoraConfig(rank=3, alpha=6.0, dropout=0.0)
 ADAPTED = tiny_config().with_lora(vision=LORA, text=LORA, language=LORA)

@@ -22,6 +22,8 @@ from vlfoundry.models.internvl.model import build
 from vlfoundry.models.preprocess.tiling import candidate_grids, tokens_per_tile
 from vlfoundry.models.qllama.layers import QueryCrossAttention
 
+pytestmark = pytest.mark.slow
+
 # name, parameters, tensors; None: not published
 VISION = [
     ("6b", 5_902_793_600, 628),

@@ -25,6 +25,8 @@ from vlfoundry.models.internvl.prompts import IGNORE, SUMMARIZE, caption_rows
 from vlfoundry.models.layers.config import DecoderConfig
 from vlfoundry.models.tokenizer import train
 
+pytestmark = pytest.mark.slow
+
 CASES = json.loads((GOLDEN / "conversations.json").read_text("utf-8"))
 TALK = (
     Message("human", "<image>\nWhat is it?"),

@@ -19,6 +19,8 @@ from vlfoundry.models.objectives.contrastive import Contrastive
 from vlfoundry.models.objectives.generative import Generative
 from vlfoundry.models.objectives.next_token import ChatObjective, NextTokenConfig, TextObjective
 
+pytestmark = pytest.mark.slow
+
 # A bias on keys shifts all scores of a query alike, so its gradient is zero but for rounding.
 ZERO_GRADIENT = ("norm_k.bias", "linear_k.bias")
 

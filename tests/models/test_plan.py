@@ -40,6 +40,8 @@ from vlfoundry.models.objectives.next_token import ChatObjective, TextObjective
 from vlfoundry.models.objectives.retrieval import Retrieval
 from vlfoundry.models.qllama.config import QLlamaConfig
 
+pytestmark = pytest.mark.slow
+
 BATCH, TEXT = 4, 24
 ROW_TOLERANCE = 0.04
 """layers: per-token numbers (norms' scales, attention's sums) and rotary angles are left out"""

@@ -21,6 +21,8 @@ from vlfoundry.models.internvl.predict import read_config, read_weights, save_mo
 from vlfoundry.models.official.keymap import join_all, split_all
 from vlfoundry.models.tokenizer import train
 
+pytestmark = pytest.mark.slow
+
 NAMES = ("apart", "tied", "stretched", "one key for all")
 SIZES = {
     "vocab_size": 61,

@@ -26,6 +26,8 @@ from vlfoundry.models.internvl.predict import read_config, read_weights, save_mo
 from vlfoundry.models.layers.config import DecoderConfig
 from vlfoundry.models.tokenizer import train
 
+pytestmark = pytest.mark.slow
+
 
 def small_vision(config: InternViTConfig) -> InternViTConfig:
     """Another size, the same options; the heads stay odd or even, patches as many as before."""

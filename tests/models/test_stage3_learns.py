@@ -15,6 +15,8 @@ from vlfoundry.models.layers.config import DecoderConfig
 from vlfoundry.models.objectives.next_token import ChatObjective
 from vlfoundry.models.preprocess.normalize import normalize_uint8
 
+pytestmark = pytest.mark.slow
+
 SIDE_PX, SCENES, STEPS = 24, 64, 600
 NAMES = {
     "en": "red apple",

@@ -15,6 +15,8 @@ from vlfoundry.models.layers.parallel import data_group
 from vlfoundry.models.objectives.contrastive import ContrastiveConfig, info_nce, sigmoid_loss
 from vlfoundry.models.objectives.tiled import TILE_COLUMNS, softplus_sum, two_way_logsumexp
 
+pytestmark = pytest.mark.slow
+
 WIDTH = 6
 SCALE = 2.0
 SMOOTHED = ContrastiveConfig(label_smoothing=0.1)

@@ -11,6 +11,8 @@ from PIL import Image
 
 from tests.support.tiny_project import PARAMS, artifacts, run_stage, write_params
 
+pytestmark = pytest.mark.slow
+
 MADE = "artifacts/sft/simple"
 TALK = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A square."}]
 PLAIN = [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Good day."}]

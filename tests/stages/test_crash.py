@@ -8,6 +8,8 @@ import pytest
 from accept.crash import Target, besiege
 from tests.support.tiny_project import artifacts, start_fork
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     ("stage", "variant"), [("contrastive", ""), ("generative", ""), ("sft", "simple")]

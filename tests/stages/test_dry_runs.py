@@ -20,6 +20,8 @@ from vlfoundry.infra.core.stage import Context
 from vlfoundry.models.internvl.config import InternVLConfig
 from vlfoundry.models.layers.config import DecoderConfig
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 PROFILES = sorted(path.stem for path in (ROOT / "profiles").glob("*.yaml"))
 STAGES = ("pretrain_text", "contrastive", "generative", "sft@simple", "sft@full")

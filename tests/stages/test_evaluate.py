@@ -22,6 +22,8 @@ from vlfoundry.infra.core.stage import Context
 from vlfoundry.infra.core.tables import write_table
 from vlfoundry.stages.evaluate import STAGE, Config
 
+pytestmark = pytest.mark.slow
+
 FOLDERS = {name: output.folder for name, output in OUTPUTS.items()}
 
 SCENES = 30

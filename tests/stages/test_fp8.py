@@ -18,6 +18,8 @@ from vlfoundry.infra.core import workfolder
 from vlfoundry.infra.core.config import load_params
 from vlfoundry.infra.train.gap import smoothed
 
+pytestmark = pytest.mark.slow
+
 STEPS = 20
 EVERYWHERE = {"first_layers": 0, "last_layers": 0}
 

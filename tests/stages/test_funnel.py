@@ -18,6 +18,8 @@ from vlfoundry.infra.data.synthetic.noise import reencode
 from vlfoundry.models.scorer import evidence
 from vlfoundry.stages import bootstrap, decontaminate, dedup, filter, shard
 
+pytestmark = pytest.mark.slow
+
 STEPS = ("filter", "dedup", "decontaminate")
 
 

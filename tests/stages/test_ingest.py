@@ -22,6 +22,8 @@ from vlfoundry.infra.data.sources.concept_set import (
 )
 from vlfoundry.stages.ingest import STAGE, Config, choose_classes, identical_pairs
 
+pytestmark = pytest.mark.slow
+
 OUT = "artifacts/ingest"
 
 

@@ -17,6 +17,8 @@ from vlfoundry.infra.core.git import git
 from vlfoundry.infra.core.stage import Bound, Context
 from vlfoundry.stages import evaluate, report, sft
 
+pytestmark = pytest.mark.slow
+
 CURVE = [{"step": 0, "loss": 2.5}, {"step": 1, "loss": 1.25}, {"step": 2, "loss": 1.125}]
 
 

@@ -17,6 +17,8 @@ from tests.support.tiny_project import artifacts, run_stage
 from vlfoundry.infra.core.code import NEUTRAL, Code
 from vlfoundry.infra.core.meaning import Source
 
+pytestmark = pytest.mark.slow
+
 STAGE = "contrastive"
 OTHERS: dict[str, Callable[..., Any]] = {
     "infra.core.code.read_code": lambda wanted, *_, **__: {

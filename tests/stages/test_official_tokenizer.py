@@ -12,6 +12,8 @@ from tests.support.official_text import ROWS, write_template, write_tokenizer
 from tests.support.tiny_project import PARAMS, make_project, run_stage
 from vlfoundry.infra.core.config import build as build_config
 
+pytestmark = pytest.mark.slow
+
 TALK = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A square."}]
 STAGES = {
     "contrastive": ("contrastive",),

@@ -10,6 +10,8 @@ import pytest
 
 from tests.support.tiny_project import PARAMS, run_stage, write_params
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def again(trained: Path, tmp_path: Path) -> Callable[..., Path]:

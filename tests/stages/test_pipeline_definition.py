@@ -20,6 +20,8 @@ from vlfoundry.infra.core.config import load_params
 from vlfoundry.infra.core.git import git
 from vlfoundry.infra.core.stage import Bound, Plot, parameters_of
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 

@@ -16,6 +16,8 @@ from vlfoundry.infra.core.fingerprint import fingerprint
 from vlfoundry.infra.core.stage import Context
 from vlfoundry.stages.report import OUT, STAGE, Config
 
+pytestmark = pytest.mark.slow
+
 MAX_PAGE_BYTES = 3_000_000
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 BROWSER = next((path for name in BROWSERS if (path := shutil.which(name))), None)

@@ -21,6 +21,8 @@ from vlfoundry.infra.core import workfolder
 from vlfoundry.infra.core.config import load_params
 from vlfoundry.infra.core.fingerprint import fingerprint
 
+pytestmark = pytest.mark.slow
+
 STANDSTILL = 1e-30
 """a learning rate that changes no weight by anything that one sees"""
 GOES_ON = {  # stage and variant -> what made the folder, and all names of its `start`

@@ -29,6 +29,8 @@ from vlfoundry.infra.core import workfolder
 from vlfoundry.infra.core.config import load_params
 from vlfoundry.infra.core.stage import EXIT_INTERRUPTED
 
+pytestmark = pytest.mark.slow
+
 MADE_FOLDERS = tuple(
     f"artifacts/{stage}" for stage in ("pretrain_text", "contrastive", "generative", "sft")
 )

@@ -4,7 +4,11 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from tests.models.kernels.compile import KERNELS
+
+pytestmark = pytest.mark.slow
 
 
 def test_every_kernel_compiles(tmp_path):

@@ -10,6 +10,8 @@ from vlfoundry.infra.backend.parallel import parallel
 from vlfoundry.models.kernels.norms import query_key_norm, rms_norm
 from vlfoundry.models.layers.parallel import tensor_group
 
+pytestmark = pytest.mark.slow
+
 EPS = 1e-6
 TOKENS, BATCH, HEADS, SIZE = 3, 2, 5, 4
 WIDTH = HEADS * SIZE

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import pytest
 import torch
 
 from tests.models.kernels.helpers import DEVICE
@@ -14,6 +15,8 @@ from vlfoundry.models.connector.config import ConnectorConfig
 from vlfoundry.models.internvl.model import build
 from vlfoundry.models.kernels import norms, residual, unshuffle
 from vlfoundry.models.layers.parallel import tensor_group
+
+pytestmark = pytest.mark.slow
 
 SAMPLES = 2
 
