@@ -14,9 +14,9 @@ from vlfoundry.infra.backend.fp8_config import Fp8Config
 from vlfoundry.infra.backend.parallel import parallel
 from vlfoundry.infra.backend.placement import to_device
 from vlfoundry.infra.train.config import TrainConfig
-from vlfoundry.infra.train.loop import wrap
 from vlfoundry.infra.train.optim import build_optimizer, gradient_norm, set_step, update
 from vlfoundry.infra.train.step import Engine
+from vlfoundry.infra.train.trainer import wrap
 from vlfoundry.models.preprocess.normalize import normalize_uint8
 
 if TYPE_CHECKING:

@@ -77,8 +77,8 @@ def gradient_cosines(
     Delayed scales have seen that batch once. The model has left FP8 afterwards.
     """
     from vlfoundry.infra.backend.placement import to_device
-    from vlfoundry.infra.train.loop import wrap
     from vlfoundry.infra.train.step import Engine
+    from vlfoundry.infra.train.trainer import wrap
 
     model, batch = to_device(model), to_device(batch_at(0))
     wrapped = [wrap(chunk) for chunk in getattr(model, "chunks", [model])]

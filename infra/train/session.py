@@ -20,8 +20,9 @@ from vlfoundry.infra.data.shards.prefetch import Prefetch
 from vlfoundry.infra.launch.launchers import launcher
 from vlfoundry.infra.launch.profile import ExecutionProfile, local_profile
 from vlfoundry.infra.train.config import TrainConfig
-from vlfoundry.infra.train.loop import FitResult, Objective
+from vlfoundry.infra.train.loop import FitResult
 from vlfoundry.infra.train.mfu import Utilisation
+from vlfoundry.infra.train.protocols import Objective
 from vlfoundry.infra.train.telemetry import check_sinks
 
 THROUGHPUT = Path("work/throughput")

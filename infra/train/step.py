@@ -1,8 +1,8 @@
 """One step's gradients in any layout: micro-batches, pipeline stages, and losses over all samples.
 
-What a model and an objective must offer is said in `models.internvl.model.InternVL.run` and
-`models.objectives.common.Objective`; a plain function (model, batch) -> (loss, terms) will do
-where a rank holds the whole model and takes its whole share of a batch at once.
+What a model and an objective must offer is said in `infra.train.protocols`; a plain function
+(model, batch) -> (loss, terms) will do where a rank holds the whole model and takes its whole share
+of a batch at once.
 
 A loss that couples samples needs all of them. Where they do not fit through the model at once it
 is done in two passes: the first goes forward only and keeps each sample's few numbers (its
@@ -17,17 +17,22 @@ import contextlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from vlfoundry.infra.backend import Layout, device_literals, install, plain_calls
 from vlfoundry.infra.backend.parallel import Group, SoloGroup
 from vlfoundry.infra.core.errors import LayoutError
 from vlfoundry.infra.train.mfu import FlopCounter
+from vlfoundry.infra.train.protocols import (
+    Objective,
+    PathObjective,
+    PlainObjective,
+    Rows,
+    has_paths,
+)
 from vlfoundry.infra.train.telemetry import Stopwatch
 
 Terms = dict[str, float]
-Rows = dict[str, Any]
-"""name -> a tensor with one row a sample"""
 
 
 class Engine:
@@ -47,7 +52,7 @@ class Engine:
         self,
         model: Any,
         wrapped: Sequence[Any],
-        objective: Any,
+        objective: Objective,
         layout: Layout,
         watch: Stopwatch | None = None,
     ) -> None:
@@ -55,9 +60,12 @@ class Engine:
         self._counter: Any = None
         self._first_pass_flops = 0
         self._chunks = list(getattr(model, "chunks", [model]))
-        self._wrapped, self._objective, self._layout = list(wrapped), objective, layout
+        self._wrapped, self._layout = list(wrapped), layout
+        # One of the two; the other is not asked.
+        self._plain = None if has_paths(objective) else cast(PlainObjective, objective)
+        self._objective = cast(PathObjective, objective)
         self._pipelined = layout.pipeline > 1
-        if not hasattr(objective, "paths") and (self._pipelined or layout.micro_batch_samples):
+        if self._plain and (self._pipelined or layout.micro_batch_samples):
             raise LayoutError(
                 "this objective is a plain function, which cannot be cut into micro-batches or "
                 "pipeline stages; use pipeline 1 and leave micro_batch_samples out"
@@ -76,9 +84,9 @@ class Engine:
         The gradients are not yet averaged over data-parallel ranks: `finalise` does that.
         """
         self._forget_tokens()
-        if not hasattr(self._objective, "paths"):
+        if self._plain:
             with self._computing("forward"):
-                loss, terms = self._objective(self._chunks[0], batch)
+                loss, terms = self._plain(self._chunks[0], batch)
             self._learn(loss)
             return self._agree({"loss": loss.detach(), **terms})
         self._parts = self._layout.micro_batches(self._objective.samples(batch))
@@ -138,9 +146,9 @@ class Engine:
         """The terms of a batch, without gradients: every shape and most of the memory of a step."""
         import torch
 
-        if not hasattr(self._objective, "paths"):
+        if self._plain:
             with torch.no_grad():
-                loss, terms = self._objective(self._chunks[0], batch)
+                loss, terms = self._plain(self._chunks[0], batch)
             return self._agree({"loss": loss, **terms})
         self._parts = self._layout.micro_batches(self._objective.samples(batch))
         with torch.no_grad():

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from vlfoundry.infra.backend import install
+from vlfoundry.infra.train.protocols import Batch, Metrics, Runner
 from vlfoundry.models.layers.megatron import gather_from_sequence_parallel_region
 from vlfoundry.models.layers.parallel import data_group
-
-Batch = Mapping[str, Any]
-Metrics = dict[str, Tensor]
 
 
 class _GatherRows(torch.autograd.Function):
@@ -114,14 +112,6 @@ class MicroBatches:
         if self.order is None:
             return whole
         return {name: rows[self.order] for name, rows in whole.items()}
-
-
-class Runner(Protocol):
-    """Whoever can take a batch through the whole model."""
-
-    def collect(self, path: str, batch: Batch) -> dict[str, Tensor]:
-        """What `finish` gives at the end of a path, without gradients, on every rank."""
-        ...
 
 
 class Objective:

@@ -209,8 +209,8 @@ def test_parameter_groups(run_ranks):
     def groups():
         from vlfoundry.infra.backend import device_literals
         from vlfoundry.infra.backend.parallel import parallel
-        from vlfoundry.infra.train.loop import wrap
         from vlfoundry.infra.train.optim import build_optimizer, set_step
+        from vlfoundry.infra.train.trainer import wrap
 
         with parallel(Layout()), device_literals():
             optimizer = build_optimizer([wrap(tower.build())], CONFIG)

@@ -22,8 +22,8 @@ from vlfoundry.infra.backend.fp8_config import MULTIPLE, Fp8Config
 from vlfoundry.infra.backend.parallel import parallel
 from vlfoundry.infra.launch.launchers.fork import run_ranks
 from vlfoundry.infra.train.fp8 import Fp8Run
-from vlfoundry.infra.train.loop import wrap
 from vlfoundry.infra.train.step import Engine
+from vlfoundry.infra.train.trainer import wrap
 from vlfoundry.infra.train.weights import gather_weights
 from vlfoundry.models.fp8.formats import (
     E4M3,

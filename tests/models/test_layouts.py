@@ -16,8 +16,9 @@ from vlfoundry.infra.backend.parallel import parallel
 from vlfoundry.infra.core.errors import LayoutError
 from vlfoundry.infra.launch.launchers.fork import run_ranks
 from vlfoundry.infra.train.config import TrainConfig
-from vlfoundry.infra.train.loop import fit, wrap
+from vlfoundry.infra.train.loop import fit
 from vlfoundry.infra.train.step import Engine, pack, unpack
+from vlfoundry.infra.train.trainer import wrap
 from vlfoundry.infra.train.weights import Piece, gather_weights, pieces
 from vlfoundry.models.internvl.config import InternVLConfig
 from vlfoundry.models.internvl.freeze import freeze

@@ -336,8 +336,8 @@ def test_parameters_gradients_and_optimizer_are_megatrons(run_ranks, layout, obj
 
     def measure():
         from vlfoundry.infra.backend import device_literals
-        from vlfoundry.infra.train.loop import wrap
         from vlfoundry.infra.train.optim import build_optimizer
+        from vlfoundry.infra.train.trainer import wrap
 
         with parallel(layout), device_literals():
             model = build(work.kind, config)

@@ -24,8 +24,8 @@ from vlfoundry.infra.backend import Layout, device_literals, install  # noqa: E4
 from vlfoundry.infra.backend.parallel import parallel  # noqa: E402
 from vlfoundry.infra.train import optim  # noqa: E402
 from vlfoundry.infra.train.config import TrainConfig  # noqa: E402
-from vlfoundry.infra.train.loop import wrap  # noqa: E402
 from vlfoundry.infra.train.masters import join, split  # noqa: E402
+from vlfoundry.infra.train.trainer import wrap  # noqa: E402
 from vlfoundry.models.internvl.model import build  # noqa: E402
 
 CONFIG = TrainConfig(steps=2, batch_samples=4, lr=1e-3, moments="bf16", gradients="bf16")
