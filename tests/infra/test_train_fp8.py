@@ -93,9 +93,9 @@ def test_what_follows_is_a_run_in_higher_precision(run_ranks, tmp_path, fallen_b
     assert losses(fallen_back[0])[4:] != losses(whole[0][0])[4:]
 
     def leaves():
-        from vlfoundry.infra.train import loop
+        from vlfoundry.infra.train import trainer
 
-        leave_at_4, begin_step = [], loop.Fp8Run.begin_step
+        leave_at_4, begin_step = [], trainer.Fp8Run.begin_step
 
         def begin(run, *, watched):
             if len(leave_at_4) == 4:
@@ -103,11 +103,11 @@ def test_what_follows_is_a_run_in_higher_precision(run_ranks, tmp_path, fallen_b
             leave_at_4.append(watched)
             begin_step(run, watched=watched)
 
-        loop.Fp8Run.begin_step = begin
+        trainer.Fp8Run.begin_step = begin
         try:
             return train(tmp_path, CONFIG)
         finally:
-            loop.Fp8Run.begin_step = begin_step
+            trainer.Fp8Run.begin_step = begin_step
 
     expected = run_ranks(leaves, ranks=2)[0]
     assert fallen_back[0][0].history == expected[0].history
