@@ -18,6 +18,8 @@ from vlfoundry.models.internvl.predict import load_model, save_model
 from vlfoundry.models.layers.config import DecoderConfig
 from vlfoundry.models.tokenizer import train
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 DVC_YAML = """\
 stages:

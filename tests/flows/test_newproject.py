@@ -21,6 +21,8 @@ from vlfoundry.infra.core.errors import ConfigError, UserError
 from vlfoundry.infra.core.project import find_root
 from vlfoundry.models.internvl.config import InternVLConfig
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 TOP = {
     ".dvc", ".dvcignore", ".git", ".gitignore", "README.md", "data", "dvc.yaml", "launchers",

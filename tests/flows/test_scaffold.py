@@ -10,6 +10,8 @@ import pytest
 from vlfoundry.flows.scaffold import KINDS, write
 from vlfoundry.infra.core.errors import ConfigError
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 COPIED = ("eval", "flows", "infra", "models", "stages", "vlfoundry", "tests", "pyproject.toml")
 

@@ -28,6 +28,8 @@ from vlfoundry.models.internvl.config import PARTS, internvl
 from vlfoundry.models.internvl.folder import read_config
 from vlfoundry.models.internvl.init_from import RULES, plan_init
 
+pytestmark = pytest.mark.slow
+
 FOLDERS = {name: output.folder for name, output in OUTPUTS.items()}
 
 ROOT = Path(__file__).parents[2]

@@ -12,6 +12,8 @@ import pytest
 from vlfoundry.infra.core.errors import DataError, KilledError
 from vlfoundry.infra.core.forked import JobError, run_forked
 
+pytestmark = pytest.mark.slow
+
 
 def sleeper() -> None:
     time.sleep(60)

@@ -8,6 +8,8 @@ from vlfoundry.infra.backend.fp8_config import Fp8Config
 from vlfoundry.infra.train.config import TrainConfig
 from vlfoundry.infra.train.gap import measure_gap, smoothed
 
+pytestmark = pytest.mark.slow
+
 CONFIG = TrainConfig(
     steps=10, batch_samples=tower.BATCH, lr=1e-3, save_every_steps=10,
     fp8=Fp8Config(first_layers=0, last_layers=0), on_bad_step="higher_precision",

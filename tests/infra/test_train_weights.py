@@ -7,6 +7,8 @@ from tests.support import tiny_tower as tower
 from vlfoundry.infra.backend import Layout
 from vlfoundry.infra.core.errors import ModelError
 
+pytestmark = pytest.mark.slow
+
 
 def _write(layout, path):
     from vlfoundry.infra.backend.parallel import parallel

@@ -34,6 +34,8 @@ from vlfoundry.models.objectives.next_token import (
 )
 from vlfoundry.models.objectives.retrieval import RetrievalConfig
 
+pytestmark = pytest.mark.slow
+
 
 def test_contrastive_starts_near_ln_batch_and_learns():
     torch.manual_seed(0)

@@ -13,6 +13,8 @@ import pytest
 from tests.support.cpu import least_cpu_s
 from vlfoundry.infra.core.stage import EXIT_USER_ERROR, main
 
+pytestmark = pytest.mark.slow
+
 STAGES = (
     "ingest", "bootstrap", "filter", "dedup", "decontaminate", "shard", "pretrain_text",
     "contrastive", "generative", "sft", "evaluate", "gate", "report",

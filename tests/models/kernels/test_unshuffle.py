@@ -9,6 +9,8 @@ from vlfoundry.models.connector.model import pixel_shuffle
 from vlfoundry.models.kernels import unshuffle
 from vlfoundry.models.kernels.unshuffle import shuffled_norm
 
+pytestmark = pytest.mark.slow
+
 EPS = 1e-5
 
 
