@@ -163,7 +163,7 @@ def listen(**modules: nn.Module) -> Iterator[dict[str, Tensor]]:
     heard: dict[str, Tensor] = {}
 
     def hook(name: str):
-        def keep(module, _arguments, output):
+        def keep(module: Any, _arguments: Any, output: Any):
             first = (output[0] if isinstance(output, tuple) else output).detach()
             heard[name] = first.transpose(0, 1) if isinstance(module, Stack) else first
 
@@ -186,7 +186,7 @@ def listen_decoder(decoder: Any) -> Iterator[dict[str, Tensor]]:
     """
     heard: dict[str, Tensor] = {}
 
-    def keep_stack(_module, arguments, keywords, output):
+    def keep_stack(_module: Any, arguments: Any, keywords: Any, output: Any):
         tokens, mask = arguments[0], keywords["attention_mask"]
         length, batch = tokens.shape[:2]
         if mask is None:
@@ -199,7 +199,7 @@ def listen_decoder(decoder: Any) -> Iterator[dict[str, Tensor]]:
         heard["after_norm"] = output.transpose(0, 1)
 
     def keep(name: str):
-        def keep_one(_module, _arguments, output):
+        def keep_one(_module: Any, _arguments: Any, output: Any):
             heard[name] = output[0].transpose(0, 1)
 
         return keep_one

@@ -218,7 +218,9 @@ def _retrieval(
     return shown
 
 
-def _query(item, variant, lang, direction, pictures) -> dict[str, Any]:
+def _query(
+    item: dict[str, Any], variant: str, lang: str, direction: str, pictures: Any
+) -> dict[str, Any]:
     right = set(item["right"])
     to_image = direction == "text_to_image"
     found = [
@@ -238,7 +240,9 @@ def _query(item, variant, lang, direction, pictures) -> dict[str, Any]:
     }
 
 
-def _captions(root, documents, pictures, count) -> list[dict[str, Any]]:
+def _captions(
+    root: Path, documents: dict[str, Any], pictures: Any, count: int
+) -> list[dict[str, Any]]:
     shown = []
     for variant in documents:
         scenes = _scenes(root, variant)
@@ -256,18 +260,20 @@ def _captions(root, documents, pictures, count) -> list[dict[str, Any]]:
     return shown
 
 
-def _answers(root, documents, count) -> list[dict[str, Any]]:
+def _answers(root: Path, documents: dict[str, Any], count: int) -> list[dict[str, Any]]:
     return _questions(root, documents, "colour", max(5, count // 2))
 
 
-def _boxes(root, documents, count) -> list[dict[str, Any]]:
+def _boxes(root: Path, documents: dict[str, Any], count: int) -> list[dict[str, Any]]:
     shown = _questions(root, documents, "box", max(5, count // 2))
     for item in shown:
         item["svg"] = charts.picture_with_boxes(item["uri"], item["truth"], item["box"])
     return shown
 
 
-def _questions(root, documents, kind, count) -> list[dict[str, Any]]:
+def _questions(
+    root: Path, documents: dict[str, Any], kind: str, count: int
+) -> list[dict[str, Any]]:
     shown = []
     for variant in documents:
         scenes = _scenes(root, variant)

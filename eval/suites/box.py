@@ -1,5 +1,7 @@
 """Where is the named drawing in a composed scene? The reply must hold [x1,y1,x2,y2] in 0..1000."""
 
+from typing import Any
+
 import numpy as np
 
 from vlfoundry.eval.compare.scores import Score, mean_score, write_items
@@ -62,7 +64,7 @@ def run(model: Model, data: DataFolder, setting: EvalContext) -> list[Score]:
     return [*scores, mean_score(NAME, "has_box", parsed, items=items, seed=setting.seed)]
 
 
-def _ious(boxes, truths) -> np.ndarray:
+def _ious(boxes: Any, truths: Any) -> np.ndarray:
     return np.array(compute("iou_accuracy", predictions=boxes, references=truths)["per_item"])
 
 

@@ -8,6 +8,7 @@ language. In a pair set, both describe the pictures, and the captions are the re
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -96,7 +97,9 @@ def run(model: Model, data: DataFolder, setting: EvalContext) -> list[Score]:
     ]
 
 
-def _scores(measure, values, tasks, items, setting) -> list[Score]:
+def _scores(
+    measure: str, values: np.ndarray, tasks: Any, items: str, setting: EvalContext
+) -> list[Score]:
     constant = best_constant(
         tasks, lambda answers, truths: _values(measure, answers, [[t] for t in truths]).tolist()
     )
@@ -150,7 +153,7 @@ def _texts(data: DataFolder, lang: str) -> Iterator[str]:
             yield concept.names[lang]
 
 
-def _values(measure: str, answers, references) -> np.ndarray:
+def _values(measure: str, answers: Any, references: Any) -> np.ndarray:
     result = compute(measure, predictions=list(answers), references=list(references))
     return np.array(result["per_item"])
 

@@ -1,5 +1,7 @@
 """What colour is the background of a composed scene? Asked and answered in several languages."""
 
+from typing import Any
+
 import numpy as np
 
 from vlfoundry.eval.compare.scores import Score, mean_score, write_items
@@ -71,7 +73,7 @@ def run(model: Model, data: DataFolder, setting: EvalContext) -> list[Score]:
     return [*scores, mean_score(NAME, "in_words", known, items=items, seed=setting.seed)]
 
 
-def _match(answers, truths) -> list[float]:
+def _match(answers: Any, truths: Any) -> list[float]:
     if not answers:
         return []
     references = [[truth] for truth in truths]

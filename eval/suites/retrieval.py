@@ -64,7 +64,16 @@ def _reference_logits(
     return logits
 
 
-def _score(data, setting, lang, pairs, direction, logits, right, nearest) -> list[Score]:
+def _score(
+    data: DataFolder,
+    setting: EvalContext,
+    lang: str,
+    pairs: Pairs,
+    direction: str,
+    logits: np.ndarray,
+    right: np.ndarray,
+    nearest: np.ndarray | None,
+) -> list[Score]:
     ranks = best_rank(logits, right)
     counts = right.sum(axis=1)
     result = compute("recall_at_k", predictions=ranks, references=counts, k=CUTS)
@@ -117,7 +126,14 @@ def _over_all(scores: Sequence[Score], setting: EvalContext) -> Iterator[Score]:
         )
 
 
-def _items(data, pairs, direction, found, ranks, right):
+def _items(
+    data: DataFolder,
+    pairs: Pairs,
+    direction: str,
+    found: np.ndarray,
+    ranks: np.ndarray,
+    right: np.ndarray,
+):
     ids = [data.pictures[index].id for index in pairs.rows]
     queries, answers = (ids, pairs.texts) if direction == "image_to_text" else (pairs.texts, ids)
     for row, query in enumerate(queries):

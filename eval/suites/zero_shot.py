@@ -4,6 +4,7 @@ Letters: N pictures, C classes, D embedding width.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -171,7 +172,15 @@ def _reference_hits(
     return {cut: (ranks <= cut).astype(float) for cut in CUTS}
 
 
-def _items(data, classes, known, guesses, ranks, hits, held_out):
+def _items(
+    data: ConceptSet,
+    classes: Sequence[str],
+    known: Any,
+    guesses: Any,
+    ranks: Any,
+    hits: Any,
+    held_out: Any,
+):
     for row, index in enumerate(known):
         picture = data.pictures[index]
         yield {

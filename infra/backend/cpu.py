@@ -57,16 +57,16 @@ class _NullStream:
     device = _CPU
     cuda_stream = 0
 
-    def wait_event(self, event) -> None:
+    def wait_event(self, event: Any) -> None:
         pass
 
-    def wait_stream(self, stream) -> None:
+    def wait_stream(self, stream: Any) -> None:
         pass
 
     def synchronize(self) -> None:
         pass
 
-    def record_event(self, event=None):
+    def record_event(self, event: Any = None):
         return event
 
 
@@ -90,7 +90,7 @@ class CudaLiteralsToCpu(TorchFunctionMode):
         return func(*args)
 
 
-def _is_cuda(device) -> bool:
+def _is_cuda(device: Any) -> bool:
     if isinstance(device, torch.device):
         return device.type == "cuda"
     return isinstance(device, str) and device.startswith("cuda")
@@ -128,10 +128,12 @@ def install_rng() -> None:
                 torch.set_rng_state(outer)
                 self._current_state_name = outer_name
 
-    def get_state(device="cpu", clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
+    def get_state(
+        device: Any = "cpu", clone: bool = False, graph_safe: bool = False
+    ) -> torch.Tensor:
         return torch.get_rng_state()
 
-    def set_state(new_state: torch.Tensor, device=-1, graph_safe: bool = False) -> None:
+    def set_state(new_state: torch.Tensor, device: Any = -1, graph_safe: bool = False) -> None:
         torch.set_rng_state(new_state)
 
     _replace(

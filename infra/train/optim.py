@@ -213,7 +213,7 @@ def _overrides(models: Sequence[Any], config: TrainConfig) -> dict:
 
     factors = lr_factors(models, config)
 
-    def key(label: str, matches) -> ParamKey:
+    def key(label: str, matches: Any) -> ParamKey:
         return ParamKey(with_name_predicate=ParamWithNamePredicate(name=label, fn=matches))
 
     overrides = {
@@ -223,7 +223,7 @@ def _overrides(models: Sequence[Any], config: TrainConfig) -> dict:
     }
     for factor in sorted(set(factors.values()) - {1.0}):
 
-        def matches(param, name: str, factor: float = factor) -> bool:
+        def matches(param: Any, name: str, factor: float = factor) -> bool:
             return factors[_bare(name)] == factor
 
         overrides[key(f"lr:{factor!r}", matches)] = {"max_lr": config.lr * factor}

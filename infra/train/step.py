@@ -259,7 +259,9 @@ class Engine:
         for path, plan in plans.items():
             ends = iter(leaves[path])
 
-            def learn(chunk: Any, state: Rows, part: Any, path: str = path, ends=ends) -> Any:
+            def learn(
+                chunk: Any, state: Rows, part: Any, path: str = path, ends: Any = ends
+            ) -> Any:
                 outputs, seen = self._objective.finish(path, chunk, state, part), next(ends)
                 return sum(
                     (outputs[name] * rows.grad).sum()

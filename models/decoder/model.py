@@ -215,7 +215,9 @@ def _initially(stack: TransformerConfig) -> Callable:
     return stack.init_method
 
 
-def _head(stack: TransformerConfig, config: DecoderConfig, vocabulary: int, group) -> ColumnLinear:
+def _head(
+    stack: TransformerConfig, config: DecoderConfig, vocabulary: int, group: Any
+) -> ColumnLinear:
     return ColumnLinear(
         config.width,
         vocabulary,

@@ -129,7 +129,9 @@ class InternVL(Part):
         """Megatron's schedules hand over what came from the stage before."""
         self.input_tensor = tensors[0]
 
-    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ):
         """As Megatron's; a text tower that stands apart has other ranks that hold the same."""
         sharded = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         if self.text is not None and current_layout().text_stands_apart:
@@ -423,7 +425,9 @@ class InternVL(Part):
             )
         return embeddings.masked_scatter(places[..., None], visual.to(embeddings.dtype))
 
-    def chat_hidden(self, ids: Tensor, pixels: Tensor | None, context_id=IMG_CONTEXT_ID) -> Tensor:
+    def chat_hidden(
+        self, ids: Tensor, pixels: Tensor | None, context_id: Any = IMG_CONTEXT_ID
+    ) -> Tensor:
         """Hidden states [B, T, D] of right-padded conversations."""
         batch = {"ids": ids, "pixels": pixels, "context_id": context_id}
         return self.run("chat", batch)["hidden"]
@@ -521,14 +525,16 @@ class Chunks(MegatronModule):
         for chunk in self.chunks:
             yield from chunk.named_parameters(*args, **kwargs)
 
-    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ):
         whole: dict[str, Any] = {}
         for chunk in self.chunks:
             whole |= chunk.sharded_state_dict(prefix, sharded_offsets, metadata)
         return whole
 
     # pyrefly: ignore[bad-override]  # Megatron's says nothing of `assign`
-    def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False):
         for chunk in self.chunks:
             own = {name: state_dict[name] for name in chunk.state_dict()}
             chunk.load_state_dict(own, strict, assign)

@@ -8,6 +8,8 @@ Letters: S tokens, B batch, N heads of this rank, H head size, R rows (S * B).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 import triton
@@ -53,7 +55,7 @@ class _RMSNorm(torch.autograd.Function):
     """Of one or two tensors [S, B, N, H], followed by as many weights [N * H]."""
 
     @staticmethod
-    def forward(ctx, eps, true_width, group, *given):
+    def forward(ctx, eps: Any, true_width: Any, group: Any, *given):
         count = len(given) // 2
         tensors, weights = _alike(given[:count]), given[count:]
         first = tensors[0]
@@ -104,7 +106,7 @@ class _RMSNorm(torch.autograd.Function):
         return None, None, None, *outs, *sums.sum(1).to(weights[0].dtype).unbind(0)
 
 
-def _alike(tensors) -> list[Tensor]:
+def _alike(tensors: Any) -> list[Tensor]:
     """The same, with unit steps along H and the same strides."""
     strides = {tensor.stride() for tensor in tensors}
     if len(strides) == 1 and tensors[0].stride(-1) == 1:
@@ -112,7 +114,7 @@ def _alike(tensors) -> list[Tensor]:
     return [tensor.contiguous() for tensor in tensors]
 
 
-def _pair(tensors) -> tuple[Tensor, Tensor]:
+def _pair(tensors: Any) -> tuple[Tensor, Tensor]:
     """Of one tensor the kernels get two, and never look at the second."""
     return tensors[0], tensors[-1]
 

@@ -6,6 +6,8 @@ Letters: S tokens, B batch, D width.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -43,7 +45,9 @@ def scaled_residual(
 
 class _ScaledResidual(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, bias, scale, factor, residual, norm_weight, eps):
+    def forward(
+        ctx, x: Any, bias: Any, scale: Any, factor: Any, residual: Any, norm_weight: Any, eps: Any
+    ):
         x, residual = x.contiguous(), residual.contiguous()
         width, batch = x.shape[-1], x.shape[-2]
         rows = x.numel() // width
@@ -63,7 +67,7 @@ class _ScaledResidual(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_out, grad_normed):
+    def backward(ctx, grad_out: Any, grad_normed: Any):
         x, bias, scale, factor, norm_weight, out, reciprocal = ctx.saved_tensors
         width, batch = x.shape[-1], x.shape[-2]
         rows = x.numel() // width

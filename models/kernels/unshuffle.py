@@ -6,6 +6,8 @@ of that (V * M * M), R rows of the output, each a square.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -46,7 +48,9 @@ def shuffled_norm(
 
 class _ShuffledNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, tokens, weight, bias, eps, grid, merge, swapped):
+    def forward(
+        ctx, tokens: Any, weight: Any, bias: Any, eps: Any, grid: Any, merge: Any, swapped: Any
+    ):
         if tokens.stride(-1) != 1:
             tokens = tokens.contiguous()
         images, count, width = tokens.shape
@@ -64,7 +68,7 @@ class _ShuffledNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx, grad: Any):
         tokens, weight, bias, statistics = ctx.saved_tensors
         merge, grad = ctx.shape[1], grad.contiguous()
         _, squares, whole = grad.shape

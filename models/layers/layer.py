@@ -46,7 +46,9 @@ def _plain_residual(_training: bool, _fused: bool) -> Callable:
 plain_residual: Any = _plain_residual  # Megatron takes a function here, and says a class
 
 
-def _add_residual(x_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, _dropout) -> Tensor:
+def _add_residual(
+    x_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, _dropout: Any
+) -> Tensor:
     x, bias = x_with_bias
     return residual + (x if bias is None else x + bias)
 
@@ -107,7 +109,7 @@ class ScaledLayer(PlainLayer):
             keep = 1.0 - self.drop_path
             factor = (self._draws[:, branch] < keep) / keep  # [B]
 
-        def add(x_with_bias, residual, _dropout):
+        def add(x_with_bias: Any, residual: Any, _dropout: Any):
             x, bias = x_with_bias
             if kernels.use_kernels(x):
                 return self._fused_residual(branch, x, bias, scale, factor, residual)
@@ -151,7 +153,9 @@ class FullNormSelfAttention(SelfAttention):
     which is wrong for weights that are cut over them.
     """
 
-    def __init__(self, config: TransformerConfig, submodules, *args, true_width: int, **kwargs):
+    def __init__(
+        self, config: TransformerConfig, submodules: Any, *args, true_width: int, **kwargs
+    ):
         super().__init__(config, submodules, *args, **kwargs)
         self.q_layernorm = FullWidthQKRMSNorm(config, true_width)
         self.k_layernorm = FullWidthQKRMSNorm(config, true_width)
@@ -172,7 +176,7 @@ class HeadNormSelfAttention(SelfAttention):
     Attached here for the reason that `FullNormSelfAttention` gives.
     """
 
-    def __init__(self, config: TransformerConfig, submodules, *args, **kwargs):
+    def __init__(self, config: TransformerConfig, submodules: Any, *args, **kwargs):
         super().__init__(config, submodules, *args, **kwargs)
         self.q_layernorm = HeadRMSNorm(config)
         self.k_layernorm = HeadRMSNorm(config)

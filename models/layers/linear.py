@@ -44,7 +44,14 @@ class _Multiplies(_Base):
         return (self.fp8_product or linear)(input_, weight, bias)
 
     def _forward_impl(
-        self, input: Tensor, weight: Tensor, *, bias, allreduce_dgrad, sequence_parallel, **options
+        self,
+        input: Tensor,
+        weight: Tensor,
+        *,
+        bias: Any,
+        allreduce_dgrad: Any,
+        sequence_parallel: Any,
+        **options,
     ) -> Tensor:
         """What Megatron's forward calls on several tensor ranks: also communicates the input."""
         if self.fp8_product is None:
@@ -70,7 +77,9 @@ class ColumnLinear(_Multiplies, ColumnParallelLinear):
         super().__init__(*args, **kwargs)
         self.lora: Lora | None = None
 
-    def forward(self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output=None):
+    def forward(
+        self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: Any = None
+    ):
         if _is_cut(self.tp_group):
             output, bias = super().forward(input_, weight, runtime_gather_output)
         else:
@@ -79,7 +88,9 @@ class ColumnLinear(_Multiplies, ColumnParallelLinear):
             output, bias = self._product(input_, used, self.bias), None
         return _adapted(output, self.lora, input_), bias
 
-    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ):
         sharded = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         sharded = relax_padding(sharded, dict(self.named_parameters(prefix[:-1])))
         return sharded | _sharded_lora(self.lora, prefix, sharded_offsets, metadata)
@@ -107,7 +118,9 @@ class RowLinear(_Multiplies, RowParallelLinear):
             output, bias = self._product(input_, self.weight, self.bias), None
         return _adapted(output, self.lora, input_), bias
 
-    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ):
         sharded = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         sharded = relax_padding(sharded, dict(self.named_parameters(prefix[:-1])))
         return sharded | _sharded_lora(self.lora, prefix, sharded_offsets, metadata)
@@ -133,12 +146,14 @@ def _adapted(output: Tensor, lora: Lora | None, input_: Tensor) -> Tensor:
     return output if lora is None else output + lora(input_)
 
 
-def _sharded_lora(lora: Lora | None, prefix: str, sharded_offsets, metadata) -> dict:
+def _sharded_lora(
+    lora: Lora | None, prefix: str, sharded_offsets: tuple, metadata: dict | None
+) -> dict:
     """In the place of what Megatron, which cuts nothing that it does not know, says of it."""
     if lora is None:
         return {}
     return lora.sharded_state_dict(f"{prefix}lora.", sharded_offsets, metadata)
 
 
-def _is_cut(group) -> bool:
+def _is_cut(group: Any) -> bool:
     return group is not None and group.size() > 1

@@ -146,7 +146,9 @@ class FullWidthQKRMSNorm(Part):
         unit = exact * torch.rsqrt(squares / self.true_width + self.eps)
         return (unit.to(x.dtype) * self.weight).view(x.shape)
 
-    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ):
         sharded = make_sharded_tensors_for_checkpoint(
             self.state_dict(prefix="", keep_vars=True),
             prefix,

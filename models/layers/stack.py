@@ -40,7 +40,7 @@ class Layers(nn.ModuleList):
         for index, layer in layers.items():
             self.add_module(str(index), layer)
 
-    def __getitem__(self, index):  # pyrefly: ignore[bad-override]
+    def __getitem__(self, index: Any):  # pyrefly: ignore[bad-override]
         return list(self._modules.values())[index]
 
 

@@ -117,7 +117,9 @@ class _Linear(_Base):
             if before is not None:
                 os.environ[_ALLOW_PICKLE] = before
 
-    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ):
         metadata = checkpoint_metadata(metadata)
         sharded = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         sharded = relax_padding(sharded, dict(self.named_parameters(prefix[:-1])))

@@ -20,7 +20,7 @@ class _GatherRows(torch.autograd.Function):
     """Rows of all ranks forwards; backwards the sum over ranks of the gradients of our rows."""
 
     @staticmethod
-    def forward(ctx, rows: Tensor, group) -> Tensor:
+    def forward(ctx, rows: Tensor, group: Any) -> Tensor:
         ctx.group = group
         everything = rows.new_empty(group.size() * rows.shape[0], *rows.shape[1:])
         dist.all_gather_into_tensor(everything, rows.contiguous(), group=group)
@@ -50,7 +50,7 @@ class _ScatterRows(torch.autograd.Function):
     """Part r of our rows goes to rank r, and its gradient comes back."""
 
     @staticmethod
-    def forward(ctx, rows: Tensor, group) -> Tensor:
+    def forward(ctx, rows: Tensor, group: Any) -> Tensor:
         ctx.group = group
         received = torch.empty_like(rows)
         dist.all_to_all_single(received, rows.contiguous(), group=group)

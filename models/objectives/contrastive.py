@@ -55,7 +55,7 @@ class Contrastive(Objective):
             return distinct_texts(batch["ids"], batch["mask"], parts, text_peers())
         return super().micro_batches(path, images_of(batch), parts)
 
-    def loss(self, model, outputs: dict[str, Tensor], batch: Batch) -> tuple[Tensor, Metrics]:
+    def loss(self, model: Any, outputs: dict[str, Tensor], batch: Batch) -> tuple[Tensor, Metrics]:
         images, group = outputs["image"], batch.get("group")
         pairings = [
             self._pairing(model, images, texts, group)
@@ -69,7 +69,7 @@ class Contrastive(Objective):
         return loss, metrics
 
     def _pairing(
-        self, model, images: Tensor, texts: Tensor, group: Tensor | None
+        self, model: Any, images: Tensor, texts: Tensor, group: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         if self.config.loss == "softmax":
             return info_nce(images, texts, model.logit_scale, self.config, group=group)

@@ -5,6 +5,8 @@ Letters: B samples of this rank, T tokens.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, pad
@@ -71,14 +73,14 @@ class Generative(Objective):
             known[f"total_{name}"] = total.clamp_min(1 / ranks)
         return prepared | known
 
-    def finish(self, path: str, model, state: dict[str, Tensor], batch: Batch) -> Metrics:
+    def finish(self, path: str, model: Any, state: dict[str, Tensor], batch: Batch) -> Metrics:
         if path != "tasks":
             return state
         hidden = state.pop("hidden")
         head = model.text.logits
         return state | sums(hidden, batch["labels"], head, self.config.next_token)
 
-    def loss(self, model, outputs: dict[str, Tensor], batch: Batch) -> tuple[Tensor, Metrics]:
+    def loss(self, model: Any, outputs: dict[str, Tensor], batch: Batch) -> tuple[Tensor, Metrics]:
         is_match, counts = batch["is_match"], batch["counts"]
         losses = cross_entropy(wide(outputs["match"]), is_match, reduction="none")
         match = (losses * counts).sum() / batch["total_matched"]
@@ -97,7 +99,9 @@ class Generative(Objective):
             "itg_accuracy": caption_accuracy,
         }
 
-    def _contrast(self, model, outputs: dict[str, Tensor], batch: Batch) -> tuple[Tensor, Tensor]:
+    def _contrast(
+        self, model: Any, outputs: dict[str, Tensor], batch: Batch
+    ) -> tuple[Tensor, Tensor]:
         """The mean over the heads, and the accuracy of the first."""
         heads = ("image",) if self.config.heads == "queries" else ("image", "backbone")
         found = [

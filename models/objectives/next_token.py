@@ -6,6 +6,7 @@ Letters: B batch, T tokens, N labelled tokens, D width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,12 +67,12 @@ class NextToken(Objective):
     def samples(self, batch: Batch) -> int:
         return len(batch["cu_seqlens"]) - 1 if "cu_seqlens" in batch else super().samples(batch)
 
-    def finish(self, path: str, model, state: dict[str, Tensor], batch: Batch) -> Metrics:
+    def finish(self, path: str, model: Any, state: dict[str, Tensor], batch: Batch) -> Metrics:
         head = getattr(model, self.tower).logits
         labels, weights = batch["labels"], batch.get("weights")
         return sums(state["hidden"], labels, head, self.config, weights)
 
-    def loss(self, model, outputs: dict[str, Tensor], batch: Batch) -> tuple[Tensor, Metrics]:
+    def loss(self, model: Any, outputs: dict[str, Tensor], batch: Batch) -> tuple[Tensor, Metrics]:
         loss, accuracy = mean_of(outputs, batch)
         return loss, {"loss": loss.detach(), "token_accuracy": accuracy}
 
@@ -130,7 +131,7 @@ class ChatObjective(NextToken):
 def next_token(
     hidden: Tensor,
     labels: Tensor,
-    head,
+    head: Any,
     config: NextTokenConfig,
     weights: Tensor | None = None,
     *,
@@ -164,7 +165,11 @@ def totals(labels: Tensor, config: NextTokenConfig, weights: Tensor | None = Non
 
 
 def sums(
-    hidden: Tensor, labels: Tensor, head, config: NextTokenConfig, weights: Tensor | None = None
+    hidden: Tensor,
+    labels: Tensor,
+    head: Any,
+    config: NextTokenConfig,
+    weights: Tensor | None = None,
 ) -> Metrics:
     """Per row [B]: `weighted` cross-entropies added up, and `hits`, tokens that were right."""
     learnt, weight = _learnt(labels, config, weights)

@@ -6,6 +6,7 @@ Letters: B samples of this rank, T tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,11 +45,11 @@ class Retrieval(Objective):
     def samples(self, batch: Batch) -> int:
         return len(batch["pixels"])
 
-    def finish(self, path: str, model, state: dict[str, Tensor], batch: Batch) -> Metrics:
+    def finish(self, path: str, model: Any, state: dict[str, Tensor], batch: Batch) -> Metrics:
         wrong, right = state.pop("match").chunk(2)
         return state | {"wrong": wrong, "right": right}
 
-    def loss(self, model, outputs: dict[str, Tensor], batch: Batch) -> tuple[Tensor, Metrics]:
+    def loss(self, model: Any, outputs: dict[str, Tensor], batch: Batch) -> tuple[Tensor, Metrics]:
         logits = torch.cat([outputs["wrong"], outputs["right"]])
         is_match = torch.arange(len(logits), device=logits.device) >= len(outputs["wrong"])
         match = cross_entropy(wide(logits), is_match.long())

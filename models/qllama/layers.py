@@ -40,7 +40,7 @@ class QueryCrossAttention(Part):
         parts: Parts,
         num_queries: int,
         vision_width: int,
-        pg_collection,
+        pg_collection: Any,
         **_,
     ):
         self.sequence_parallel = config.sequence_parallel

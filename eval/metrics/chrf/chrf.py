@@ -2,6 +2,7 @@
 
 import unicodedata
 from collections import Counter
+from typing import Any
 
 import datasets
 import evaluate
@@ -31,7 +32,7 @@ class Chrf(evaluate.Metric):
             ),
         )
 
-    def _compute(self, predictions, references):
+    def _compute(self, predictions: list[Any], references: list[Any]):
         values = [
             max((chrf(guess, text) for text in texts), default=0.0)
             for guess, texts in zip(predictions, references, strict=True)
@@ -39,7 +40,7 @@ class Chrf(evaluate.Metric):
         return {"chrf": sum(values) / len(values), "per_item": values}
 
 
-def chrf(guess, truth):
+def chrf(guess: str, truth: str):
     """chrF of one text against one reference."""
     left, right = plain(guess), plain(truth)
     precisions, recalls = [], []
@@ -56,11 +57,11 @@ def chrf(guess, truth):
     return (1 + BETA**2) * precision * recall / (BETA**2 * precision + recall)
 
 
-def plain(text):
+def plain(text: str):
     """Case folded, without white space."""
     return "".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
-def grams(text, order):
+def grams(text: str, order: int):
     """Character n-grams with their counts."""
     return Counter(text[i : i + order] for i in range(len(text) - order + 1))

@@ -1,6 +1,7 @@
 """Answers that are the same text, but for case, width, outer space and a closing stop."""
 
 import unicodedata
+from typing import Any
 
 import datasets
 import evaluate
@@ -25,7 +26,7 @@ class ExactMatch(evaluate.Metric):
             ),
         )
 
-    def _compute(self, predictions, references):
+    def _compute(self, predictions: list[Any], references: list[Any]):
         hits = [
             float(normal(guess) in {normal(text) for text in accepted})
             for guess, accepted in zip(predictions, references, strict=True)
@@ -33,7 +34,7 @@ class ExactMatch(evaluate.Metric):
         return {"exact_match": sum(hits) / len(hits), "per_item": hits}
 
 
-def normal(text):
+def normal(text: str):
     """NFKC, case folded, single spaces, no closing full stop of any script."""
     folded = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
     return folded.rstrip(".。．۔ ")

@@ -1,5 +1,7 @@
 """Intersection over union of predicted and true boxes."""
 
+from typing import Any
+
 import datasets
 import evaluate
 
@@ -20,7 +22,7 @@ class IouAccuracy(evaluate.Metric):
             features=datasets.Features({"predictions": box, "references": box}),
         )
 
-    def _compute(self, predictions, references, threshold=0.5):
+    def _compute(self, predictions: list[Any], references: list[Any], threshold: float = 0.5):
         ious = [iou(guess, truth) for guess, truth in zip(predictions, references, strict=True)]
         return {
             "accuracy": sum(value >= threshold for value in ious) / len(ious),
@@ -30,7 +32,7 @@ class IouAccuracy(evaluate.Metric):
         }
 
 
-def iou(guess, truth):
+def iou(guess: list[float], truth: list[float]):
     """Intersection over union of two boxes; 0 for a guess that is no box or has no area."""
     if len(guess) != 4:
         return 0.0

@@ -1,5 +1,7 @@
 """Retrieval recall from ranks."""
 
+from typing import Any
+
 import datasets
 import evaluate
 
@@ -22,7 +24,9 @@ class RecallAtK(evaluate.Metric):
             ),
         )
 
-    def _compute(self, predictions, references, k=(1, 5, 10)):
+    def _compute(
+        self, predictions: list[Any], references: list[Any], k: tuple[int, ...] = (1, 5, 10)
+    ):
         if min(references) < 1:
             raise ValueError("a query without a right answer has no rank; leave it out")
         per_item = {cut: [float(rank <= cut) for rank in predictions] for cut in k}

@@ -3,6 +3,7 @@
 import re
 import unicodedata
 from collections import Counter
+from typing import Any
 
 import datasets
 import evaluate
@@ -32,7 +33,7 @@ class TokenF1(evaluate.Metric):
             ),
         )
 
-    def _compute(self, predictions, references):
+    def _compute(self, predictions: list[Any], references: list[Any]):
         values = [
             max((f1(guess, text) for text in texts), default=0.0)
             for guess, texts in zip(predictions, references, strict=True)
@@ -40,12 +41,12 @@ class TokenF1(evaluate.Metric):
         return {"token_f1": sum(values) / len(values), "per_item": values}
 
 
-def tokens(text):
+def tokens(text: str):
     """Words and single characters of `text`, case folded."""
     return TOKEN.findall(unicodedata.normalize("NFKC", text).casefold())
 
 
-def f1(guess, truth):
+def f1(guess: str, truth: str):
     """Harmonic mean of token precision and recall."""
     left, right = Counter(tokens(guess)), Counter(tokens(truth))
     common = sum((left & right).values())

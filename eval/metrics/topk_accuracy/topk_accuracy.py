@@ -1,5 +1,7 @@
 """Top-k accuracy where several answers may be right."""
 
+from typing import Any
+
 import datasets
 import evaluate
 
@@ -24,7 +26,7 @@ class TopkAccuracy(evaluate.Metric):
             ),
         )
 
-    def _compute(self, predictions, references, k=(1, 5)):
+    def _compute(self, predictions: list[Any], references: list[Any], k: tuple[int, ...] = (1, 5)):
         per_item = {
             cut: [
                 float(not set(guesses[:cut]).isdisjoint(right))
