@@ -34,11 +34,15 @@ class Measured:
 
 
 def measure(command: Sequence[str], cwd: Path, limit_s: float) -> Measured:
-    """Run `command` in `cwd`. Raises TimeoutExpired after `limit_s` seconds."""
+    """Run `command` in `cwd`, whose own environment goes first on the PATH.
+
+    Raises TimeoutExpired after `limit_s` seconds.
+    """
+    path = os.pathsep.join([str(cwd / ".venv" / "bin"), os.environ["PATH"]])
     began = time.monotonic()
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     process = subprocess.Popen(
-        command, cwd=cwd, env=os.environ.copy(), text=True, errors="replace",
+        command, cwd=cwd, env={**os.environ, "PATH": path}, text=True, errors="replace",
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     peak, done = [0.0], threading.Event()
