@@ -11,18 +11,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    # loaded by path, so this is how a run key learns that the results depend on these files
-    from vlfoundry.eval.metrics.chrf import chrf  # noqa: F401
-    from vlfoundry.eval.metrics.exact_match import exact_match  # noqa: F401
-    from vlfoundry.eval.metrics.iou_accuracy import iou_accuracy  # noqa: F401
-    from vlfoundry.eval.metrics.recall_at_k import recall_at_k  # noqa: F401
-    from vlfoundry.eval.metrics.token_f1 import token_f1  # noqa: F401
-    from vlfoundry.eval.metrics.topk_accuracy import topk_accuracy  # noqa: F401
+from vlfoundry.infra.core.members import folders
 
-METRICS = ("chrf", "exact_match", "iou_accuracy", "recall_at_k", "token_f1", "topk_accuracy")
+METRICS = tuple(folders(__name__))
+"""names of all; each is a folder with a module of its name, and no import names it"""
 
 
 def compute(name: str, *, predictions: Any, references: Any, **options: Any) -> dict[str, Any]:

@@ -264,7 +264,9 @@ class _Sources:
             waiting += [n for n in source.imports if n != MEMBERS]
             if MEMBERS in source.imports and path.name == "__init__.py":
                 waiting += [f"{name}.{p.stem}" for p in path.parent.glob("*.py") if p != path]
-                waiting += [f"{name}.{p.parent.name}" for p in path.parent.glob("*/__init__.py")]
+                for inner in path.parent.glob("*/__init__.py"):
+                    folder = inner.parent.name
+                    waiting += [f"{name}.{folder}", f"{name}.{folder}.{folder}"]
             table = path.with_suffix(".json")
             if table.is_file():
                 found[f"{name}:{table.name}"] = table_meaning(table.read_text(encoding="utf-8"))

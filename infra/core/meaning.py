@@ -29,7 +29,8 @@ class Source:
     """Hexadecimal sha256."""
     imports: tuple[str, ...]
     """Names of modules, in functions too. `from a import b` gives `a` and `a.b`, whatever b is.
-    `MEMBERS` stands for every module of the source's own package."""
+    `MEMBERS` stands for every module of the source's own package, and in a folder of it for the
+    one of the same name."""
 
 
 def read_source(text: str) -> Source:

@@ -9,9 +9,19 @@ knows it, so that such a module is part of the code of the steps that reach the 
 import importlib
 import pkgutil
 import sys
+from pathlib import Path
 from typing import Any
 
 from vlfoundry.infra.core.errors import ConfigError
+
+
+def folders(package: str) -> list[str]:
+    """Names of the folders of a package that hold a module of their own name, sorted.
+
+    For what others load by its path: such modules are reached as well.
+    """
+    (place,) = sys.modules[package].__path__
+    return sorted(path.stem for path in Path(place).glob("*/*.py") if path.stem == path.parent.name)
 
 
 def members(package: str, attribute: str) -> list[Any]:

@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from vlfoundry.eval.metrics import METRICS
+from vlfoundry.eval.suites import suites
 from vlfoundry.infra.core import code
 from vlfoundry.infra.core.code import Code, closure, read_code, refresh, step_file, write_stamp
 from vlfoundry.infra.core.errors import ConfigError, DataError
+from vlfoundry.models.families import families
 
 SOURCES = {
     "__init__.py": "",
@@ -25,6 +28,8 @@ SOURCES = {
     "kinds/__init__.py": "from vlfoundry.infra.core.members import members\n",
     "kinds/red.py": "KIND = 1\n",
     "kinds/blue/__init__.py": "KIND = 2\n",
+    "kinds/blue/blue.py": "SHADE = 1\n",
+    "kinds/blue/other.py": "SHADE = 2\n",
     "stages/three.py": "from vlfoundry.kinds import KINDS\n",
     "infra/core/progress.py": "from vlfoundry.infra import other\n",
     "stages/one.py": (
@@ -75,12 +80,28 @@ def test_the_closure_follows_lazy_imports_and_no_neutral_module(project: Path) -
 
 
 def test_a_registry_reaches_the_modules_of_its_folder(project: Path) -> None:
-    assert {"vlfoundry.kinds.red", "vlfoundry.kinds.blue"} <= closure(
-        "vlfoundry.stages.three", project / "vlfoundry"
-    ).keys()
+    found = closure("vlfoundry.stages.three", project / "vlfoundry")
+    assert [name.removeprefix("vlfoundry.kinds.") for name in found if ".kinds." in name] == [
+        "blue", "blue.blue", "red",
+    ]  # fmt: skip
     first = identity(project, "three")
     edit(project, "kinds/green.py", "KIND = 3\n")
     assert identity(project, "three") != first
+
+
+@pytest.mark.parametrize(
+    ("step", "wanted"),
+    [
+        ("evaluate", [f"eval.metrics.{name}.{name}" for name in METRICS]),
+        ("evaluate", [f"eval.suites.{name}" for name in suites()]),
+        ("contrastive", [f"models.families.{name}" for name in families()]),
+        ("contrastive", ["infra.launch.launchers.fork"]),
+    ],
+)
+def test_what_no_import_names_is_part_of_the_code(step: str, wanted: list[str]) -> None:
+    found = closure(f"vlfoundry.stages.{step}")
+    assert wanted
+    assert [name for name in wanted if f"vlfoundry.{name}" not in found] == []
 
 
 def test_code_changes_with_the_meaning_of_what_is_reached(project: Path) -> None:
