@@ -59,7 +59,9 @@ def twins(clone: Path, steps: int, start: int) -> dict[str, Any]:
 def test_the_smoothed_loss_of_a_whole_stage_1_stays_within_1_percent(
     clone: Path, record_property: Record
 ) -> None:
-    """The mean over several starts: one pair of runs would measure chance (docs/lab-log/2026-11-28-fp8-one-pair-measures-chance.md).
+    """The mean over several starts: one pair of runs would measure chance.
+
+    docs/lab-log/2026-11-28-fp8-one-pair-measures-chance.md says how much of it there is.
 
     `ACCEPT_STARTS` says how many; two pairs run at a time.
     """

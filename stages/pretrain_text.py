@@ -1,7 +1,8 @@
 """Text pre-training: a byte-level tokenizer and a small multilingual LLaMA, from text alone.
 
 Captions, and stage 3's questions with answers on scenes that nobody sees: with these it knows how
-an answer reads, and stage 3 has only to learn what the picture says (docs/decisions/007-how-boxes-are-learnt.md).
+an answer reads, and stage 3 has only to learn what the picture says
+(docs/decisions/007-how-boxes-are-learnt.md).
 
 What it makes stands where Chinese-Alpaca-7B and Vicuna stand in the paper: it starts stage 1's
 text tower, QLLaMA's base, and the chat models' language model.
