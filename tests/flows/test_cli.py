@@ -20,7 +20,8 @@ pytestmark = pytest.mark.slow
 
 COMMANDS = (
     "run", "evaluate", "parity", "import", "export", "merge", "plan", "recipes", "report",
-    "models", "register", "lineage", "status", "chat-check",
+    "models", "register", "lineage", "status", "chat-check", "new", "upgrade", "accept", "graph",
+    "gc", "fetch", "pixels", "server", "worker", "deploy",
 )  # fmt: skip
 
 
